@@ -1,0 +1,43 @@
+"""The ops `lemo_fx::block_scores` and `lemo_fx::random_scores`: schema and fake. Neither has a gradient."""
+
+import torch
+
+from lemo_fx.kernels.block_scores import reference
+
+
+@torch.library.custom_op("lemo_fx::block_scores", mutates_args=())
+def block_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    scaling: float,
+    block_size: int,
+) -> torch.Tensor:
+    """Block informativeness from Q and K; arguments and result as `reference.block_scores`."""
+    return reference.block_scores(query, key, mask, documents, scaling, block_size)
+
+
+@block_scores.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    scaling: float,
+    block_size: int,
+) -> torch.Tensor:
+    blocks = (query.shape[2] + block_size - 1) // block_size
+    return query.new_empty(query.shape[0], blocks, dtype=torch.float32)
+
+
+@torch.library.custom_op("lemo_fx::random_scores", mutates_args=())
+def random_scores(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Stateless random block scores; arguments and result as `reference.random_scores`."""
+    return reference.random_scores(stream, salt, block_size)
+
+
+@random_scores.register_fake
+def _(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+    blocks = (stream.shape[1] + block_size - 1) // block_size
+    return stream.new_empty(stream.shape[0], blocks, dtype=torch.float32)

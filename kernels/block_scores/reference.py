@@ -1,0 +1,96 @@
+"""Plain torch for block informativeness (LeMo section 4.1), one row of score blocks at a time."""
+
+import torch
+from torch.nn import functional
+
+
+def per_block(values: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[..., S] -> [..., ceil(S / b)]: the maximum of each block of positions; a ragged tail is a block of its own."""
+    tail = -values.shape[-1] % block_size
+    if tail:
+        values = functional.pad(values, (0, tail), value=float("-inf"))
+    return values.unflatten(-1, (-1, block_size)).amax(-1)
+
+
+def block_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    scaling: float,
+    block_size: int,
+) -> torch.Tensor:
+    """Informativeness of each token block as a key: `sum over m of I(B_mn)`.
+
+    `I(B_mn)` is the maximum over query block m and key block n of the mean over heads of max(S_ij, 0). Memory is
+    linear in S: one block of query rows is scored at a time.
+
+    Args:
+        query: [B, N, S, D] after position embedding.
+        key: [B, N or N / group, S, D].
+        mask: None for plain causal order, [B or 1, 1 or N, S, S] bool (True attends) or additive float.
+        documents: [1 or B, S] int, instead of a mask: causal order within equal numbers; -1 marks padding.
+        scaling: the attention's own factor.
+
+    Returns:
+        [B, ceil(S / b)] float32; a block that nothing attends to scores 0.
+    """
+    batch, heads, length, _ = query.shape
+    group = heads // key.shape[1]
+    columns = torch.arange(length, device=query.device)
+    total = torch.zeros(batch, -(-length // block_size), device=query.device)
+    for start in range(0, length, block_size):
+        stop = min(start + block_size, length)
+        reach = stop if mask is None else length
+        rows = query[:, :, start:stop].unflatten(1, (key.shape[1], group))
+        scores = torch.einsum("bkgqd,bksd->bkgqs", rows, key[:, :, :reach]).float() * scaling
+        positive = scores.relu().flatten(1, 2)
+        if mask is None:
+            allowed = columns[None, None, None, :reach] <= columns[start:stop, None]
+            if documents is not None:
+                own, seen = documents[:, None, start:stop, None], documents[:, None, None, :reach]
+                allowed = allowed & (own == seen) & (seen >= 0)
+        else:
+            rows_mask = mask[:, :, start:stop]
+            allowed = rows_mask if mask.dtype == torch.bool else rows_mask > torch.finfo(mask.dtype).min / 2
+        positive = torch.where(allowed, positive, 0.0).mean(1)
+        best = per_block(positive.amax(1), block_size)
+        total[:, : best.shape[1]] += best
+    return total
+
+
+def activation_scores(activation: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Informativeness for an MLP: the largest mean |activation| among a block's tokens. [B, S, F] -> [B, ceil(S / b)].
+
+    For a ReLU network this is the paper's rule on the activations after ReLU; for a gated one they are
+    act(gate) * up, which have both signs, hence the magnitude.
+    """
+    return per_block(activation.abs().mean(-1, dtype=torch.float32), block_size)
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    """A 64-bit finaliser (splitmix64's constants as signed integers): every input bit moves every output bit."""
+    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return value ^ ((value >> 31) & 0x1FFFFFFFF)
+
+
+def random_scores(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Uniform scores in [0, 1) hashed from the layer's input and a salt: no random state is read or advanced.
+
+    The same input gives the same choice, so a recompute, a resumed run and a second process agree.
+
+    Args:
+        stream: [B, S, H] the layer's input.
+        salt: [1] int64, different for every site.
+
+    Returns:
+        [B, ceil(S / b)] float32.
+    """
+    blocks = -(-stream.shape[1] // block_size)
+    bits = stream.detach()[:, ::block_size, :16].float().contiguous().view(torch.int32).long()
+    position = torch.arange(blocks, device=stream.device)
+    content = _mix(bits.sum(-1) + _mix(position + 1))
+    # The whole sample enters every block's hash, so that a block's luck changes with its neighbours.
+    mixed = _mix(content + content.sum(1, keepdim=True) * 31 + _mix(salt))
+    return (mixed & 0xFFFFFF).float() / 0x1000000

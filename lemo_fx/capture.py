@@ -1,0 +1,173 @@
+"""Capture the forward of one module as a torch.fx graph in which its submodules are leaf calls.
+
+transformers v5 dropped its own FX support. A decoder layer needs little of it: called on proxies, its unwrapped forward
+yields about ten nodes, and because nothing inside a leaf is copied or inlined, adapters, quantised linears, hooks and
+attention back-ends go on working as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx._symbolic_trace import _patch_function
+
+from lemo_fx.errors import CaptureError
+
+SPLAT = "_splat_"
+"""Keyword under which a node holds a `**mapping` argument; printed and executed as `**mapping`."""
+
+ABSENT_IN_TRAINING: Mapping[str, Any] = {
+    "past_key_values": None,
+    "past_key_value": None,
+    "layer_past": None,
+    "use_cache": False,
+    "encoder_hidden_states": None,
+    "encoder_attention_mask": None,
+}
+"""Layer arguments that a training step does not use. The captured graph holds these values in their place, and a call
+that brings anything else runs the original code."""
+
+
+class Tracer(fx.Tracer):
+    """Traces one module: submodules are leaves, `**kwargs` is carried through, `self.training` stays a question.
+
+    Args:
+        constants: values to hold in place of some arguments.
+        leaf_functions: functions to record as one node instead of tracing into them.
+        properties: attributes of the module whose value is a function to record as one node.
+    """
+
+    def __init__(
+        self,
+        constants: Mapping[str, Any] | None = None,
+        leaf_functions: tuple[Callable, ...] = (),
+        properties: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(autowrap_functions=leaf_functions)
+        self.constants = constants or {}
+        self.properties = properties
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every submodule is one node."""
+        return True
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """`**proxy` is the only way that a captured forward uses a mapping."""
+        return [SPLAT]
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        """One placeholder per argument of the undecorated forward, `**kwargs` included."""
+        function = inspect.unwrap(root_fn)
+        args: list[Any] = [self.root]
+        variadic = False
+        for name, parameter in list(inspect.signature(function).parameters.items())[1:]:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                raise CaptureError(f"{type(self.root).__name__}.forward takes *{name}, which a graph cannot carry")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                variadic = True
+                args.append(self.create_proxy("placeholder", f"**{name}", (), {}))
+                continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            proxy = self.create_proxy("placeholder", name, default, {})
+            args.append(self.constants.get(name, proxy))
+        if isinstance(self.root, nn.Module):
+            vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
+        return (_patch_function(function, len(args)) if variadic else function), args
+
+    @contextmanager
+    def _recorded_properties(self, module: nn.Module) -> Iterator[None]:
+        before = {}
+        for name in self.properties:
+            before[f"_{name}"] = vars(module).get(f"_{name}")
+
+            def record(*args: Any, _function: Callable = getattr(module, name), **kwargs: Any) -> fx.Proxy:
+                return self.create_proxy("call_function", _function, args, kwargs)
+
+            vars(module)[f"_{name}"] = record
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
+
+
+def capture(
+    module: nn.Module,
+    constants: Mapping[str, Any] | None = None,
+    leaf_functions: tuple[Callable, ...] = (),
+    properties: tuple[str, ...] = (),
+) -> fx.Graph:
+    """The graph of `module.forward`, with submodules as `call_module` nodes.
+
+    Raises:
+        CaptureError: the forward branches on the value of a tensor, or otherwise cannot be written as a graph.
+    """
+    tracer = Tracer(constants, leaf_functions, properties)
+    training = vars(module)["training"]
+    try:
+        with tracer._recorded_properties(module):
+            graph = tracer.trace(module)
+    except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, CaptureError):
+            raise
+        raise CaptureError(f"the forward of {type(module).__name__} cannot be captured as a graph: {error}") from error
+    finally:
+        vars(module)["training"] = training
+    graph.owning_module = module
+    for node in list(graph.nodes):
+        _carry_mapping(graph, node)
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return graph
+
+
+def _carry_mapping(graph: fx.Graph, node: fx.Node) -> None:
+    """kwargs[SPLAT] passed under SPLAT becomes the mapping itself."""
+    item = node.kwargs.get(SPLAT)
+    if isinstance(item, fx.Node) and item.target is operator.getitem and item.args[1] == SPLAT:
+        node.kwargs = {**node.kwargs, SPLAT: item.args[0]}
+        if not item.users:
+            graph.erase_node(item)
+
+
+def build_module(root: nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule whose printed and executed code writes `**mapping` where a node holds it under SPLAT."""
+
+    def expand(make: Any) -> Callable[[list[str]], list[str]]:
+        return lambda lines: [re.sub(rf"\b{SPLAT}\s*=\s*", "**", line) for line in lines]
+
+    graph.on_generate_code(expand)
+    return fx.GraphModule(root, graph, class_name=name)
+
+
+def call_signature(node: fx.Node) -> dict[str, Any]:
+    """A leaf call's arguments by name where they are keywords; positional ones by index as a string."""
+    return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
+
+
+def module_of(graph: fx.Graph, node: fx.Node) -> nn.Module:
+    """The submodule that a `call_module` node calls."""
+    assert isinstance(graph.owning_module, nn.Module)
+    return graph.owning_module.get_submodule(str(node.target))
+
+
+def is_tensor_function(target: Any) -> bool:
+    """Whether a call_function target is one of torch's own."""
+    return getattr(target, "__module__", "").startswith("torch")
+
+
+__all__ = ["ABSENT_IN_TRAINING", "SPLAT", "Tracer", "build_module", "capture", "module_of", "torch"]

@@ -1,0 +1,148 @@
+"""What to eliminate, where and how: the two frozen dataclasses that `transform` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lemo_fx.errors import ConfigError
+
+Treatment = Literal["skip", "stand_in", "exact"]
+Score = Literal["auto", "predicted", "measured", "random", "shared"]
+SiteKind = Literal["attention", "mlp"]
+
+DEFAULT_KEEP = 0.5
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """How one kind of site (attention or MLP) drops its uninformative token blocks.
+
+    Args:
+        keep: share of the blocks that stay, in (0, 1]; one number, or one per decoder layer. 0.5 unless a
+            threshold is given. `keep=1.0` computes what the original model computes.
+        threshold: instead of `keep`, the block score from which a block stays (LeMo section 4.1); one number, or one
+            per decoder layer. The count then depends on the data and costs one host synchronisation per site.
+        eliminated: what happens to the tokens that are dropped. `"skip"`: the branch adds nothing to them (LeMo).
+            `"stand_in"`: a frozen low-rank linear map, fitted by `lemo_fx.fit`, stands in for the branch. `"exact"`:
+            the branch is computed for them without saving anything, and the gradient flows through the kept ones only.
+        score: what ranks the blocks. `"measured"`: LeMo's block informativeness from Q and K, or the intermediate
+            activations of the MLP. `"predicted"`: pattern predictors. `"random"`: a stateless hash of the layer's
+            input. `"shared"` (MLP only): the blocks that the attention of the same layer kept. `"auto"`: predicted
+            where predictors were given, else measured.
+    """
+
+    keep: float | Sequence[float] | None = None
+    threshold: float | Sequence[float] | None = None
+    eliminated: Treatment = "skip"
+    score: Score = "auto"
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.keep is not None:
+            raise ConfigError("give either keep or threshold, not both: keep fixes the count, threshold derives it")
+        if self.keep is None and self.threshold is None:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+        for name in ("keep", "threshold"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
+            if self.keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+                raise ConfigError(f"keep={keep!r} must be a number in (0, 1]; 1.0 keeps every block")
+        for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if self.threshold is not None and not (_is_number(threshold) and threshold == threshold):
+                raise ConfigError(f"threshold={threshold!r} must be a number")
+        if self.keep == () or self.threshold == ():
+            raise ConfigError("keep and threshold take one number, or one per decoder layer: an empty list is neither")
+        _choice("eliminated", self.eliminated, ("skip", "stand_in", "exact"))
+        _choice("score", self.score, ("auto", "predicted", "measured", "random", "shared"))
+
+    def at_layer(self, name: str, layer: int, layers: int) -> float | None:
+        """The value of `name` ("keep" or "threshold") for one decoder layer.
+
+        Raises:
+            ConfigError: a per-layer sequence does not have one value per decoder layer.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, tuple):
+            return value
+        if len(value) != layers:
+            raise ConfigError(f"{name} lists {len(value)} values, but the model has {layers} decoder layers")
+        return value[layer]
+
+
+@dataclass(frozen=True)
+class LemoConfig:
+    """The whole plan of a transform.
+
+    Args:
+        attention: elimination around attention; `None` leaves attention dense.
+        mlp: elimination around the MLP; `None` leaves it dense.
+        block_size: tokens per block (LeMo uses 64).
+        dense_layers: decoder layers, by index, that are left alone. `()` makes every layer sparse; `None` is the
+            default depth plan: first and last layer dense in models of more than three layers.
+        loss_segments: number of sequence segments in which the head and the loss are computed, so that full logits
+            never exist in training; `"auto"` chooses by vocabulary and length, `None` leaves the head alone.
+        active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
+            `"always"`: the sparse forward also runs in `eval()`, for studies.
+    """
+
+    attention: Elimination | None = field(default_factory=Elimination)
+    mlp: Elimination | None = field(default_factory=Elimination)
+    block_size: int = 64
+    dense_layers: Sequence[int] | None = None
+    loss_segments: int | Literal["auto"] | None = "auto"
+    active: Literal["training", "always"] = "training"
+
+    def __post_init__(self) -> None:
+        for kind in ("attention", "mlp"):
+            site = getattr(self, kind)
+            if site is not None and not isinstance(site, Elimination):
+                raise ConfigError(f"{kind}={site!r} must be an Elimination, or None to leave it dense")
+        if not (isinstance(self.block_size, int) and not isinstance(self.block_size, bool) and self.block_size > 0):
+            raise ConfigError(f"block_size={self.block_size!r} must be a positive number of tokens")
+        if self.dense_layers is not None:
+            layers = tuple(self.dense_layers)
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+                raise ConfigError(f"dense_layers={layers!r} must hold layer indices")
+            object.__setattr__(self, "dense_layers", layers)
+        segments = self.loss_segments
+        if segments not in ("auto", None) and not (
+            isinstance(segments, int) and not isinstance(segments, bool) and segments > 0
+        ):
+            raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
+        _choice("active", self.active, ("training", "always"))
+        if self.attention is not None and self.attention.score == "shared":
+            raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")
+        if self.mlp is not None and self.mlp.score == "shared":
+            if self.attention is None:
+                raise ConfigError("mlp score='shared' needs an attention Elimination to share with")
+            if (self.mlp.keep, self.mlp.threshold) != (self.attention.keep, self.attention.threshold):
+                raise ConfigError("mlp score='shared' keeps what the attention kept: give both the same keep")
+
+    def site(self, kind: SiteKind) -> Elimination | None:
+        """The elimination of one kind of site."""
+        return self.attention if kind == "attention" else self.mlp
+
+    def is_dense(self, layer: int, layers: int) -> bool:
+        """Whether decoder layer `layer` of `layers` is left alone.
+
+        Raises:
+            ConfigError: `dense_layers` names a layer that the model does not have.
+        """
+        if self.dense_layers is None:
+            return layers > 3 and layer in (0, layers - 1)
+        bad = [i for i in self.dense_layers if not -layers <= i < layers]
+        if bad:
+            raise ConfigError(f"dense_layers names {bad}, but the model has {layers} decoder layers")
+        return layer in {i % layers for i in self.dense_layers}

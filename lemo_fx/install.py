@@ -1,0 +1,264 @@
+"""Put rewritten graphs into a live model, and take them out again.
+
+A module gets its new forward by swapping its `__class__` for one dynamic subclass per distinct graph that bears the
+original's name (FSDP2 does the same). The object, its parameters and its state_dict keys stay what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from transformers.utils.generic import can_return_tuple
+
+from lemo_fx import runtime
+from lemo_fx.capture import ABSENT_IN_TRAINING, build_module
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
+from lemo_fx.kernels.select_blocks.op import forget
+from lemo_fx.parts import SelectBlocks
+
+STATE = "_lemo_fx"
+"""Instance attribute of a rewritten module that holds its `Installed` record."""
+
+
+@dataclass
+class Installed:
+    """What was done to one module.
+
+    Attributes:
+        original: the class it had.
+        graph: the rewritten graph; functions: the functions it calls, by name.
+        parts: names of the submodules that were added.
+        settings: read by the module's forward at run time.
+    """
+
+    original: type[nn.Module]
+    graph: fx.Graph
+    functions: dict[str, fx.Graph]
+    parts: tuple[str, ...]
+    settings: LayerSettings | HeadSettings
+
+
+@dataclass
+class LayerSettings:
+    """What a rewritten decoder layer asks before each forward."""
+
+    config: LemoConfig
+    arguments: tuple[str, ...]
+    attention_config: Any
+    implementation: str | None
+
+    def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call runs the rewritten graph; otherwise the original code runs."""
+        if not (layer.training or self.config.active == "always"):
+            return False
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        stream = given[self.arguments[0]]
+        if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
+            return False
+        for name in ABSENT_IN_TRAINING:
+            value = given.get(name)
+            if name == "use_cache" or value is None:
+                continue
+            if not hasattr(value, "get_seq_length") or value.get_seq_length() > 0:
+                return False
+        if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
+            raise LemoError(
+                f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "
+                f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
+            )
+        return True
+
+
+@dataclass
+class HeadSettings:
+    """What a rewritten causal model asks before each forward."""
+
+    config: LemoConfig
+    step: runtime.Step
+    arguments: tuple[str, ...]
+    loss_function: Callable | None
+    slices_itself: bool
+    sparse_experts: bool
+
+    def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Raise where a sparse MLP would make the router's auxiliary loss count the wrong tokens."""
+        asked = kwargs.get("output_router_logits")
+        wanted = asked if asked is not None else getattr(model.config, "output_router_logits", False)
+        if wanted and model.training and self.sparse_experts:
+            raise InputError(
+                "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
+                "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
+            )
+
+    def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call computes the loss in segments and returns no logits."""
+        return (
+            model.training
+            and labels is not None
+            and self.loss_function is not None
+            and model.loss_function is self.loss_function
+            and not kwargs.get("output_router_logits")
+            and not kwargs.get("return_logits")
+        )
+
+
+_classes: dict[tuple[type, tuple[str, ...]], type[nn.Module]] = {}
+
+
+def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
+    """A GraphModule for reading and calling; it shares the live module's submodules."""
+    root: dict[str, Any] = {}
+    for name, body in functions.items():
+        root[name] = _function(module, body, name)
+    root.update({t: v for t, v in _targets(module, graph).items() if t not in functions})
+    return build_module(root, graph, type(module).__name__)
+
+
+def _function(module: nn.Module, body: fx.Graph, name: str) -> fx.GraphModule:
+    return build_module(_targets(module, body), body, name)
+
+
+def _targets(module: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    return {name: functools.reduce(getattr, name.split("."), module) for name in names if _has(module, name)}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        functools.reduce(getattr, name.split("."), module)
+    except AttributeError:
+        return False
+    return True
+
+
+def rewritten_class(
+    original: type[nn.Module],
+    compiled: dict[str, Callable],
+    codes: tuple[str, ...],
+    make_forward: Callable[[Callable, Callable], Callable],
+) -> type[nn.Module]:
+    """The subclass of `original` that runs this code: one per distinct code.
+
+    Args:
+        compiled: "forward" and the functions it calls, by name.
+        make_forward: (original forward, graph forward) -> the forward to install.
+    """
+    key = (original, codes)
+    if key not in _classes:
+        namespace = {name: function for name, function in compiled.items() if name != "forward"}
+        namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
+        subclass = type(original)(original.__name__, (original,), namespace)
+        # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (or, in
+        # older versions, in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
+        subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
+        subclass.__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        _classes[key] = subclass
+    return _classes[key]
+
+
+def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
+    """The forward of a rewritten decoder layer."""
+
+    @functools.wraps(original)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if vars(self)[STATE].settings.applies(self, args, kwargs):
+            return graph_forward(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
+    """The forward of a causal model whose layers were rewritten: tells them the labels, computes the loss in segments."""
+    graph_forward = can_return_tuple(graph_forward)
+
+    @functools.wraps(original)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        settings: HeadSettings = vars(self)[STATE].settings
+        settings.check(self, kwargs)
+        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        labels = given.get("labels")
+        settings.step.labels = labels
+        try:
+            if not settings.segments(self, labels, given):
+                return original(self, *args, **kwargs)
+            if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
+                given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
+            return graph_forward(self, **given)
+        finally:
+            settings.step.labels = None
+
+    return forward
+
+
+@dataclass
+class Plan:
+    """Everything needed to rewrite one module, made without touching it."""
+
+    name: str
+    module: nn.Module
+    graph: fx.Graph
+    functions: dict[str, fx.Graph]
+    parts: dict[str, nn.Module]
+    settings: LayerSettings | HeadSettings
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def install(plans: list[Plan]) -> None:
+    """Rewrite all planned modules, or none: any failure undoes what was done before it is raised."""
+    done: list[nn.Module] = []
+    try:
+        for plan in plans:
+            done.append(plan.module)
+            _install(plan)
+    except BaseException:
+        for module in done:
+            uninstall(module)
+        raise
+
+
+def _install(plan: Plan) -> None:
+    module = plan.module
+    original = type(module)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for name, part in plan.parts.items():
+        module.add_module(name, part.to(device))
+        part.train(module.training)
+    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings)
+    compiled: dict[str, Callable] = {}
+    codes = []
+    for name, graph in plan.functions.items():
+        built = _function(module, graph, name)
+        compiled[name] = type(built).forward
+        codes.append(f"{name}\n{built.code}")
+    main = graph_module(module, plan.graph, plan.functions)
+    compiled["forward"] = type(main).forward
+    make = make_layer_forward if isinstance(plan.settings, LayerSettings) else make_head_forward
+    module.__class__ = rewritten_class(original, compiled, (*codes, main.code), make)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give a module its own class back and remove what was added.
+
+    Raises:
+        UnsupportedModelError: another library has put its own class on top since.
+    """
+    record: Installed | None = vars(module).get(STATE)
+    if record is None:
+        return
+    if type(module) not in (record.original, *_classes.values()):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was wrapped by another library (FSDP?) after lemo_fx.transform: undo that first"
+        )
+    module.__class__ = record.original
+    for name in record.parts:
+        part = module._modules.pop(name, None)
+        if isinstance(part, SelectBlocks):
+            forget(part.site)
+    del vars(module)[STATE]

@@ -1,0 +1,125 @@
+"""The head and the causal language-model loss in segments: what `passes/segment_loss.py` puts into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lemo_fx.errors import InputError
+from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
+
+MOST_ROWS = 1024
+MOST_LOGITS = 2**27
+
+
+def segment_rows(tokens: int, vocabulary: int, segments: int | str) -> int:
+    """Tokens per segment. "auto": at most 1024 and at most 2^27 logits, and at least two segments."""
+    if segments == "auto":
+        return max(1, min(MOST_ROWS, MOST_LOGITS // vocabulary, (tokens + 1) // 2))
+    return max(1, -(-tokens // int(segments)))
+
+
+def segmented_loss(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softcap: float | str | None = None,
+    segments: int | str = "auto",
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **unused: Any,
+) -> torch.Tensor:
+    """transformers' ForCausalLMLoss without full logits (LeMo section 4.3).
+
+    Args:
+        logits_of: [N, H] -> [N, V], the model's own head and what follows it.
+        head: the output projection; where it is a plain linear, the gradient is computed along with the loss.
+        hidden: [B, T, H] or [N, H], after `logits_to_keep`.
+        labels: [B, T], shifted here unless `shift_labels` [B, T] is given.
+        softcap: tanh soft cap after the head; "other" for any other operation there.
+        segments: number of segments, or "auto".
+        num_items_in_batch: divisor instead of the number of counted labels.
+
+    Raises:
+        InputError: hidden states and labels differ in number.
+    """
+    if shift_labels is None:
+        labels = functional.pad(labels, (0, 1), value=ignore_index)
+        shift_labels = labels[..., 1:]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    targets = shift_labels.reshape(-1).to(rows.device)
+    if targets.shape[0] != rows.shape[0]:
+        raise InputError(
+            f"{rows.shape[0]} hidden states meet {targets.shape[0]} labels: with logits_to_keep, pass shift_labels "
+            "for the positions that are kept"
+        )
+    if softcap != "other" and _is_plain_linear(head):
+        total = _fused(head, rows, targets, softcap, segments, ignore_index)  # type: ignore[arg-type]
+    else:
+        total = _recomputed(logits_of, rows, targets, segments, ignore_index)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    divisor = num_items_in_batch
+    return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether calling the head is F.linear and nothing else: no adapter, quantisation, sharding or hook."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight.data) is torch.Tensor
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+    )
+
+
+def _fused(
+    head: nn.Module,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    segments: int | str,
+    ignore_index: int,
+) -> torch.Tensor:
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), weight.to(dtype)  # type: ignore[operator]
+        bias = None if bias is None else bias.to(dtype)  # type: ignore[operator]
+    train = torch.is_grad_enabled()
+    return segmented_cross_entropy(
+        rows,
+        weight,
+        bias,
+        targets,
+        softcap,
+        ignore_index,
+        segment_rows(rows.shape[0], weight.shape[0], segments),  # type: ignore[index, union-attr]
+        train and rows.requires_grad,
+        train and weight.requires_grad,  # type: ignore[union-attr]
+        train and bias is not None and bias.requires_grad,  # type: ignore[union-attr]
+    )[0]
+
+
+def _recomputed(
+    logits_of: Callable, rows: torch.Tensor, targets: torch.Tensor, segments: int | str, ignore_index: int
+) -> torch.Tensor:
+    """Any head: each segment's logits are dropped after its loss and computed again in the backward."""
+
+    def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(hidden).float()
+        return functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+
+    size = segment_rows(rows.shape[0], MOST_LOGITS // MOST_ROWS, segments)
+    losses = [
+        checkpoint(part, hidden, target, use_reentrant=False)
+        for hidden, target in zip(rows.split(size), targets.split(size), strict=True)
+    ]
+    return torch.stack(losses).sum()

@@ -1,0 +1,205 @@
+"""The small modules that a rewritten layer carries: scores, selections and stand-ins.
+
+They hold per-layer settings and frozen weights as non-persistent buffers, never parameters or linears, so that they
+move with the model, stay out of its state_dict, and no adapter takes them for a target.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lemo_fx import runtime
+from lemo_fx.capture import build_module, capture, module_of
+from lemo_fx.errors import CaptureError, LemoError
+from lemo_fx.kernels.block_scores import reference as scoring
+from lemo_fx.kernels.block_scores.op import block_scores, random_scores
+from lemo_fx.kernels.select_blocks.op import SiteRecord, record_of, select_blocks, select_by_threshold
+
+PROBE = "lemo_fx_probe"
+
+
+def _probe(module: nn.Module, query, key, value, attention_mask, scaling=None, lemo_documents=None, **kwargs):
+    """An attention function in transformers' registry that returns block scores where the weights would be."""
+    scaling = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    scores = block_scores(query, key, attention_mask, lemo_documents, scaling, module.lemo_block_size)
+    batch, heads, length, _ = query.shape
+    return value.new_zeros(()).expand(batch, length, heads, value.shape[-1]), scores
+
+
+ALL_ATTENTION_FUNCTIONS.register(PROBE, _probe)
+
+
+class AttentionScore(nn.Module):
+    """Block informativeness from the layer's own Q and K (LeMo section 4.1): projections, norms and RoPE included.
+
+    Called exactly as the attention module is. It runs a twin that shares all of the attention's submodules but
+    dispatches to `_probe`; nothing of the model is modified.
+    """
+
+    def __init__(self, attention: nn.Module, block_size: int) -> None:
+        super().__init__()
+        twin = copy.copy(attention)
+        config = copy.copy(attention.config)
+        config._attn_implementation_internal = PROBE
+        vars(twin).update(config=config, lemo_block_size=block_size, training=False)
+        # In a tuple, so that the twin is not registered and its weights are not listed twice.
+        self.twin = (twin,)
+        self.attention_config = attention.config
+        self.block_size = block_size
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Arguments of the attention module -> scores [B, n]."""
+        mask = kwargs.get("attention_mask")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(mask, runtime.BlockMask):
+            kwargs["attention_mask"] = runtime.square_mask(mask, hidden)
+        elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            kwargs["attention_mask"] = None
+            kwargs["lemo_documents"] = self._documents(mask, hidden, kwargs)
+        scores = self.twin[0](*args, **kwargs)[1]
+        if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
+            raise LemoError(
+                f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its present "
+                "settings, so its Q and K cannot be measured; use score='random', or predictors"
+            )
+        return scores
+
+    def _documents(self, mask: torch.Tensor | None, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """[B, S] document numbers where padding or documents do not reach the attention as a square mask."""
+        documents = None
+        if self.attention_config._attn_implementation not in runtime.MASKED_IMPLEMENTATIONS:
+            if isinstance(kwargs.get("cu_seq_lens_q"), torch.Tensor):
+                ends = kwargs["cu_seq_lens_q"][1:].long().contiguous()
+                position = torch.arange(hidden.shape[1], device=hidden.device)
+                documents = torch.searchsorted(ends, position, right=True)[None]
+            elif isinstance(kwargs.get("position_ids"), torch.Tensor):
+                documents = runtime.document_ids(kwargs["position_ids"])
+        if mask is not None:
+            zeros = torch.zeros_like(mask, dtype=torch.int64) if documents is None else documents
+            documents = torch.where(mask.bool(), zeros, -1)
+        return documents
+
+
+class ActivationScore(nn.Module):
+    """Block informativeness for an MLP from the activations that enter its down projection (LeMo section 4.1).
+
+    Where the MLP cannot be captured (a mixture of experts has no single such activation), the magnitude of its output
+    stands in; `note` says so.
+    """
+
+    def __init__(self, mlp: nn.Module, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.mlp = (mlp,)
+        self.activation, self.note = _activation_of(mlp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP's input [B, S, H] (or, for a bare down projection, its own [B, S, F]) -> scores [B, n]."""
+        return scoring.activation_scores(self.activation(self.mlp[0], x), self.block_size)
+
+
+def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], str]:
+    weight = getattr(mlp, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return _own_input, ""
+    try:
+        graph = capture(mlp)
+    except CaptureError:
+        return _output, "scored by the magnitude of its output: it has no single intermediate activation"
+    projections = [
+        n
+        for n in graph.nodes
+        if n.op == "call_module" and any(p.dim() >= 2 for p in module_of(graph, n).parameters())
+    ]
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (projections[-1].args[0],)
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+    return type(build_module(mlp, graph, "Activation")).forward, ""
+
+
+def _own_input(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _output(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return mlp(x)
+
+
+class RandomScore(nn.Module):
+    """Uniform scores hashed from the layer's input: choosing costs nothing and reads no random state."""
+
+    def __init__(self, salt: int, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.register_buffer("salt", torch.tensor([salt]), persistent=False)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, n]."""
+        return random_scores(stream, self.salt, self.block_size)
+
+
+class SelectBlocks(nn.Module):
+    """The tokens of a site's kept blocks, by budget or by threshold.
+
+    Args:
+        salt: identifies the site; two sites of a model differ.
+        step: labels of the running step, whose blocks survive when they are few.
+    """
+
+    def __init__(
+        self, block_size: int, keep: float | None, threshold: float | None, salt: int, step: runtime.Step
+    ) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.threshold = threshold
+        share = Fraction(keep if keep is not None else 1).limit_denominator(4096)
+        self.keep_numerator, self.keep_denominator = share.numerator, share.denominator
+        self.step = step
+        self.register_buffer("site", torch.tensor([salt]), persistent=False)
+
+    def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
+        scores = scores.detach()
+        valid = runtime.valid_tokens(attention_mask, stream)
+        labelled = runtime.labelled_tokens(self.step.labels, stream)
+        if self.threshold is not None:
+            return select_by_threshold(
+                scores, valid, labelled, stream, self.site, self.block_size, float(self.threshold)
+            )
+        return select_blocks(
+            scores, valid, labelled, stream, self.site, self.block_size, self.keep_numerator, self.keep_denominator
+        )
+
+    @property
+    def record(self) -> SiteRecord:
+        """What the last forward passes did here."""
+        return record_of(self.site)
+
+
+class StandIn(nn.Module):
+    """A frozen low-rank affine map of a branch's normed input: x -> (x A) B + c.
+
+    Args:
+        down: A, [H, r]; up: B, [r, H]; bias: c, [H].
+    """
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, K, H] -> [B, K, H]."""
+        return torch.addmm(
+            self.bias.to(x.dtype), x.flatten(0, 1) @ self.down.to(x.dtype), self.up.to(x.dtype)
+        ).view_as(x)

@@ -1,0 +1,204 @@
+"""The functions that rewritten graphs call at run time, besides the ops under kernels/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
+
+from lemo_fx.errors import InputError
+from lemo_fx.kernels.select_blocks import reference as selection
+
+MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+"""Attention implementations that are told what may attend to what by a mask. Others (flash attention) read cu_seqlens
+or restarting position_ids instead, which therefore must count kept tokens."""
+
+
+@dataclass
+class Step:
+    """What a step's layers need to know of the batch beyond their own arguments; set by the loss head."""
+
+    labels: torch.Tensor | None = None
+
+
+def branch(function: Callable, *args: Any) -> torch.Tensor:
+    """Run a branch; where its layer checkpoints activations, keep only its arguments and recompute it in the backward.
+
+    The rows that reach a branch are the kept ones, so a checkpointed layer keeps less than its full input.
+    """
+    layer = getattr(function, "__self__", None)
+    if (
+        layer is not None
+        and layer.training
+        and getattr(layer, "gradient_checkpointing", False)
+        and torch.is_grad_enabled()
+    ):
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def without_gradient(function: Callable, *args: Any) -> torch.Tensor:
+    """Run a function for its values only; nothing is saved for the backward."""
+    with torch.no_grad():
+        return function(*args)
+
+
+def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[1 or B, S, ...] -> [B, K, ...]: entries at tokens [B, K]; for tensors that carry no gradient."""
+    batch = tokens.shape[0]
+    if batch == 1 and sequence.shape[0] == 1:
+        return sequence[0].index_select(0, tokens[0]).unsqueeze(0)
+    return sequence.expand(batch, *sequence.shape[1:])[torch.arange(batch, device=tokens.device)[:, None], tokens]
+
+
+def dropped_tokens(tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """[B, K] -> [B, S - K]: the tokens that the selection leaves out."""
+    return selection.dropped_tokens(tokens, stream.shape[1])
+
+
+def compact_rows(value: Any, tokens: torch.Tensor, stream: torch.Tensor) -> Any:
+    """Position embeddings at the kept tokens' original positions: [1 or B, S, D], or a tuple of such."""
+    if isinstance(value, tuple | list):
+        return tuple(compact_rows(item, tokens, stream) for item in value)
+    return take(value, tokens) if isinstance(value, torch.Tensor) else value
+
+
+def compact_mask(mask: Any, tokens: torch.Tensor, stream: torch.Tensor) -> Any:
+    """The attention mask between kept tokens. Padding, documents and sliding windows stay as they were.
+
+    None (plain causal order) stays None: kept tokens are in their original order. [B, S] padding masks, [1 or B,
+    1 or N, S, S] masks and BlockMasks are indexed by the tokens' original positions.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, BlockMask):
+        return _compact_block_mask(mask, tokens)
+    if mask.dim() == 2:
+        return take(mask, tokens)
+    if mask.dim() != 4 or mask.shape[2] != stream.shape[1] or mask.shape[3] != stream.shape[1]:
+        raise InputError(
+            f"attention_mask of shape {list(mask.shape)} does not fit {stream.shape[1]} tokens: a rewritten layer takes "
+            "None, [B, S], [B, heads, S, S] or a BlockMask"
+        )
+    batch = tokens.shape[0]
+    if mask.shape[1] == 1:
+        rows = take(mask[:, 0], tokens)
+        columns = tokens[:, None, :].expand(batch, tokens.shape[1], -1)
+        return torch.gather(rows, 2, columns).unsqueeze(1)
+    rows = take(mask.transpose(1, 2), tokens)
+    return torch.gather(rows, 3, tokens[:, None, None, :].expand(*rows.shape[:3], -1)).transpose(1, 2)
+
+
+def _compact_block_mask(mask: BlockMask, tokens: torch.Tensor) -> BlockMask:
+    original = mask.mask_mod
+
+    def kept(b, h, q, kv):
+        return original(b, h, tokens[b, q], tokens[b, kv])
+
+    batch, length = tokens.shape
+    return create_block_mask(kept, batch, None, length, length, device=str(tokens.device), BLOCK_SIZE=mask.BLOCK_SIZE)
+
+
+def square_mask(mask: BlockMask, stream: torch.Tensor) -> torch.Tensor:
+    """[B, 1, S, S] bool: what a BlockMask allows, spelled out."""
+    batch, length = stream.shape[:2]
+    position = torch.arange(length, device=stream.device)
+    sample = torch.arange(batch, device=stream.device)[:, None, None]
+    allowed = mask.mask_mod(sample, torch.zeros_like(sample), position[:, None], position[None, :])
+    return allowed.expand(batch, length, length)[:, None]
+
+
+def numbers_documents(mixer: fx.Node, graph: fx.Graph) -> bool:
+    """Whether the attention behind this node learns of documents from position_ids instead of from a mask."""
+    module = graph.owning_module.get_submodule(str(mixer.target))  # type: ignore[union-attr]
+    return getattr(module.config, "_attn_implementation", None) not in MASKED_IMPLEMENTATIONS
+
+
+def compact_positions(position_ids: Any, tokens: torch.Tensor, stream: torch.Tensor, renumber: bool) -> Any:
+    """position_ids [1 or B, S] at the kept tokens.
+
+    With `renumber`, counted anew within each document: an attention that finds documents where position_ids restart
+    would take every gap for a new document.
+    """
+    if not isinstance(position_ids, torch.Tensor):
+        return position_ids
+    if not renumber:
+        return take(position_ids, tokens)
+    return _count_within(take(document_ids(position_ids), tokens))
+
+
+def _count_within(documents: torch.Tensor) -> torch.Tensor:
+    """[B, K] ascending document numbers -> position of each token within its document."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """[B, S] -> [B, S]: a new document starts wherever a position is not its predecessor plus one."""
+    return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+
+
+def compact_kwargs(
+    kwargs: Mapping[str, Any], tokens: torch.Tensor, stream: torch.Tensor, renumber: bool
+) -> dict[str, Any]:
+    """The layer's remaining keyword arguments for the kept tokens.
+
+    `cu_seq_lens_*` count kept tokens per document, position_ids as in `compact_positions`; any other tensor of shape
+    [1 or B, S, ...] is indexed; everything else passes through.
+    """
+    compact: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name == "position_ids":
+            compact[name] = compact_positions(value, tokens, stream, renumber)
+        elif name.startswith("cu_seq_lens") and isinstance(value, torch.Tensor):
+            compact[name] = torch.searchsorted(tokens[0].contiguous(), value.long().contiguous()).to(value.dtype)
+        elif _runs_along(value, stream):
+            compact[name] = take(value, tokens)
+        else:
+            compact[name] = value
+    return compact
+
+
+def _runs_along(value: Any, stream: torch.Tensor) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() >= 2
+        and value.shape[1] == stream.shape[1]
+        and value.shape[0] in (1, stream.shape[0])
+    )
+
+
+def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
+    """[B, S] bool, False on padding, from the layer's mask; None where every token is real.
+
+    In a square mask a token is real if it may attend to itself.
+    """
+    batch, length = stream.shape[:2]
+    if mask is None:
+        return None
+    if isinstance(mask, BlockMask):
+        position = torch.arange(length, device=stream.device)
+        sample = torch.arange(batch, device=stream.device)[:, None]
+        return mask.mask_mod(sample, torch.zeros_like(sample), position, position).expand(batch, length)
+    if mask.dim() == 2:
+        return mask.bool().expand(batch, length)
+    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    real = diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+    return real.expand(batch, length)
+
+
+def labelled_tokens(labels: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor | None:
+    """[B, S] bool: tokens that are a target or predict one; None where the step has no labels of this shape."""
+    if labels is None or labels.shape != stream.shape[:2]:
+        return None
+    target = (labels != -100).to(stream.device)
+    predicts = torch.zeros_like(target)
+    predicts[:, :-1] = target[:, 1:]
+    return target | predicts

@@ -1,0 +1,291 @@
+"""Find the sites of a decoder layer: branches that leave the residual stream and are added back to it.
+
+The residual stream is the dominator chain of the layer's output (every path from the input runs through these nodes).
+A residual add is a node of that chain that adds its immediate dominator, the stream, to one or more other values: the
+branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all fall out of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import networkx as nx
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from lemo_fx.capture import is_tensor_function, module_of
+from lemo_fx.config import SiteKind
+
+ADDS = (operator.add, operator.iadd, torch.add)
+
+ELEMENTWISE_FUNCTIONS = frozenset(
+    {
+        operator.add,
+        operator.mul,
+        operator.sub,
+        operator.truediv,
+        operator.neg,
+        torch.add,
+        torch.mul,
+        torch.tanh,
+        torch.sigmoid,
+        functional.dropout,
+        functional.gelu,
+        functional.silu,
+        functional.relu,
+        functional.linear,
+        functional.layer_norm,
+        functional.rms_norm,
+    }
+)
+"""Functions that treat each token alone when their tensor arguments are [B, S, H] rows or parameters."""
+
+ELEMENTWISE_METHODS = frozenset({"to", "float", "type", "type_as", "contiguous", "add", "mul", "sub", "div", "tanh"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One branch of the residual stream.
+
+    Attributes:
+        kind: "attention" where one node mixes tokens through softmax attention, else "mlp".
+        stream: the value of the residual stream that the branch reads.
+        add: the residual add that it returns to; parallel branches share one.
+        branch: the value that is added.
+        mixer: the attention call, or the last module call of an MLP.
+        nodes: every node of the branch, in graph order.
+    """
+
+    kind: SiteKind
+    stream: fx.Node
+    add: fx.Node
+    branch: fx.Node
+    mixer: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A branch that was left alone, at which node, and why."""
+
+    node: str
+    reason: str
+
+
+def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
+    """The sites of a captured decoder layer in the order in which they return to the stream, and what was refused.
+
+    Nothing is changed, except that a flattening of [B, S, H] to [B * S, H] around an MLP (OPT) is removed once every
+    operation inside is known to treat tokens one by one.
+    """
+    sites, refusals = _analyse(graph)
+    if not refusals and _remove_flattening(graph, sites):
+        sites, refusals = _analyse(graph)
+    elif _flattenings(graph):
+        flat = [n.name for n, _ in _flattenings(graph)]
+        sites = []
+        refusals.append(Refusal(flat[0], "flattens the token axis and not every branch is known to be token-wise"))
+    return sites, refusals
+
+
+def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
+    nodes = list(graph.nodes)
+    entry = next(n for n in nodes if n.op == "placeholder")
+    output = next(n for n in nodes if n.op == "output")
+    flow = nx.DiGraph((source, user) for source in nodes for user in source.users)
+    if entry not in flow or not nx.has_path(flow, entry, output):
+        return [], [Refusal(entry.name, "does not reach the output")]
+    dominator = nx.immediate_dominators(flow, entry)
+    spine = [output]
+    while spine[-1] is not entry:
+        spine.append(dominator[spine[-1]])
+    spine.reverse()
+
+    order = {node: position for position, node in enumerate(nodes)}
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+
+    def attends(node: fx.Node, below: set[fx.Node]) -> bool:
+        region = (nx.ancestors(flow, node) | {node}) & below
+        return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
+
+    for stream, node in zip(spine, spine[1:], strict=False):
+        if not _is_add(node):
+            continue
+        below = nx.descendants(flow, stream)
+        leaves = _leaves(node, stream, partial(attends, below=below))
+        if sum(leaf is stream for leaf in leaves) != 1:
+            continue
+        for branch in (leaf for leaf in leaves if leaf is not stream):
+            region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
+            found = _classify(graph, stream, node, branch, region)
+            (sites if isinstance(found, Site) else refusals).append(found)  # type: ignore[arg-type]
+    if not sites and not refusals:
+        refusals.append(Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule"))
+    return sites, refusals
+
+
+def _is_add(node: fx.Node) -> bool:
+    tensors = [a for a in node.args if isinstance(a, fx.Node)]
+    by_function = node.op == "call_function" and node.target in ADDS
+    return len(tensors) == 2 and not node.kwargs and (by_function or (node.op, node.target) == ("call_method", "add"))
+
+
+def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The addends of a residual add; an inner add opens where it joins parallel branches (mlp + attention + x)."""
+    leaves = []
+    for addend in add.args:
+        assert isinstance(addend, fx.Node)
+        joins = (
+            _is_add(addend)
+            and len(addend.users) == 1
+            and (stream in addend.args or sum(attends(a) for a in addend.args if isinstance(a, fx.Node)) == 1)
+        )
+        leaves.extend(_leaves(addend, stream, attends) if joins else [addend])
+    return leaves
+
+
+def _classify(
+    graph: fx.Graph, stream: fx.Node, add: fx.Node, branch: fx.Node, region: tuple[fx.Node, ...]
+) -> Site | Refusal:
+    attentions = []
+    for node in region:
+        if node.op == "call_module":
+            module = module_of(graph, node)
+            if is_softmax_attention(module):
+                if not getattr(module, "is_causal", False):
+                    return Refusal(node.name, f"{type(module).__name__} is not causal")
+                attentions.append(node)
+                continue
+            reason = why_not_token_wise(module, _width(graph))
+            if reason:
+                return Refusal(node.name, f"{type(module).__name__} {reason}")
+        elif reason := _why_not_elementwise(node, attentions, region):
+            return Refusal(node.name, reason)
+    if len(attentions) > 1:
+        return Refusal(attentions[1].name, "is a second attention in one branch")
+    if attentions:
+        return Site("attention", stream, add, branch, attentions[0], region)
+    calls = [n for n in region if n.op == "call_module"]
+    if not calls:
+        return Refusal(branch.name, "holds no module to save work in")
+    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region)
+
+
+def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
+    """The last call that is neither a dropout nor a norm: the MLP, or its down projection."""
+    for node in reversed(calls):
+        module = module_of(graph, node)
+        matrices = [p for p in module.parameters() if p.dim() >= 2]
+        if matrices:
+            return node
+    return calls[-1]
+
+
+def _width(graph: fx.Graph) -> int:
+    """Hidden size of the layer: the length of the first vector parameter of its norms, or the first matrix's columns."""
+    layer = graph.owning_module
+    assert isinstance(layer, nn.Module)
+    size = getattr(layer, "hidden_size", None) or getattr(layer, "embed_dim", None)
+    if size is None:
+        vectors = [p for m in layer.children() for p in m.parameters(recurse=False) if p.dim() == 1]
+        size = vectors[0].numel() if vectors else next(p for p in layer.parameters() if p.dim() == 2).shape[-1]
+    return int(size)
+
+
+def is_softmax_attention(module: nn.Module) -> bool:
+    """Whether a module computes attention through transformers' interface, the one mixer that lemo_fx supports."""
+    forward: Callable = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def why_not_token_wise(module: nn.Module, width: int) -> str | None:
+    """None if the module treats each token alone, else why that is not shown.
+
+    Shown by running it: eight random tokens give the same rows in another order and on their own. This covers norms,
+    dropouts (switched off here), dense and mixture-of-experts MLPs and adapters alike, without a list of names.
+    """
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        dtype, device = torch.float32, torch.device("cpu")
+    elif parameter.device.type == "meta":
+        return "has its weights on the meta device"
+    else:
+        dtype, device = parameter.dtype, parameter.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, width, generator=generator).to(device, dtype)
+    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for submodule, _ in modes:
+                submodule.training = False
+            try:
+                whole = module(x)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                if _feeds_from_inner_width(module, width):
+                    return why_not_token_wise(module, _feeds_from_inner_width(module, width))
+                return f"could not be tried on [1, 8, {width}] rows: {str(error).splitlines()[0]}"
+            if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
+                return "does not return one row per token"
+            permuted, alone = module(x[:, order]), module(x[:, 2:5])
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+    tolerance = {"atol": 1e-4 if dtype == torch.float32 else 5e-2, "rtol": 1e-3 if dtype == torch.float32 else 5e-2}
+    if torch.allclose(permuted, whole[:, order], **tolerance) and torch.allclose(alone, whole[:, 2:5], **tolerance):
+        return None
+    return "mixes tokens, but is not a softmax attention that transformers dispatches"
+
+
+def _feeds_from_inner_width(module: nn.Module, width: int) -> int:
+    """The input width of a bare projection such as OPT's fc2, where it is not the hidden size; else 0."""
+    size = getattr(module, "in_features", 0)
+    return int(size) if size and size != width else 0
+
+
+def _why_not_elementwise(node: fx.Node, attentions: list[fx.Node], region: tuple[fx.Node, ...]) -> str | None:
+    if node.op == "call_function" and node.target is operator.getitem:
+        return None if node.args[0] in attentions else "indexes a value inside the branch"
+    if node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS:
+        return None
+    if node.op == "call_method" and node.target in ELEMENTWISE_METHODS:
+        return None
+    if (node.op, node.target) == ("call_method", "size"):
+        return None
+    name = f"{node.target.__module__}.{node.target.__name__}" if callable(node.target) else str(node.target)
+    known = " of torch" if is_tensor_function(node.target) else ""
+    return f"calls {name}{known}, which is not known to treat tokens one by one"
+
+
+def _flattenings(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """(reshape or view node, its input) for x.reshape(-1, size) and y.view(x.shape)."""
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_method" or node.target not in ("reshape", "view"):
+            continue
+        source, *shape = node.args
+        flat = len(shape) == 2 and shape[0] == -1
+        back = len(shape) == 1 and isinstance(shape[0], fx.Node) and shape[0].target is getattr
+        if flat or back:
+            found.append((node, source))
+    return found
+
+
+def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
+    pairs = _flattenings(graph)
+    if not pairs or not sites:
+        return False
+    for node, source in pairs:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return True

@@ -1,0 +1,1 @@
+"""Graph passes over a captured decoder layer, one file each; `pipeline.PASSES` is their order."""

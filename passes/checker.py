@@ -1,0 +1,69 @@
+"""The invariants of passes/README.md, checked after every pass and tested on graphs broken on purpose."""
+
+from torch import fx
+
+from lemo_fx import runtime
+from lemo_fx.errors import GraphCheckError
+from lemo_fx.kernels.eliminate.op import eliminate
+from lemo_fx.kernels.restore.op import restore, restore_exact
+from lemo_fx.passes.rewrite import META, LayerRewrite
+
+
+def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
+    """Raise if the graph is malformed after the pass `after`; `finished` also asks for what only the end must hold.
+
+    Raises:
+        GraphCheckError: names the node and the invariant.
+    """
+    graph = rewrite.graph
+    owner, graph.owning_module = graph.owning_module, None
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise GraphCheckError(f"after {after}: {error}") from error
+    finally:
+        graph.owning_module = owner
+    for node in graph.nodes:
+        _check_target(rewrite, node, after)
+        if node.target is eliminate and not _restored(node, rewrite, finished):
+            raise GraphCheckError(f"after {after}: {node} eliminates tokens that no restore brings back")
+        if node.target in (restore, restore_exact) and finished:
+            _check_restore(node, after)
+        if finished and node.meta.get(META) is not None:
+            raise GraphCheckError(f"after {after}: {node} is still marked as part of a region")
+
+
+def _check_target(rewrite: LayerRewrite, node: fx.Node, after: str) -> None:
+    if node.op == "call_module" and str(node.target) not in rewrite.modules:
+        try:
+            rewrite.layer.get_submodule(str(node.target))
+        except AttributeError as error:
+            raise GraphCheckError(f"after {after}: {node} calls {node.target}, which the layer lacks") from error
+    if (
+        node.op == "get_attr"
+        and str(node.target) not in rewrite.functions
+        and not hasattr(rewrite.layer, str(node.target))
+    ):
+        raise GraphCheckError(f"after {after}: {node} reads {node.target}, which the layer lacks")
+
+
+def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:
+    """Whether a restore adds back exactly what was taken out with these tokens."""
+    if not finished:
+        return True
+    tokens = node.args[1]
+    gives = [u for u in tokens.users if u.target in (restore, restore_exact) and u.args[-1] is tokens]  # type: ignore[union-attr]
+    return len(gives) >= 1 and len(node.users) >= 1
+
+
+def _check_restore(node: fx.Node, after: str) -> None:
+    stream, rows = node.args[0], node.args[-2]
+    if stream is rows:
+        raise GraphCheckError(f"after {after}: {node} adds the stream to itself")
+    if isinstance(rows, fx.Node) and rows.op == "placeholder":
+        raise GraphCheckError(f"after {after}: {node} restores the layer's own input instead of a branch")
+
+
+def opened(graph: fx.Graph) -> int:
+    """Number of branch calls in a finished graph."""
+    return sum(n.target in (runtime.branch, runtime.without_gradient) for n in graph.nodes)

@@ -1,0 +1,97 @@
+"""Let every sparse site's branch run on its kept tokens only (LeMo section 4.1, token elimination).
+
+before:  n = norm(x);  a = attention(n, mask, rope);  y = x + a
+after:   tokens = lemo_attention_select(scores, x);  rows = eliminate(x, tokens)
+         n' = norm(rows);  a' = attention(n', compact_mask(mask, tokens), compact_rows(rope, tokens))
+         n = norm(x);  a = attention(n, mask, rope);  y = x + a           # replaced by insert_restoration
+
+What becomes of the other tokens: `skip` adds nothing; `stand_in` runs a linear map on them; `exact` runs the branch
+itself on them, without gradient (attention needs every token for that, an MLP only the dropped ones).
+"""
+
+from torch import fx
+
+from lemo_fx import runtime
+from lemo_fx.kernels.eliminate.op import eliminate
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
+
+COMPACT = {
+    "attention_mask": runtime.compact_mask,
+    "position_embeddings": runtime.compact_rows,
+    "position_ids": runtime.compact_positions,
+    "**kwargs": runtime.compact_kwargs,
+}
+"""How each layer argument that runs along the sequence follows the kept tokens."""
+
+
+def insert_elimination(rewrite: LayerRewrite) -> int:
+    """Returns the number of sites whose branch now runs on kept tokens."""
+    changed = 0
+    for planned in rewrite.sites:
+        with rewrite.graph.inserting_before(planned.site.add):
+            if planned.treatment is None:
+                region = Region(f"lemo_{planned.name}_branch", gradient=True)
+                planned.output = clone(rewrite.graph, planned.site.nodes, {}, region, "dense")[planned.site.branch]
+                continue
+            _eliminate(rewrite, planned)
+        changed += 1
+    return changed
+
+
+def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
+    graph, site, name = rewrite.graph, planned.site, planned.name
+    if planned.score == "shared":
+        planned.tokens = next(p.tokens for p in rewrite.sites if p.site.kind == "attention" and p.tokens)
+    else:
+        mask = rewrite.placeholder("attention_mask")
+        planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
+    branch = Region(f"lemo_{name}_branch", gradient=True)
+    rows = call(graph, eliminate, (site.stream, planned.tokens), f"{name}_rows")
+    values = {site.stream: rows}
+    if site.kind == "attention":
+        values.update(_compact_context(rewrite, planned, branch))
+    planned.output = clone(graph, site.nodes, values, branch, "kept")[site.branch]
+    if planned.treatment != "skip":
+        planned.rest = _rest(rewrite, planned)
+
+
+def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region) -> dict[fx.Node, fx.Node]:
+    """The layer arguments that the attention call reads, each shortened to the kept tokens."""
+    compact = {}
+    for argument in planned.site.mixer.all_input_nodes:
+        function = COMPACT.get(str(argument.target)) if argument.op == "placeholder" else None
+        if function is not None:
+            name = f"{planned.name}_{argument.name.strip('_')}"
+            args = (argument, planned.tokens, rewrite.entry)
+            if function in (runtime.compact_positions, runtime.compact_kwargs):
+                args += (runtime.numbers_documents(planned.site.mixer, rewrite.graph),)
+            compact[argument] = call(rewrite.graph, function, args, name, region)
+    return compact
+
+
+def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
+    graph, site, name = rewrite.graph, planned.site, planned.name
+    if planned.treatment == "exact" and site.kind == "attention":
+        region = Region(f"lemo_{name}_forward", gradient=False)
+        return clone(graph, site.nodes, {}, region, "forward")[site.branch]
+    planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
+    region = Region(f"lemo_{name}_{'forward' if planned.treatment == 'exact' else 'stand_in'}", gradient=False)
+    rows = call(graph, eliminate, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
+    if planned.treatment == "exact":
+        return clone(graph, site.nodes, {site.stream: rows}, region, "forward")[site.branch]
+    first = site.nodes.index(site.mixer) if site.kind == "attention" else _first_matrix(rewrite, site)
+    copies = clone(graph, site.nodes[:first], {site.stream: rows}, region, "stand_in")
+    source = copies[site.nodes[first - 1]] if first else rows
+    return call(graph, f"lemo_{name}_stand_in", (source,), f"{name}_stand_in_rows", region)
+
+
+def _first_matrix(rewrite: LayerRewrite, site) -> int:
+    """Index of the MLP's first projection: the nodes before it norm the stream."""
+    for index, node in enumerate(site.nodes):
+        if node.op == "call_module":
+            module = rewrite.layer.get_submodule(str(node.target))
+            if any(p.dim() >= 2 for p in module.parameters()):
+                return index
+    return 0
+
+

@@ -1,0 +1,69 @@
+"""Add every branch back to the residual stream at its tokens' places.
+
+before:  a' = attention(...);  a = attention(norm(x), ...);  y = x + a
+after:   a' = attention(...);  y = restore(x, a', tokens)
+`exact` attention: y = restore_exact(x, forward, a', tokens).  `stand_in` and `exact` MLP: one more restore, for the
+dropped tokens' rows.  Parallel branches are restored one after the other.
+"""
+
+import operator
+
+from torch import fx
+
+from lemo_fx.kernels.restore.op import restore, restore_exact
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, call
+
+
+def insert_restoration(rewrite: LayerRewrite) -> int:
+    """Returns the number of residual adds that were replaced."""
+    adds = list(dict.fromkeys(planned.site.add for planned in rewrite.sites))
+    for add in adds:
+        planned = [p for p in rewrite.sites if p.site.add is add]
+        stream = planned[0].site.stream
+        with rewrite.graph.inserting_before(add):
+            for site in planned:
+                stream = _restore(rewrite, site, stream)
+            for leaf in _left_alone(add, planned):
+                stream = call(rewrite.graph, operator.add, (stream, leaf), f"{leaf.name}_added")
+        add.replace_all_uses_with(stream)
+        for later in rewrite.sites:
+            if later.site.stream is add:
+                _move_stream(later, stream)
+    return len(adds)
+
+
+def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx.Node:
+    graph, name = rewrite.graph, f"{planned.name}_restored"
+    if planned.treatment is None:
+        return call(graph, operator.add, (stream, planned.output), name)
+    if planned.treatment == "exact" and planned.dropped is None:
+        return call(graph, restore_exact, (stream, planned.rest, planned.output, planned.tokens), name)
+    if planned.rest is not None:
+        args = (stream, planned.rest, planned.dropped)
+        stream = call(graph, restore, args, f"{planned.name}_rest_restored")
+    return call(graph, restore, (stream, planned.output, planned.tokens), name)
+
+
+def _left_alone(add: fx.Node, planned: list[PlannedSite]) -> list[fx.Node]:
+    """Addends of the residual add that are neither the stream nor a planned branch (refused ones)."""
+    known = {planned[0].site.stream, *(p.site.branch for p in planned)}
+    leaves: list[fx.Node] = []
+
+    def visit(node: fx.Node) -> None:
+        if node in known:
+            return
+        inner = [a for a in node.args if isinstance(a, fx.Node)]
+        opens = node is add or (node.target in (operator.add, operator.iadd) and any(a in known for a in inner))
+        if not opens:
+            leaves.append(node)
+            return
+        for addend in inner:
+            visit(addend)
+
+    visit(add)
+    return leaves
+
+
+def _move_stream(planned: PlannedSite, stream: fx.Node) -> None:
+    site = planned.site
+    object.__setattr__(planned, "site", type(site)(site.kind, stream, site.add, site.branch, site.mixer, site.nodes))

@@ -1,0 +1,41 @@
+"""Give every sparse site a score per token block (LeMo section 4.1; predicted scores: section 4.2).
+
+before:  n = norm(x);  a = attention(n, mask);  y = x + a
+after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
+         n = norm(x);  a = attention(n, mask);  y = x + a
+A "shared" site gets none: it takes the tokens of the layer's attention.
+"""
+
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
+
+
+def insert_scores(rewrite: LayerRewrite) -> int:
+    """Returns the number of sites that got a score."""
+    changed = 0
+    for planned in rewrite.sites:
+        if planned.treatment is None or planned.score == "shared":
+            continue
+        with rewrite.graph.inserting_before(planned.site.add):
+            planned.scores = _score(rewrite, planned)
+        changed += 1
+    return changed
+
+
+def _score(rewrite: LayerRewrite, planned: PlannedSite):
+    target, name = f"lemo_{planned.name}_score", f"{planned.name}_scores"
+    region = Region(f"lemo_{planned.name}_scores", gradient=False)
+    if planned.score == "random":
+        return call(rewrite.graph, target, (rewrite.entry,), name)
+    site = planned.site
+    before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
+    copies = clone(rewrite.graph, before_mixer, {}, region, "scored")
+    if site.kind == "attention":
+        args = tuple(copies.get(a, a) for a in site.mixer.args)
+        kwargs = {k: copies.get(v, v) for k, v in site.mixer.kwargs.items()}
+        return call(rewrite.graph, target, args, name, region, kwargs)
+    source = site.mixer.args[0]
+    return call(rewrite.graph, target, (copies.get(source, source),), name, region)
+
+
+def _feeds(node, mixer) -> bool:
+    return mixer in node.users or any(_feeds(user, mixer) for user in node.users)

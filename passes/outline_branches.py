@@ -1,0 +1,47 @@
+"""Make one function of every marked region, so that it can run without gradient or be recomputed in the backward.
+
+before:  rows = eliminate(x, t);  n = norm(rows);  a = attention(n, ...);  y = restore(x, a, t)
+after:   rows = eliminate(x, t);  a = branch(self.lemo_attention_branch, rows, ...);  y = restore(x, a, t)
+         lemo_attention_branch(rows, ...): n = norm(rows);  return attention(n, ...)
+The functions become methods of the rewritten layer's class: what they call is looked up on the layer at run time.
+"""
+
+from torch import fx
+
+from lemo_fx import runtime
+from lemo_fx.errors import GraphCheckError
+from lemo_fx.passes.rewrite import META, LayerRewrite, Region, call
+
+
+def outline_branches(rewrite: LayerRewrite) -> int:
+    """Returns the number of functions made."""
+    regions: dict[Region, list[fx.Node]] = {}
+    for node in rewrite.graph.nodes:
+        if isinstance(node.meta.get(META), Region):
+            regions.setdefault(node.meta[META], []).append(node)
+    for region, nodes in regions.items():
+        _outline(rewrite, region, nodes)
+    return len(regions)
+
+
+def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> None:
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    if len(outputs) != 1:
+        raise GraphCheckError(f"region {region.name} has {len(outputs)} results ({outputs}); one is needed")
+    body = fx.Graph()
+    values = {node: body.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        values[node] = body.node_copy(node, lambda n: values[n])
+        values[node].meta.pop(META, None)
+    body.output(values[outputs[0]])
+    rewrite.functions[region.name] = body
+
+    run = runtime.branch if region.gradient else runtime.without_gradient
+    with rewrite.graph.inserting_before(outputs[0]):
+        function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
+        result = call(rewrite.graph, run, (function, *inputs), outputs[0].name)
+    outputs[0].replace_all_uses_with(result)
+    for node in reversed(nodes):
+        rewrite.graph.erase_node(node)

@@ -1,0 +1,112 @@
+"""What the passes work on: one decoder layer's graph, the sites planned in it, and the parts they add to the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from lemo_fx.config import Treatment
+from lemo_fx.sites import Site
+
+META = "lemo_fx"
+"""Key in `node.meta` under which the passes keep their marks."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A mark: this node belongs to a piece that becomes one function.
+
+    Attributes:
+        name: of the function.
+        gradient: False where it runs under no_grad; True where it is the branch that trains, and is recomputed in the
+            backward when the model checkpoints its activations.
+    """
+
+    name: str
+    gradient: bool
+
+
+@dataclass
+class PlannedSite:
+    """One site and what is to be done with it.
+
+    Attributes:
+        name: "attention", "mlp", or with a number where a layer has several of a kind.
+        site: where it is in the captured graph.
+        treatment: of the eliminated tokens; None leaves the branch dense (it still becomes a function, so that
+            activation checkpointing covers it).
+        score: node-producing kind: "measured", "predicted", "random" or "shared".
+        tokens, dropped, rows, output, rest: filled in by the passes as they go.
+    """
+
+    name: str
+    site: Site
+    treatment: Treatment | None
+    score: str = "measured"
+    scores: fx.Node | None = None
+    tokens: fx.Node | None = None
+    dropped: fx.Node | None = None
+    output: fx.Node | None = None
+    rest: fx.Node | None = None
+
+
+@dataclass
+class LayerRewrite:
+    """The state that flows through the pipeline for one decoder layer.
+
+    Attributes:
+        layer: the decoder layer; never changed by a pass.
+        graph: its captured graph; every pass edits it in place.
+        sites: planned sites in the order in which they return to the stream.
+        modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
+        functions: graphs of the outlined functions by name.
+    """
+
+    layer: nn.Module
+    graph: fx.Graph
+    sites: list[PlannedSite]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    functions: dict[str, fx.Graph] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> fx.Node:
+        """The layer's input stream."""
+        return next(iter(self.graph.nodes))
+
+    def placeholder(self, name: str) -> fx.Node | None:
+        """The layer argument of this name."""
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.target == name), None)
+
+
+def clone(
+    graph: fx.Graph, nodes: Iterable[fx.Node], values: Mapping[fx.Node, fx.Node], region: Region, suffix: str
+) -> dict[fx.Node, fx.Node]:
+    """Copy nodes at the insertion point with their inputs replaced through `values`; returns old -> new."""
+    copies = dict(values)
+    for node in nodes:
+        copy = graph.node_copy(node, lambda n: copies.get(n, n))
+        copy.name = graph._graph_namespace.create_name(f"{node.name}_{suffix}", None)
+        copy.meta = {**node.meta, META: region}
+        copies[node] = copy
+    return copies
+
+
+def call(graph: fx.Graph, target, args: tuple, name: str, region: Region | None = None, kwargs=None) -> fx.Node:
+    """A named call to a function, or to a module where `target` is a string."""
+    op = "call_module" if isinstance(target, str) else "call_function"
+    node = graph.create_node(op, target, args, kwargs or {}, name=name)
+    if region is not None:
+        node.meta[META] = region
+    return node
+
+
+def remove_dead_nodes(graph: fx.Graph) -> int:
+    """Erase what nobody uses; placeholders stay, since they are the layer's signature."""
+    dead = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+            dead += 1
+    return dead

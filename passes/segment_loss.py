@@ -1,0 +1,99 @@
+"""Compute the head and the loss segment by segment (LeMo section 4.3, segment-based peak cutting).
+
+before:  logits = softcap(lm_head(hidden));  loss = loss_function(logits, labels)
+after:   loss = segmented_loss(self.lemo_logits, self.lm_head, hidden, labels)     # full logits never exist
+         lemo_logits(part): return softcap(lm_head(part))
+Works on the graph of the whole causal model, not of a layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lemo_fx import loss as segmented
+from lemo_fx.capture import SPLAT
+from lemo_fx.passes.rewrite import call, remove_dead_nodes
+
+LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
+
+
+@dataclass(frozen=True)
+class SegmentedHead:
+    """Result of the pass: the rewritten graph, the function it outlines, or why nothing was done."""
+
+    graph: fx.Graph | None
+    logits: fx.Graph | None
+    reason: str = ""
+
+
+def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) -> SegmentedHead:
+    """Rewrite a captured causal model's head in place.
+
+    Args:
+        loss_function: the function that the model's `loss_function` property returned while capturing.
+        segments: number of segments, or "auto".
+    """
+    losses = [n for n in graph.nodes if n.op == "call_function" and n.target is loss_function]
+    if len(losses) != 1:
+        return SegmentedHead(None, None, f"expected one call to the loss function, found {len(losses)}")
+    loss = losses[0]
+    given = {**dict(zip(LOSS_ARGUMENTS, loss.args, strict=False)), **loss.kwargs}
+    chain = _head_chain(given.pop("logits"))
+    if chain is None:
+        return SegmentedHead(None, None, "the logits are not a chain of element-wise operations after one module")
+    head, *after = chain
+
+    body = fx.Graph()
+    values = {head.args[0]: body.placeholder("hidden")}
+    for node in chain:
+        values[node] = body.node_copy(node, lambda n: values[n])
+    body.output(values[chain[-1]])
+
+    given.pop("vocab_size", None)
+    mapping = given.pop(SPLAT, None)
+    with graph.inserting_before(loss):
+        function = graph.create_node("get_attr", "lemo_logits", name="lemo_logits")
+        module = graph.create_node("get_attr", str(head.target), name="head")
+        kwargs = {**given, "softcap": _softcap(after), "segments": segments}
+        if mapping is not None:
+            kwargs[SPLAT] = mapping
+        new = call(graph, segmented.segmented_loss, (function, module, head.args[0]), "loss", kwargs=kwargs)
+    loss.replace_all_uses_with(new)
+    output = next(n for n in graph.nodes if n.op == "output")
+    result = output.args[0]
+    if isinstance(result, fx.Node):
+        result.kwargs = {k: None if v is chain[-1] else v for k, v in result.kwargs.items()}
+        result.args = tuple(None if v is chain[-1] else v for v in result.args)
+    remove_dead_nodes(graph)
+    return SegmentedHead(graph, body)
+
+
+def _head_chain(logits: object) -> list[fx.Node] | None:
+    """[head call, ..., logits]: each node's only input is the one before it."""
+    chain: list[fx.Node] = []
+    node = logits
+    while isinstance(node, fx.Node):
+        chain.insert(0, node)
+        if node.op == "call_module":
+            return chain if len(node.args) == 1 and not node.kwargs else None
+        if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
+            return None
+        (node,) = node.all_input_nodes
+    return None
+
+
+def _softcap(after: list[fx.Node]) -> float | None | str:
+    """c for the chain x / c, tanh, * c; None for no change; "other" for anything else."""
+    nodes = [n for n in after if (n.op, n.target) not in (("call_method", "contiguous"), ("call_method", "float"))]
+    if not nodes:
+        return None
+    if [n.target for n in nodes] == [operator.truediv, torch.tanh, operator.mul]:
+        divide, _, multiply = nodes
+        if divide.args[1] == multiply.args[1]:
+            return float(divide.args[1])  # type: ignore[arg-type]
+    return "other"
