@@ -7,6 +7,7 @@ attention back-ends go on working as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 import re
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _patch_function
+from transformers.utils import ModelOutput
 
 from lemo_fx.errors import CaptureError
 
@@ -50,8 +51,9 @@ class Tracer(fx.Tracer):
         leaf_functions: tuple[Callable, ...] = (),
         properties: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(autowrap_functions=leaf_functions)
+        super().__init__()
         self.constants = constants or {}
+        self.leaf_functions = leaf_functions
         self.properties = properties
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -61,6 +63,14 @@ class Tracer(fx.Tracer):
     def keys(self, obj: fx.Proxy) -> Any:
         """`**proxy` is the only way that a captured forward uses a mapping."""
         return [SPLAT]
+
+    def create_arg(self, a: Any) -> Any:
+        """A ModelOutput built inside the forward becomes a call to its class; fx would take it for a dict."""
+        if isinstance(a, ModelOutput):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            kwargs = {name: self.create_arg(value) for name, value in fields.items() if value is not None}
+            return self.create_node("call_function", type(a), (), kwargs)
+        return super().create_arg(a)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -84,23 +94,27 @@ class Tracer(fx.Tracer):
         return (_patch_function(function, len(args)) if variadic else function), args
 
     @contextmanager
-    def _recorded_properties(self, module: nn.Module) -> Iterator[None]:
-        before = {}
-        for name in self.properties:
-            before[f"_{name}"] = vars(module).get(f"_{name}")
-
-            def record(*args: Any, _function: Callable = getattr(module, name), **kwargs: Any) -> fx.Proxy:
-                return self.create_proxy("call_function", _function, args, kwargs)
-
-            vars(module)[f"_{name}"] = record
+    def recorded_leaves(self, module: nn.Module) -> Iterator[None]:
+        """While tracing, calls to the leaf functions and to functions held by properties become nodes."""
+        names = vars(inspect.getmodule(inspect.unwrap(type(module).forward)))
+        places: list[tuple[dict[str, Any], str, Callable]] = [
+            (names, function.__name__, function) for function in self.leaf_functions
+        ]
+        places += [(vars(module), f"_{name}", getattr(module, name)) for name in self.properties]
+        before = [space.get(name) for space, name, _ in places]
         try:
+            for space, name, function in places:
+                space[name] = self._recorder(function)
             yield
         finally:
-            for name, value in before.items():
+            for (space, name, _), value in zip(places, before, strict=True):
                 if value is None:
-                    vars(module).pop(name, None)
+                    space.pop(name, None)
                 else:
-                    vars(module)[name] = value
+                    space[name] = value
+
+    def _recorder(self, function: Callable) -> Callable:
+        return lambda *args, **kwargs: self.create_proxy("call_function", function, args, kwargs)
 
 
 def capture(
@@ -117,7 +131,7 @@ def capture(
     tracer = Tracer(constants, leaf_functions, properties)
     training = vars(module)["training"]
     try:
-        with tracer._recorded_properties(module):
+        with tracer.recorded_leaves(module):
             graph = tracer.trace(module)
     except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, CaptureError):
@@ -144,19 +158,24 @@ def _carry_mapping(graph: fx.Graph, node: fx.Node) -> None:
             graph.erase_node(item)
 
 
+def _expand_mappings(make: Any) -> Callable[[list[str]], list[str]]:
+    return lambda lines: [re.sub(rf"\b{SPLAT}\s*=\s*", "**", line) for line in lines]
+
+
 def build_module(root: nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
     """A GraphModule whose printed and executed code writes `**mapping` where a node holds it under SPLAT."""
-
-    def expand(make: Any) -> Callable[[list[str]], list[str]]:
-        return lambda lines: [re.sub(rf"\b{SPLAT}\s*=\s*", "**", line) for line in lines]
-
-    graph.on_generate_code(expand)
+    graph._codegen._body_transformer = None
+    graph.on_generate_code(_expand_mappings)
     return fx.GraphModule(root, graph, class_name=name)
 
 
-def call_signature(node: fx.Node) -> dict[str, Any]:
-    """A leaf call's arguments by name where they are keywords; positional ones by index as a string."""
-    return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
+def readable_code(graph: fx.Graph, name: str) -> str:
+    """A graph as the text of a class, without the clean-up statements that executed code carries."""
+    graph._codegen._body_transformer = None
+    graph.on_generate_code(_expand_mappings)
+    code = graph.python_code("self").src
+    lines = [re.sub(r";  (\w+ = )+None$", "", line) for line in code.splitlines() if line.strip()]
+    return "\n".join([f"class {name}:", *(f"    {line}" for line in lines), ""])
 
 
 def module_of(graph: fx.Graph, node: fx.Node) -> nn.Module:
@@ -168,6 +187,3 @@ def module_of(graph: fx.Graph, node: fx.Node) -> nn.Module:
 def is_tensor_function(target: Any) -> bool:
     """Whether a call_function target is one of torch's own."""
     return getattr(target, "__module__", "").startswith("torch")
-
-
-__all__ = ["ABSENT_IN_TRAINING", "SPLAT", "Tracer", "build_module", "capture", "module_of", "torch"]

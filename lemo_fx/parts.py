@@ -114,9 +114,7 @@ def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], 
     except CaptureError:
         return _output, "scored by the magnitude of its output: it has no single intermediate activation"
     projections = [
-        n
-        for n in graph.nodes
-        if n.op == "call_module" and any(p.dim() >= 2 for p in module_of(graph, n).parameters())
+        n for n in graph.nodes if n.op == "call_module" and any(p.dim() >= 2 for p in module_of(graph, n).parameters())
     ]
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (projections[-1].args[0],)
@@ -200,6 +198,6 @@ class StandIn(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, K, H] -> [B, K, H]."""
-        return torch.addmm(
-            self.bias.to(x.dtype), x.flatten(0, 1) @ self.down.to(x.dtype), self.up.to(x.dtype)
-        ).view_as(x)
+        return torch.addmm(self.bias.to(x.dtype), x.flatten(0, 1) @ self.down.to(x.dtype), self.up.to(x.dtype)).view_as(
+            x
+        )

@@ -61,14 +61,14 @@ def dropped_tokens(tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
     return selection.dropped_tokens(tokens, stream.shape[1])
 
 
-def compact_rows(value: Any, tokens: torch.Tensor, stream: torch.Tensor) -> Any:
+def compact_rows(value: Any, tokens: torch.Tensor, length: int) -> Any:
     """Position embeddings at the kept tokens' original positions: [1 or B, S, D], or a tuple of such."""
     if isinstance(value, tuple | list):
-        return tuple(compact_rows(item, tokens, stream) for item in value)
+        return tuple(compact_rows(item, tokens, length) for item in value)
     return take(value, tokens) if isinstance(value, torch.Tensor) else value
 
 
-def compact_mask(mask: Any, tokens: torch.Tensor, stream: torch.Tensor) -> Any:
+def compact_mask(mask: Any, tokens: torch.Tensor, length: int) -> Any:
     """The attention mask between kept tokens. Padding, documents and sliding windows stay as they were.
 
     None (plain causal order) stays None: kept tokens are in their original order. [B, S] padding masks, [1 or B,
@@ -80,9 +80,9 @@ def compact_mask(mask: Any, tokens: torch.Tensor, stream: torch.Tensor) -> Any:
         return _compact_block_mask(mask, tokens)
     if mask.dim() == 2:
         return take(mask, tokens)
-    if mask.dim() != 4 or mask.shape[2] != stream.shape[1] or mask.shape[3] != stream.shape[1]:
+    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] != length:
         raise InputError(
-            f"attention_mask of shape {list(mask.shape)} does not fit {stream.shape[1]} tokens: a rewritten layer takes "
+            f"attention_mask of shape {list(mask.shape)} does not fit {length} tokens: a rewritten layer takes "
             "None, [B, S], [B, heads, S, S] or a BlockMask"
         )
     batch = tokens.shape[0]
@@ -119,7 +119,7 @@ def numbers_documents(mixer: fx.Node, graph: fx.Graph) -> bool:
     return getattr(module.config, "_attn_implementation", None) not in MASKED_IMPLEMENTATIONS
 
 
-def compact_positions(position_ids: Any, tokens: torch.Tensor, stream: torch.Tensor, renumber: bool) -> Any:
+def compact_positions(position_ids: Any, tokens: torch.Tensor, length: int, renumber: bool) -> Any:
     """position_ids [1 or B, S] at the kept tokens.
 
     With `renumber`, counted anew within each document: an attention that finds documents where position_ids restart
@@ -145,9 +145,7 @@ def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
-def compact_kwargs(
-    kwargs: Mapping[str, Any], tokens: torch.Tensor, stream: torch.Tensor, renumber: bool
-) -> dict[str, Any]:
+def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int, renumber: bool) -> dict[str, Any]:
     """The layer's remaining keyword arguments for the kept tokens.
 
     `cu_seq_lens_*` count kept tokens per document, position_ids as in `compact_positions`; any other tensor of shape
@@ -156,22 +154,22 @@ def compact_kwargs(
     compact: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "position_ids":
-            compact[name] = compact_positions(value, tokens, stream, renumber)
+            compact[name] = compact_positions(value, tokens, length, renumber)
         elif name.startswith("cu_seq_lens") and isinstance(value, torch.Tensor):
             compact[name] = torch.searchsorted(tokens[0].contiguous(), value.long().contiguous()).to(value.dtype)
-        elif _runs_along(value, stream):
+        elif _runs_along(value, tokens.shape[0], length):
             compact[name] = take(value, tokens)
         else:
             compact[name] = value
     return compact
 
 
-def _runs_along(value: Any, stream: torch.Tensor) -> bool:
+def _runs_along(value: Any, batch: int, length: int) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.dim() >= 2
-        and value.shape[1] == stream.shape[1]
-        and value.shape[0] in (1, stream.shape[0])
+        and value.shape[1] == length
+        and value.shape[0] in (1, batch)
     )
 
 

@@ -4,8 +4,8 @@ from torch import fx
 
 from lemo_fx import runtime
 from lemo_fx.errors import GraphCheckError
-from lemo_fx.kernels.eliminate.op import eliminate
-from lemo_fx.kernels.restore.op import restore, restore_exact
+from lemo_fx.kernels.eliminate.op import eliminate_op
+from lemo_fx.kernels.restore.op import restore_exact_op, restore_op
 from lemo_fx.passes.rewrite import META, LayerRewrite
 
 
@@ -25,9 +25,9 @@ def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
         graph.owning_module = owner
     for node in graph.nodes:
         _check_target(rewrite, node, after)
-        if node.target is eliminate and not _restored(node, rewrite, finished):
+        if node.target is eliminate_op and not _restored(node, rewrite, finished):
             raise GraphCheckError(f"after {after}: {node} eliminates tokens that no restore brings back")
-        if node.target in (restore, restore_exact) and finished:
+        if node.target in (restore_op, restore_exact_op) and finished:
             _check_restore(node, after)
         if finished and node.meta.get(META) is not None:
             raise GraphCheckError(f"after {after}: {node} is still marked as part of a region")
@@ -52,7 +52,7 @@ def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:
     if not finished:
         return True
     tokens = node.args[1]
-    gives = [u for u in tokens.users if u.target in (restore, restore_exact) and u.args[-1] is tokens]  # type: ignore[union-attr]
+    gives = [u for u in tokens.users if u.target in (restore_op, restore_exact_op) and u.args[-1] is tokens]  # type: ignore[union-attr]
     return len(gives) >= 1 and len(node.users) >= 1
 
 

@@ -9,19 +9,19 @@ import operator
 
 from torch import fx
 
-from lemo_fx.kernels.eliminate.op import eliminate
-from lemo_fx.kernels.restore.op import restore
+from lemo_fx.kernels.eliminate.op import eliminate_op
+from lemo_fx.kernels.restore.op import restore_op
 from lemo_fx.passes.rewrite import META, LayerRewrite, Region, call
 
 
 def fuse_shared_selection(rewrite: LayerRewrite) -> int:
     """Returns the number of pairs that were fused."""
     changed = 0
-    for inner in [n for n in rewrite.graph.nodes if n.target is restore]:
+    for inner in [n for n in rewrite.graph.nodes if n.target is restore_op]:
         stream, attended, tokens = inner.args
-        takes = [u for u in inner.users if u.target is eliminate and u.args[1] is tokens]
-        gives = [u for u in inner.users if u.target is restore and u.args[0] is inner and u.args[2] is tokens]
-        rows = next((n for n in rewrite.graph.nodes if n.target is eliminate and n.args == (stream, tokens)), None)
+        takes = [u for u in inner.users if u.target is eliminate_op and u.args[1] is tokens]
+        gives = [u for u in inner.users if u.target is restore_op and u.args[0] is inner and u.args[2] is tokens]
+        rows = next((n for n in rewrite.graph.nodes if n.target is eliminate_op and n.args == (stream, tokens)), None)
         if len(takes) != 1 or len(gives) != 1 or len(inner.users) != 2 or rows is None:
             continue
         _fuse(rewrite, rows, attended, takes[0], gives[0])

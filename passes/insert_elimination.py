@@ -12,7 +12,7 @@ itself on them, without gradient (attention needs every token for that, an MLP o
 from torch import fx
 
 from lemo_fx import runtime
-from lemo_fx.kernels.eliminate.op import eliminate
+from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
 
 COMPACT = {
@@ -46,7 +46,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
         mask = rewrite.placeholder("attention_mask")
         planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
     branch = Region(f"lemo_{name}_branch", gradient=True)
-    rows = call(graph, eliminate, (site.stream, planned.tokens), f"{name}_rows")
+    rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
     values = {site.stream: rows}
     if site.kind == "attention":
         values.update(_compact_context(rewrite, planned, branch))
@@ -57,12 +57,14 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
 
 def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region) -> dict[fx.Node, fx.Node]:
     """The layer arguments that the attention call reads, each shortened to the kept tokens."""
-    compact = {}
+    compact: dict[fx.Node, fx.Node] = {}
+    # The length alone, so that a recomputed branch does not hold on to the full stream.
+    length = rewrite.graph.create_node("call_method", "size", (rewrite.entry, 1), name=f"{planned.name}_length")
     for argument in planned.site.mixer.all_input_nodes:
         function = COMPACT.get(str(argument.target)) if argument.op == "placeholder" else None
         if function is not None:
-            name = f"{planned.name}_{argument.name.strip('_')}"
-            args = (argument, planned.tokens, rewrite.entry)
+            name = f"{argument.name.strip('_')}_kept"
+            args: tuple = (argument, planned.tokens, length)
             if function in (runtime.compact_positions, runtime.compact_kwargs):
                 args += (runtime.numbers_documents(planned.site.mixer, rewrite.graph),)
             compact[argument] = call(rewrite.graph, function, args, name, region)
@@ -76,7 +78,7 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         return clone(graph, site.nodes, {}, region, "forward")[site.branch]
     planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
     region = Region(f"lemo_{name}_{'forward' if planned.treatment == 'exact' else 'stand_in'}", gradient=False)
-    rows = call(graph, eliminate, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
+    rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
     if planned.treatment == "exact":
         return clone(graph, site.nodes, {site.stream: rows}, region, "forward")[site.branch]
     first = site.nodes.index(site.mixer) if site.kind == "attention" else _first_matrix(rewrite, site)
@@ -93,5 +95,3 @@ def _first_matrix(rewrite: LayerRewrite, site) -> int:
             if any(p.dim() >= 2 for p in module.parameters()):
                 return index
     return 0
-
-

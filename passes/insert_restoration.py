@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from lemo_fx.kernels.restore.op import restore, restore_exact
+from lemo_fx.kernels.restore.op import restore_exact_op, restore_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, call
 
 
@@ -37,11 +37,11 @@ def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx
     if planned.treatment is None:
         return call(graph, operator.add, (stream, planned.output), name)
     if planned.treatment == "exact" and planned.dropped is None:
-        return call(graph, restore_exact, (stream, planned.rest, planned.output, planned.tokens), name)
+        return call(graph, restore_exact_op, (stream, planned.rest, planned.output, planned.tokens), name)
     if planned.rest is not None:
         args = (stream, planned.rest, planned.dropped)
-        stream = call(graph, restore, args, f"{planned.name}_rest_restored")
-    return call(graph, restore, (stream, planned.output, planned.tokens), name)
+        stream = call(graph, restore_op, args, f"{planned.name}_rest_restored")
+    return call(graph, restore_op, (stream, planned.output, planned.tokens), name)
 
 
 def _left_alone(add: fx.Node, planned: list[PlannedSite]) -> list[fx.Node]:

@@ -27,6 +27,7 @@ def outline_branches(rewrite: LayerRewrite) -> int:
 def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> None:
     inside = set(nodes)
     inputs = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
+    inputs.sort(key=lambda node: node.op == "placeholder")
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     if len(outputs) != 1:
         raise GraphCheckError(f"region {region.name} has {len(outputs)} results ({outputs}); one is needed")
@@ -41,7 +42,7 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
     run = runtime.branch if region.gradient else runtime.without_gradient
     with rewrite.graph.inserting_before(outputs[0]):
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
-        result = call(rewrite.graph, run, (function, *inputs), outputs[0].name)
+        result = call(rewrite.graph, run, (function, *inputs), region.name.removeprefix("lemo_"))
     outputs[0].replace_all_uses_with(result)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

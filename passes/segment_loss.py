@@ -87,7 +87,7 @@ def _head_chain(logits: object) -> list[fx.Node] | None:
     return None
 
 
-def _softcap(after: list[fx.Node]) -> float | None | str:
+def _softcap(after: list[fx.Node]) -> float | str | None:
     """c for the chain x / c, tanh, * c; None for no change; "other" for anything else."""
     nodes = [n for n in after if (n.op, n.target) not in (("call_method", "contiguous"), ("call_method", "float"))]
     if not nodes:

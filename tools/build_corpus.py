@@ -136,25 +136,16 @@ INDEX_PAGE = re.compile(
     r"|overview-tree|package-tree|modindex|doc-index.*|sitemap|.*crossref|keyword_index|allclasses.*|objects)\.html"
 )
 DROPPED_TAGS = frozenset(
-    "script style nav footer head button form select input svg math img iframe noscript aside template textarea".split()
+    ["script", "style", "nav", "footer", "head", "button", "form", "select", "input", "svg", "math", "img", "iframe", "noscript", "aside", "template", "textarea"]
 )
 DROPPED_CLASSES = frozenset(
-    "sphinxsidebar related navheader navfooter headerlink toctree-wrapper toc contents sidebar linenos nav-wrapper "
-    "menu nosearch bd-sidebar prev-next-area prev-next-bottom breadcrumb breadcrumbs wy-nav-side wy-breadcrumbs "
-    "rst-footer-buttons footer header-container topbar left-buttons right-buttons menu-bar sub-container permalink "
-    "docs-sidebar docs-sidebar-toc docs-sidebar-section "
-    "viewcode-link viewcode-back anchor anchorjs-link srclink docs-actions quickview langSelect flagref mark apidocs "
-    "spirit-nav copybtn mobile-topbar toggle-hidden tocwrapper localtoc docs-title fancy_toc link "
-    "sphx-glr-download bottomlang toplang up out-of-band since-bar prompt_toggle".split()
+    ["sphinxsidebar", "related", "navheader", "navfooter", "headerlink", "toctree-wrapper", "toc", "contents", "sidebar", "linenos", "nav-wrapper", "menu", "nosearch", "bd-sidebar", "prev-next-area", "prev-next-bottom", "breadcrumb", "breadcrumbs", "wy-nav-side", "wy-breadcrumbs", "rst-footer-buttons", "footer", "header-container", "topbar", "left-buttons", "right-buttons", "menu-bar", "sub-container", "permalink", "docs-sidebar", "docs-sidebar-toc", "docs-sidebar-section", "viewcode-link", "viewcode-back", "anchor", "anchorjs-link", "srclink", "docs-actions", "quickview", "langSelect", "flagref", "mark", "apidocs", "spirit-nav", "copybtn", "mobile-topbar", "toggle-hidden", "tocwrapper", "localtoc", "docs-title", "fancy_toc", "link", "sphx-glr-download", "bottomlang", "toplang", "up", "out-of-band", "since-bar", "prompt_toggle"]
 )
 DROPPED_IDS = frozenset(
-    "sidebar menu-bar toc tocRoot global-links gtoc sphinxsidebar quickview searchInputDiv synopsis-toc "
-    "table-of-contents page-header preamble path footer package-header module-header toggle column2 "
-    "docs-navbar-container leftcol".split()
+    ["sidebar", "menu-bar", "toc", "tocRoot", "global-links", "gtoc", "sphinxsidebar", "quickview", "searchInputDiv", "synopsis-toc", "table-of-contents", "page-header", "preamble", "path", "footer", "package-header", "module-header", "toggle", "column2", "docs-navbar-container", "leftcol"]
 )
 BLOCK_TAGS = frozenset(
-    "address article blockquote body caption center dd details div dl dt fieldset figure figcaption h1 h2 h3 h4 h5 h6 "
-    "header hr li main ol p pre section summary table tbody td th thead tr ul".split()
+    ["address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figure", "figcaption", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "th", "thead", "tr", "ul"]
 )
 CONTENT_ROOTS = (
     "//div[@itemprop='articleBody']",
@@ -340,7 +331,7 @@ def package_documents(package: Package, root: Path, seen: set[bytes]) -> Iterato
             continue
         alone = len(text) >= LONG_PAGE
         other_folder = group and Path(group_name).parent != Path(name).parent
-        if group and (alone or other_folder and group_size >= LONG_PAGE or group_size >= JOINED_LENGTH):
+        if group and (alone or (other_folder and group_size >= LONG_PAGE) or group_size >= JOINED_LENGTH):
             yield group_name, "\n\n".join(group)
             group, group_size = [], 0
         if alone:

@@ -55,3 +55,5 @@ def _scatter_backward(ctx, grad):
 
 eliminate.register_autograd(_eliminate_backward, setup_context=_save_tokens)
 scatter_rows.register_autograd(_scatter_backward, setup_context=_save_tokens)
+
+eliminate_op = torch.ops.lemo_fx.eliminate.default

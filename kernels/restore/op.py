@@ -28,9 +28,7 @@ def _(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.T
 
 
 @torch.library.custom_op("lemo_fx::restore_exact", mutates_args=())
-def restore_exact(
-    stream: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
-) -> torch.Tensor:
+def restore_exact(stream: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The residual add of the `exact` treatment: every token's forward, the kept tokens' gradient.
 
     Args:
@@ -65,3 +63,6 @@ def _backward(ctx, grad):
 
 restore.register_autograd(_backward, setup_context=_save)
 restore_exact.register_autograd(_backward, setup_context=_save)
+
+restore_op = torch.ops.lemo_fx.restore.default
+restore_exact_op = torch.ops.lemo_fx.restore_exact.default

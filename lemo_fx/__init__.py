@@ -1,0 +1,37 @@
+"""Long-context fine-tuning with less memory and less time: contextual token sparsity (LeMo) as torch.fx graph passes."""
+
+from lemo_fx._version import __version__
+from lemo_fx.config import Elimination, LemoConfig
+from lemo_fx.errors import (
+    CaptureError,
+    ConfigError,
+    GraphCheckError,
+    InputError,
+    LemoError,
+    NotTransformedError,
+    PredictorError,
+    SelectionError,
+    UnsupportedModelError,
+)
+from lemo_fx.report import Report
+from lemo_fx.transform import graphs, report, revert, transform
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "Elimination",
+    "GraphCheckError",
+    "InputError",
+    "LemoConfig",
+    "LemoError",
+    "NotTransformedError",
+    "PredictorError",
+    "Report",
+    "SelectionError",
+    "UnsupportedModelError",
+    "__version__",
+    "graphs",
+    "report",
+    "revert",
+    "transform",
+]
