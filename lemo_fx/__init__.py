@@ -1,4 +1,4 @@
-"""Long-context fine-tuning with less memory and less time: contextual token sparsity (LeMo) as torch.fx graph passes."""
+"""Long-context fine-tuning with less memory and less time: LeMo's contextual token sparsity as torch.fx passes."""
 
 from lemo_fx._version import __version__
 from lemo_fx.config import Elimination, LemoConfig
@@ -13,6 +13,8 @@ from lemo_fx.errors import (
     SelectionError,
     UnsupportedModelError,
 )
+from lemo_fx.fit import fit
+from lemo_fx.predictors import Predictors
 from lemo_fx.report import Report
 from lemo_fx.transform import graphs, report, revert, transform
 
@@ -26,10 +28,12 @@ __all__ = [
     "LemoError",
     "NotTransformedError",
     "PredictorError",
+    "Predictors",
     "Report",
     "SelectionError",
     "UnsupportedModelError",
     "__version__",
+    "fit",
     "graphs",
     "report",
     "revert",

@@ -21,6 +21,7 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
 from lemo_fx.kernels.select_blocks.op import forget
 from lemo_fx.parts import SelectBlocks
+from lemo_fx.passes.rewrite import LayerRewrite
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
@@ -208,6 +209,18 @@ class Plan:
     parts: dict[str, nn.Module]
     settings: LayerSettings | HeadSettings
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[dict[str, Any]]) -> Plan:
+    """The plan of one decoder layer from its finished rewrite."""
+    attentions = [s.site.mixer for s in rewrite.sites if s.site.kind == "attention"]
+    attention_config = rewrite.layer.get_submodule(str(attentions[0].target)).config if attentions else None
+    arguments = tuple(
+        str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
+    )
+    implementation = getattr(attention_config, "_attn_implementation", None)
+    settings = LayerSettings(config, arguments, attention_config, implementation)
+    return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
 def install(plans: list[Plan]) -> None:

@@ -7,6 +7,8 @@ import inspect
 import itertools
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +19,7 @@ from lemo_fx import runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable_code
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, NotTransformedError, PredictorError, UnsupportedModelError
-from lemo_fx.install import STATE, HeadSettings, Installed, LayerSettings, Plan, graph_module, install, uninstall
+from lemo_fx.install import STATE, HeadSettings, Installed, Plan, graph_module, install, layer_plan, uninstall
 from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
@@ -150,6 +152,19 @@ def report(model: nn.Module) -> Report:
     return Report(config=done.config, sites=rows, notes=list(done.notes))
 
 
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """The original model for the time of a with block; a transformation is put back afterwards."""
+    before = _find(model)
+    revert(model)
+    try:
+        yield
+    finally:
+        if before is not None:
+            install(before.plans)
+            vars(_holder(model))[TRANSFORMATION] = before
+
+
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The causal decoder layers of a model by name, in order: the longest list of layers with causal attention."""
     best: list[tuple[str, nn.Module]] = []
@@ -203,6 +218,9 @@ def _plan(model: nn.Module, config: LemoConfig, predictors: Predictors | None, d
             "layers with causal softmax attention (encoders, state-space and linear-attention models have none)"
         )
     _check_model(model, config, layers)
+    if predictors is not None:
+        holder = _causal_model(model)
+        predictors.check_fits(holder if holder is not None else model)
     notes: list[str] = []
     step = runtime.Step()
     plans = []
@@ -264,7 +282,7 @@ def _plan_layer(
     for refusal in refusals:
         raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
 
-    planned = [PlannedSite(_site_name(site, sites), site, None) for site in sites]
+    planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     rewrite = LayerRewrite(layer, graph, planned)
     rows = []
     for site in planned:
@@ -276,13 +294,7 @@ def _plan_layer(
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
-    attention = next((s for s in planned if s.site.kind == "attention"), None)
-    attention_config = layer.get_submodule(str(attention.site.mixer.target)).config if attention else None
-    arguments = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder" and "*" not in str(n.target))
-    settings = LayerSettings(
-        config, arguments, attention_config, getattr(attention_config, "_attn_implementation", None)
-    )
-    return Plan(name, layer, graph, rewrite.functions, rewrite.modules, settings, rows)
+    return layer_plan(name, rewrite, config, rows)
 
 
 _MEND = (
@@ -290,7 +302,8 @@ _MEND = (
 )
 
 
-def _site_name(site: Site, sites: list[Site]) -> str:
+def site_name(site: Site, sites: list[Site]) -> str:
+    """Name of a site within its layer: its kind, numbered where a layer has several."""
     same = [s for s in sites if s.kind == site.kind]
     return site.kind if len(same) == 1 else f"{site.kind}_{same.index(site)}"
 

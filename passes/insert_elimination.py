@@ -13,7 +13,7 @@ from torch import fx
 
 from lemo_fx import runtime
 from lemo_fx.kernels.eliminate.op import eliminate_op
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input
 
 COMPACT = {
     "attention_mask": runtime.compact_mask,
@@ -77,21 +77,11 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         region = Region(f"lemo_{name}_forward", gradient=False)
         return clone(graph, site.nodes, {}, region, "forward")[site.branch]
     planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
-    region = Region(f"lemo_{name}_{'forward' if planned.treatment == 'exact' else 'stand_in'}", gradient=False)
+    region = Region(f"lemo_{name}_{'forward' if planned.treatment == 'exact' else 'approximation'}", gradient=False)
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
     if planned.treatment == "exact":
         return clone(graph, site.nodes, {site.stream: rows}, region, "forward")[site.branch]
-    first = site.nodes.index(site.mixer) if site.kind == "attention" else _first_matrix(rewrite, site)
-    copies = clone(graph, site.nodes[:first], {site.stream: rows}, region, "stand_in")
-    source = copies[site.nodes[first - 1]] if first else rows
-    return call(graph, f"lemo_{name}_stand_in", (source,), f"{name}_stand_in_rows", region)
-
-
-def _first_matrix(rewrite: LayerRewrite, site) -> int:
-    """Index of the MLP's first projection: the nodes before it norm the stream."""
-    for index, node in enumerate(site.nodes):
-        if node.op == "call_module":
-            module = rewrite.layer.get_submodule(str(node.target))
-            if any(p.dim() >= 2 for p in module.parameters()):
-                return index
-    return 0
+    source = normed_input(rewrite, site)
+    before = site.nodes[: site.nodes.index(source) + 1] if source is not site.stream else ()
+    copies = clone(graph, before, {site.stream: rows}, region, "stand_in")
+    return call(graph, f"lemo_{name}_stand_in", (copies.get(source, rows),), f"{name}_stand_in_rows", region)

@@ -102,6 +102,21 @@ def call(graph: fx.Graph, target, args: tuple, name: str, region: Region | None 
     return node
 
 
+def normed_input(rewrite: LayerRewrite, site: Site) -> fx.Node:
+    """What a branch computes on: the stream after the branch's own norm, before its attention or first projection."""
+    nodes = site.nodes[: site.nodes.index(site.mixer)] if site.kind == "attention" else _before_matrices(rewrite, site)
+    return nodes[-1] if nodes else site.stream
+
+
+def _before_matrices(rewrite: LayerRewrite, site: Site) -> tuple[fx.Node, ...]:
+    for index, node in enumerate(site.nodes):
+        if node.op == "call_module":
+            module = rewrite.layer.get_submodule(str(node.target))
+            if any(p.dim() >= 2 for p in module.parameters()):
+                return site.nodes[:index]
+    return ()
+
+
 def remove_dead_nodes(graph: fx.Graph) -> int:
     """Erase what nobody uses; placeholders stay, since they are the layer's signature."""
     dead = 0

@@ -1,0 +1,20 @@
+"""Let a profiling run see what goes into and comes out of every branch; the layer computes what it always did.
+
+before:  n = norm(x);  a = attention(n, mask);  y = x + a
+after:   n = norm(x);  a = attention(n, mask);  seen = lemo_attention_probe(n, a);  y = x + seen
+Not part of the pipeline: `lemo_fx.fit` runs it alone on a fresh capture.
+"""
+
+from lemo_fx.passes.rewrite import LayerRewrite, call, normed_input
+
+
+def insert_probes(rewrite: LayerRewrite) -> int:
+    """Returns the number of branches that are observed."""
+    for planned in rewrite.sites:
+        site = planned.site
+        source = normed_input(rewrite, site)
+        with rewrite.graph.inserting_after(site.branch):
+            seen = call(rewrite.graph, f"lemo_{planned.name}_probe", (), f"{planned.name}_seen")
+        site.branch.replace_all_uses_with(seen)
+        seen.args = (source, site.branch)
+    return len(rewrite.sites)
