@@ -155,8 +155,8 @@ def rewritten_class(
         namespace = {name: function for name, function in compiled.items() if name != "forward"}
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
         subclass = type(original)(original.__name__, (original,), namespace)
-        # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (or, in
-        # older versions, in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
+        # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
+        # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
         subclass.__call__ = nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
@@ -176,7 +176,7 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
 
 
 def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
-    """The forward of a causal model whose layers were rewritten: tells them the labels, computes the loss in segments."""
+    """The forward of a causal model with rewritten layers: tells them the labels, computes the loss in segments."""
     graph_forward = can_return_tuple(graph_forward)
 
     @functools.wraps(original)

@@ -66,8 +66,8 @@ class AttentionScore(nn.Module):
         scores = self.twin[0](*args, **kwargs)[1]
         if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
             raise LemoError(
-                f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its present "
-                "settings, so its Q and K cannot be measured; use score='random', or predictors"
+                f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its "
+                "present settings, so its Q and K cannot be measured; use score='random', or predictors"
             )
         return scores
 
@@ -121,7 +121,12 @@ def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], 
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
-    return type(build_module(mlp, graph, "Activation")).forward, ""
+    built = build_module(mlp, graph, "Activation")
+    # One function per distinct code: a compiler guards on it, and layers of one kind must not look different.
+    return _activations.setdefault((type(mlp), built.code), type(built).forward), ""
+
+
+_activations: dict[tuple[type[nn.Module], str], Callable] = {}
 
 
 def _own_input(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:

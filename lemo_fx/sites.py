@@ -8,6 +8,7 @@ branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and p
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         region = (nx.ancestors(flow, node) | {node}) & below
         return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
 
-    for stream, node in zip(spine, spine[1:], strict=False):
+    for stream, node in itertools.pairwise(spine):
         if not _is_add(node):
             continue
         below = nx.descendants(flow, stream)
@@ -188,7 +189,7 @@ def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
 
 
 def _width(graph: fx.Graph) -> int:
-    """Hidden size of the layer: the length of the first vector parameter of its norms, or the first matrix's columns."""
+    """Hidden size of the layer: the length of its first norm's weight, or the first matrix's columns."""
     layer = graph.owning_module
     assert isinstance(layer, nn.Module)
     size = getattr(layer, "hidden_size", None) or getattr(layer, "embed_dim", None)

@@ -214,8 +214,8 @@ def _plan(model: nn.Module, config: LemoConfig, predictors: Predictors | None, d
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of transformers "
-            "layers with causal softmax attention (encoders, state-space and linear-attention models have none)"
+            f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
+            "transformers layers with causal softmax attention (encoders, state-space and linear-attention models have none)"
         )
     _check_model(model, config, layers)
     if predictors is not None:
@@ -242,8 +242,8 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights before lemo_fx.transform")
         if "forward" in vars(layer):
             raise UnsupportedModelError(
-                f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never be "
-                "called: load the model without device_map, or remove the hook, before lemo_fx.transform"
+                f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
+                "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
             )
         for kind in ("attention", "mlp"):
             site = config.site(kind)  # type: ignore[arg-type]
@@ -257,9 +257,7 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
         )
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(longest, int) and config.block_size > longest:
-        raise ConfigError(
-            f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens, less than one block"
-        )
+        raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
 
 
 def _plan_layer(

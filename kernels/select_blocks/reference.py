@@ -14,7 +14,7 @@ def budget(blocks: int, keep: tuple[int, int]) -> int:
 
 
 def pinned_blocks(blocks: int, valid: torch.Tensor | None, block_size: int, batch: int, device) -> torch.Tensor:
-    """[B, n] bool: the first block (attention sink) and the last one of each sample's real tokens, and a ragged tail."""
+    """[B, n] bool: first block (attention sink) and last block of each sample's real tokens, and a ragged tail."""
     pinned = torch.zeros(batch, blocks, dtype=torch.bool, device=device)
     pinned[:, -1] = True
     if valid is None:
