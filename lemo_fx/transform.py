@@ -215,7 +215,7 @@ def _plan(model: nn.Module, config: LemoConfig, predictors: Predictors | None, d
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
-            "transformers layers with causal softmax attention (encoders, state-space and linear-attention models have none)"
+            "transformers layers with causal softmax attention (encoders and state-space models have none)"
         )
     _check_model(model, config, layers)
     if predictors is not None:
