@@ -67,7 +67,7 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """A ModelOutput built inside the forward becomes a call to its class; fx would take it for a dict."""
         if isinstance(a, ModelOutput):
-            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}  # type: ignore[arg-type]
             kwargs = {name: self.create_arg(value) for name, value in fields.items() if value is not None}
             return self.create_node("call_function", type(a), (), kwargs)
         return super().create_arg(a)
@@ -139,7 +139,7 @@ def capture(
         raise CaptureError(f"the forward of {type(module).__name__} cannot be captured as a graph: {error}") from error
     finally:
         vars(module)["training"] = training
-    graph.owning_module = module
+    graph.owning_module = module  # type: ignore[assignment]
     for node in list(graph.nodes):
         _carry_mapping(graph, node)
     for node in reversed(list(graph.nodes)):

@@ -105,7 +105,7 @@ def fit(
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank} must be at least 1")
-    hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+    hidden = _hidden_size(model)
     device = next(model.parameters()).device
     batches = list(_batches(sequences))
     if not batches:
@@ -132,7 +132,7 @@ def fit(
         parts, share = probe.solve(rank or max(1, hidden // 8), ridge)
         tensors.update({f"layers.{index}.{site}.stand_in.{name}": value for name, value in parts.items()})
         explained[f"layers.{index}.{site}"] = round(share, 4)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     record = {
         "format_version": FORMAT_VERSION,
         "model_class": type(base).__name__,
@@ -146,6 +146,11 @@ def fit(
         "date": datetime.date.today().isoformat(),
     }
     return Predictors(tensors, record)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[1])
 
 
 def _batches(sequences: Any) -> Iterator[torch.Tensor]:
@@ -172,8 +177,7 @@ def _probe_plans(
         planned = [PlannedSite(site_name(s, sites), s, None) for s in sites if config.site(s.kind) is not None]
         rewrite = LayerRewrite(layer, graph, planned)
         for site in planned:
-            hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
-            probes[index, site.name] = BranchStatistics(hidden, device)
+            probes[index, site.name] = BranchStatistics(_hidden_size(model), device)
             rewrite.modules[f"lemo_{site.name}_probe"] = probes[index, site.name]
         insert_probes(rewrite)
         check(rewrite, "insert_probes", finished=True)

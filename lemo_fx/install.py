@@ -152,9 +152,10 @@ def rewritten_class(
     """
     key = (original, codes)
     if key not in _classes:
-        namespace = {name: function for name, function in compiled.items() if name != "forward"}
+        namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
-        subclass = type(original)(original.__name__, (original,), namespace)
+        metaclass: Callable[..., type[nn.Module]] = type(original)
+        subclass = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]

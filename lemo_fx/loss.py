@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import TypeIs
 
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
@@ -61,8 +62,8 @@ def segmented_loss(
             f"{rows.shape[0]} hidden states meet {targets.shape[0]} labels: with logits_to_keep, pass shift_labels "
             "for the positions that are kept"
         )
-    if softcap != "other" and _is_plain_linear(head):
-        total = _fused(head, rows, targets, softcap, segments, ignore_index)  # type: ignore[arg-type]
+    if not isinstance(softcap, str) and _is_plain_linear(head):
+        total = _fused(head, rows, targets, softcap, segments, ignore_index)
     else:
         total = _recomputed(logits_of, rows, targets, segments, ignore_index)
     if num_items_in_batch is None:
@@ -71,7 +72,7 @@ def segmented_loss(
     return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def _is_plain_linear(head: nn.Module) -> TypeIs[nn.Linear]:
     """Whether calling the head is F.linear and nothing else: no adapter, quantisation, sharding or hook."""
     return (
         type(head) is nn.Linear
@@ -81,31 +82,32 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 
 def _fused(
-    head: nn.Module,
+    head: nn.Linear,
     rows: torch.Tensor,
     targets: torch.Tensor,
     softcap: float | None,
     segments: int | str,
     ignore_index: int,
 ) -> torch.Tensor:
-    weight, bias = head.weight, head.bias
+    weight: torch.Tensor = head.weight
+    bias: torch.Tensor | None = head.bias
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)  # type: ignore[operator]
-        bias = None if bias is None else bias.to(dtype)  # type: ignore[operator]
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     train = torch.is_grad_enabled()
-    return segmented_cross_entropy(
+    total, *_ = segmented_cross_entropy(
         rows,
         weight,
         bias,
         targets,
         softcap,
         ignore_index,
-        segment_rows(rows.shape[0], weight.shape[0], segments),  # type: ignore[index, union-attr]
+        segment_rows(rows.shape[0], weight.shape[0], segments),
         train and rows.requires_grad,
-        train and weight.requires_grad,  # type: ignore[union-attr]
-        train and bias is not None and bias.requires_grad,  # type: ignore[union-attr]
-    )[0]
+        train and weight.requires_grad,
+        train and bias is not None and bias.requires_grad,
+    )
+    return total
 
 
 def _recomputed(

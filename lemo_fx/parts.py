@@ -46,12 +46,12 @@ class AttentionScore(nn.Module):
     def __init__(self, attention: nn.Module, block_size: int) -> None:
         super().__init__()
         twin = copy.copy(attention)
-        config = copy.copy(attention.config)
+        self.attention_config: Any = attention.config
+        config: Any = copy.copy(self.attention_config)
         config._attn_implementation_internal = PROBE
         vars(twin).update(config=config, lemo_block_size=block_size, training=False)
         # In a tuple, so that the twin is not registered and its weights are not listed twice.
         self.twin = (twin,)
-        self.attention_config = attention.config
         self.block_size = block_size
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +158,8 @@ class SelectBlocks(nn.Module):
         step: labels of the running step, whose blocks survive when they are few.
     """
 
+    site: torch.Tensor
+
     def __init__(
         self, block_size: int, keep: float | None, threshold: float | None, salt: int, step: runtime.Step
     ) -> None:
@@ -194,6 +196,10 @@ class StandIn(nn.Module):
     Args:
         down: A, [H, r]; up: B, [r, H]; bias: c, [H].
     """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
 
     def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()

@@ -204,7 +204,7 @@ def _causal_model(model: nn.Module) -> nn.Module | None:
     """The transformers model that owns the output projection, under any wrapper."""
     for module in model.modules():
         if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
-            head = module.get_output_embeddings()
+            head = module.get_output_embeddings()  # type: ignore[operator]
             if head is not None and any(child is head for child in module.children()):
                 return module
     return None
@@ -430,12 +430,12 @@ def _segmented(head: nn.Module, config: LemoConfig):
     """(graph, functions, loss function, whether the head slices integers itself, why nothing was done)."""
     pass_through = fx.Graph()
     pass_through.output(None)
-    unchanged = (pass_through, {}, None, True)
+    unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
     if config.loss_segments is None:
         return *unchanged, "loss_segments=None"
     globals_of = vars(sys.modules[type(head).__module__])
     slicer = globals_of.get("slice_logits_to_keep")
-    loss_function = head.loss_function
+    loss_function: Any = head.loss_function
     try:
         graph = capture(
             head,

@@ -18,27 +18,31 @@ def fuse_shared_selection(rewrite: LayerRewrite) -> int:
     """Returns the number of pairs that were fused."""
     changed = 0
     for inner in [n for n in rewrite.graph.nodes if n.target is restore_op]:
-        stream, attended, tokens = inner.args
+        stream, _, tokens = inner.args
         takes = [u for u in inner.users if u.target is eliminate_op and u.args[1] is tokens]
         gives = [u for u in inner.users if u.target is restore_op and u.args[0] is inner and u.args[2] is tokens]
         rows = next((n for n in rewrite.graph.nodes if n.target is eliminate_op and n.args == (stream, tokens)), None)
         if len(takes) != 1 or len(gives) != 1 or len(inner.users) != 2 or rows is None:
             continue
-        _fuse(rewrite, rows, attended, takes[0], gives[0])
+        _fuse(rewrite, rows, inner, takes[0], gives[0])
         changed += 1
     return changed
 
 
-def _fuse(rewrite: LayerRewrite, rows: fx.Node, attended: fx.Node, take: fx.Node, give: fx.Node) -> None:
+def _fuse(rewrite: LayerRewrite, rows: fx.Node, inner: fx.Node, take: fx.Node, give: fx.Node) -> None:
+    attended = inner.args[1]
+    assert isinstance(attended, fx.Node)
     graph = rewrite.graph
+    _, added, tokens = give.args
+    assert isinstance(added, fx.Node)
     region = Region("lemo_layer_branch", gradient=True)
     with graph.inserting_before(take):
         middle = call(graph, operator.add, (rows, attended), "rows_between", region)
     take.replace_all_uses_with(middle)
     with graph.inserting_before(give):
-        total = call(graph, operator.add, (attended, give.args[1]), "rows_added", region)
-    give.args = (give.args[0].args[0], total, give.args[2])
-    joined = {attended.meta[META].name, give.args[1].args[1].meta[META].name}
+        total = call(graph, operator.add, (attended, added), "rows_added", region)
+    give.args = (inner.args[0], total, tokens)
+    joined = {attended.meta[META].name, added.meta[META].name}
     for node in graph.nodes:
         mark = node.meta.get(META)
         if mark is not None and mark.name in joined:

@@ -6,6 +6,8 @@ after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # witho
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
 
+from torch import fx
+
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
 
 
@@ -21,7 +23,7 @@ def insert_scores(rewrite: LayerRewrite) -> int:
     return changed
 
 
-def _score(rewrite: LayerRewrite, planned: PlannedSite):
+def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     target, name = f"lemo_{planned.name}_score", f"{planned.name}_scores"
     region = Region(f"lemo_{planned.name}_scores", gradient=False)
     if planned.score == "random":
@@ -30,12 +32,11 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite):
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
     copies = clone(rewrite.graph, before_mixer, {}, region, "scored")
     if site.kind == "attention":
-        args = tuple(copies.get(a, a) for a in site.mixer.args)
-        kwargs = {k: copies.get(v, v) for k, v in site.mixer.kwargs.items()}
+        args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))
         return call(rewrite.graph, target, args, name, region, kwargs)
-    source = site.mixer.args[0]
+    source = site.mixer.all_input_nodes[0]
     return call(rewrite.graph, target, (copies.get(source, source),), name, region)
 
 
-def _feeds(node, mixer) -> bool:
+def _feeds(node: fx.Node, mixer: fx.Node) -> bool:
     return mixer in node.users or any(_feeds(user, mixer) for user in node.users)
