@@ -21,7 +21,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable_code
 
 ROLES = {
     "stream": ("residual stream", "#3a3a3a", "#ffffff"),
-    "dense": ("the model's own modules, every token", "#9aa0a6", "#eef0f2"),
+    "dense": ("the model's own modules, every token", "#6b7178", "#eef0f2"),
     "score": ("score the blocks (no gradient)", "#b8860b", "#fdf3d6"),
     "select": ("select blocks", "#7b4fa3", "#efe6f7"),
     "eliminate": ("eliminate", "#b23a3a", "#fae3e3"),
@@ -31,11 +31,11 @@ ROLES = {
 }
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
 
-SPINE, BRANCH, CHOICE = 0.0, 2.75, 6.35
+SPINE, BRANCH, CHOICE = 0.0, 3.15, 6.8
 """Horizontal places: the residual stream, what computes, and what chooses. Units: a line of text is 0.32 high."""
 
 WIDTH = {SPINE: 2.3, BRANCH: 3.0, CHOICE: 3.0}
-LINE, GAP = 0.32, 0.36
+LINE, GAP = 0.32, 0.32
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
     if "eliminate" in name:
         return Call(_name(node), "eliminate", ("kept rows of the stream",))
     if "restore" in name:
-        return Call(_name(node), "restore", ("stream[tokens] += rows",))
+        rows = "stream + all rows" if "exact" in name else "stream[tokens] += rows"
+        return Call(_name(node), "restore", (rows,))
     if node.target in (operator.add, operator.iadd):
         return Call(_name(node), "restore", ("stream + branch",))
     return None
@@ -157,7 +158,7 @@ def draw(graphs: Mapping[str, fx.Graph | fx.GraphModule], title: str = "") -> Fi
     """
     pictures = {caption: calls(graph) for caption, graph in graphs.items()}
     places = {caption: _places(picture) for caption, picture in pictures.items()}
-    depth = -min(y for place in places.values() for y in place.values()) + 1.6
+    depth = -min(y for place in places.values() for y in place.values()) + 1.95
     roles = [r for r in ROLES if any(c.role == r for p in pictures.values() for _, c in p.nodes(data="call"))]
     spans = [_span(picture) for picture in pictures.values()]
     scale = 0.62
@@ -199,10 +200,13 @@ def _span(picture: nx.DiGraph) -> float:
 
 
 def _places(picture: nx.DiGraph) -> dict[str, float]:
-    """Name -> vertical centre; one row per call, in the order of execution."""
+    """Name -> vertical centre; one row per call, each below what it reads, what belongs together kept together."""
     places: dict[str, float] = {}
     y = 0.0
-    for name, call in picture.nodes(data="call"):
+    order = {name: index for index, name in enumerate(picture)}
+    backwards = nx.dfs_postorder_nodes(picture, sort_neighbors=lambda names: sorted(names, key=order.get, reverse=True))
+    for name in reversed(list(backwards)):
+        call = picture.nodes[name]["call"]
         places[name] = y - call.height / 2 if places else 0.0
         y = places[name] - call.height / 2 - GAP
     return places
@@ -225,42 +229,55 @@ def _draw_boxes(axes, picture: nx.DiGraph, places: dict[str, float]) -> None:
 
 
 def _draw_edges(axes, picture: nx.DiGraph, places: dict[str, float]) -> None:
-    spine = [name for name, call in picture.nodes(data="call") if call.column == SPINE]
-    _line(axes, [(SPINE, 0.0), (SPINE, places[spine[-1]] - picture.nodes[spine[-1]]["call"].height / 2 - 0.55)], lw=2.6)
+    last = min((name for name, call in picture.nodes(data="call") if call.column == SPINE), key=places.__getitem__)
+    end = places[last] - picture.nodes[last]["call"].height / 2 - 0.6
+    _line(axes, [(SPINE, 0.0), (SPINE, end)], width=2.6)
     for source, target in picture.edges:
-        _draw_edge(axes, picture, places, spine, source, target)
+        start, end_call = picture.nodes[source]["call"], picture.nodes[target]["call"]
+        if start.column == end_call.column == SPINE:
+            continue
+        between = {
+            call.column
+            for name, call in picture.nodes(data="call")
+            if name not in (source, target) and places[target] < places[name] < places[source]
+        }
+        points = _route(start, end_call, places[source], places[target], start.column in between)
+        chosen = start.role == "select"
+        colour = ROLES["select"][1] if chosen else ROLES[start.role][1] if start.role == "branch" else "#555555"
+        _line(axes, points, color=colour, style=(0, (4, 2)) if chosen else "-")
 
 
-def _draw_edge(axes, picture, places, spine, source: str, target: str) -> None:
-    start, end = picture.nodes[source]["call"], picture.nodes[target]["call"]
-    colour = ROLES["select"][1] if start.role == "select" else "#555555"
-    style = "--" if start.role == "select" else "-"
-    if start.column == SPINE and end.column == SPINE:
-        return
-    side = -1 if end.column > start.column else 1
-    edge_of_end = (end.column + side * WIDTH[end.column] / 2, places[target])
+def _route(start: Call, end: Call, y: float, goal: float, blocked: bool) -> list[tuple[float, float]]:
+    """Corners of an edge between two boxes centred at heights y and goal; never behind a box of its own column."""
+    half = WIDTH[start.column] / 2
     if start.column == SPINE:
-        later = [name for name in spine if places[target] < places[name] < places[source]]
-        lane = SPINE if not later else WIDTH[SPINE] / 2 + 0.12
-        points = [(lane, places[target]), edge_of_end]
-        if later:
-            points = [(SPINE, places[source] - start.height / 2 - 0.1), (lane, places[source] - start.height / 2 - 0.1), *points]
-        _line(axes, points, arrow=True)
-    elif start.column == end.column:
-        below = (start.column, places[source] - start.height / 2)
-        _line(axes, [below, (end.column, places[target] + end.height / 2)], arrow=True, color=colour, style=style)
-    else:
-        # Tokens enter a little lower than rows, so that both can be told apart.
-        lower = -0.16 if start.role == "select" and end.column == SPINE else 0.1 if end.column == SPINE else -0.13
-        shift = 0.0 if end.column == SPINE else -0.25
-        corner = (start.column + shift, places[target] + lower)
-        path = [(corner[0], places[source] - start.height / 2), corner, (edge_of_end[0], corner[1])]
-        _line(axes, path, arrow=True, color=colour, style=style)
+        into = end.column - WIDTH[end.column] / 2
+        if not blocked:
+            return [(SPINE, goal), (into, goal)]
+        # The stream has been added to since: leave it where it still was this value.
+        lane = half + 0.12
+        out = y - start.height / 2 - GAP / 2
+        return [(SPINE, out), (lane, out), (lane, goal), (into, goal)]
+    if start.column == end.column:
+        if not blocked:
+            return [(start.column, y - start.height / 2), (end.column, goal + end.height / 2)]
+        gutter = start.column + half + 0.16
+        return [(start.column + half, y), (gutter, y), (gutter, goal), (end.column + half, goal)]
+    into = end.column + WIDTH[end.column] / 2
+    # Tokens enter a little lower than rows, so that both can be told apart.
+    goal += 0.1 if start.role != "select" else -0.16 if end.column == SPINE else 0.0
+    if start.role == "select" or blocked:
+        # Each selection has two gutters: to where tokens are used, and to where they are put back.
+        gutter = start.column - half - (0.2 if end.column == SPINE else 0.36)
+        out = y - 0.12 if end.column == SPINE else y + 0.08
+        return [(start.column - half, out), (gutter, out), (gutter, goal), (into, goal)]
+    return [(start.column, y - start.height / 2), (start.column, goal), (into, goal)]
 
 
-def _line(axes, points, arrow: bool = False, color: str = "#555555", style: str = "-", lw: float = 1.1) -> None:
+def _line(axes, points, color: str = "#555555", style="-", width: float = 1.1) -> None:
+    """A polyline with an arrow head at its end."""
     xs, ys = zip(*points, strict=True)
-    axes.plot(xs[:-1] if arrow and len(xs) > 2 else xs, ys[:-1] if arrow and len(ys) > 2 else ys, style, color=color, lw=lw, zorder=1, solid_capstyle="butt")
-    if arrow or lw > 2:
-        arrowprops = {"arrowstyle": "-|>", "color": color, "lw": lw, "linestyle": style, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=arrowprops, zorder=2)
+    if len(points) > 2:
+        axes.plot(xs[:-1], ys[:-1], color=color, linestyle=style, lw=width, zorder=1, solid_joinstyle="miter")
+    arrow = {"arrowstyle": "-|>", "color": color, "lw": width, "linestyle": style, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=arrow, zorder=2, annotation_clip=False)
