@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lemo_fx.config import LemoConfig
 
 app = typer.Typer(
-    help="Long-context fine-tuning with less memory and less time: contextual token sparsity (LeMo) as torch.fx passes.",
+    help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -91,7 +91,13 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
             return lambda: bar.advance(task)
 
         outcome = demonstration.run_demo(settings, progress)
-    table = Table("", demonstration.PLAIN, demonstration.LEMO, demonstration.LEMO + " is", title="one training step")
+    table = Table(
+        "",
+        demonstration.PLAIN,
+        demonstration.LEMO,
+        demonstration.LEMO + " is",
+        title=f"{settings.steps} steps at {settings.context} tokens",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for title, left, right, _, words in demonstration.rows(outcome.runs):
@@ -103,7 +109,8 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
 
 
 def _print_code(text: str) -> None:
-    console.print(Syntax(text, "python", theme="ansi_light", word_wrap=True, background_color="default"))
+    highlighted = Syntax("", "python", theme="ansi_light", background_color="default").highlight(text)
+    console.print(highlighted, soft_wrap=True)
 
 
 def _print_paths(paths: list[Path]) -> None:
@@ -134,12 +141,12 @@ def _plan(path: Path | None, keep: float, eliminated: str, score: str) -> LemoCo
         return LemoConfig(attention=site, mlp=site, active="always")
     given = _read_json(path)
     try:
-        sites = {
-            kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)
-        }
+        sites = {kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)}
         return LemoConfig(**{**given, **sites, "active": "always"})
     except TypeError as error:
-        raise InputError(f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site") from error
+        raise InputError(
+            f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -188,7 +195,6 @@ def _load_model(path: Path) -> Any:
     """A model folder with its weights; a config (or a folder without weights) with random ones."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -219,8 +225,7 @@ def _load_model(path: Path) -> Any:
             size = sum(p.numel() * 2 for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > WEIGHT_LIMIT:
             raise InputError(f"{path}: {SHOWN_LAYERS} layers of this model take {size / 2**30:.0f} GiB of memory")
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, LemoError):
             raise

@@ -1,6 +1,6 @@
 """Pictures of layer graphs: the residual stream as a vertical spine, branches at its side, one call per row.
 
-    save(draw({"before": lemo_fx.draw.captured(layer), "after": lemo_fx.graphs(model)[name]}), "graph.png")
+save(draw({"before": lemo_fx.draw.captured(layer), "after": lemo_fx.graphs(model)[name]}), "graph.png")
 """
 
 from __future__ import annotations
@@ -221,7 +221,15 @@ def _draw_boxes(axes, picture: nx.DiGraph, places: dict[str, float]) -> None:
         axes.add_patch(FancyBboxPatch(corner, width, call.height, boxstyle=style, ec=edge, fc=fill, lw=1.3, zorder=3))
         top = places[name] + call.height / 2 - 0.1 - LINE / 2
         axes.text(
-            call.column, top, call.label, ha="center", va="center", fontsize=8.2, fontweight="bold", color=edge, zorder=4
+            call.column,
+            top,
+            call.label,
+            ha="center",
+            va="center",
+            fontsize=8.2,
+            fontweight="bold",
+            color=edge,
+            zorder=4,
         )
         for row, line in enumerate(call.lines, 1):
             y = top - LINE * row

@@ -155,8 +155,8 @@ def counts(run: Callable[[], Any], model: nn.Module | None = None) -> tuple[int,
 def step_cost(model: nn.Module, batch: Mapping[str, Any]) -> StepCost:
     """Cost of one forward and backward of `model(**batch).loss`, with the model in the mode it is in.
 
-    Runs the step twice: for the counts (which also warms up), and for the time. Gradients that the parameters had are put
-    back.
+    Runs the step twice: for the counts (which also warms up), and for the time. Gradients that the parameters had are
+    put back.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.grad for p in parameters]
