@@ -32,8 +32,8 @@ from lemo_fx.measure import counts
 from lemo_fx.transform import decoder_layers
 
 ASSETS = Path(__file__).parent / "demo_assets"
-PLAIN, LEMO = "LoRA", "LoRA + LeMo"
-COLOURS = {PLAIN: "#6b7178", LEMO: "#2f6fb0"}
+PLAIN = "LoRA"
+COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -44,24 +44,25 @@ class Settings:
     Attributes:
         steps: optimizer steps of each run, one window of text each.
         context: tokens of a window.
-        keep, eliminated, score: of attention and MLP, see `Elimination`.
+        keep, score: of attention and MLP, see `Elimination`.
+        eliminated: treatments of the eliminated tokens; each gets a run of its own beside the plain one.
         windows: held-out windows on which perplexity is taken.
         rate: learning rate.
     """
 
-    steps: int = 8
+    steps: int = 6
     context: int = 4096
     keep: float = 0.5
-    eliminated: Treatment = "skip"
+    eliminated: tuple[Treatment, ...] = ("skip", "exact")
     score: Score = "measured"
-    windows: int = 5
+    windows: int = 4
     rate: float = 1e-3
     rank: int = 8
     seed: int = 0
 
-    def plan(self) -> LemoConfig:
+    def plan(self, eliminated: Treatment) -> LemoConfig:
         """The transform's configuration: both kinds of site, the first and last layer dense."""
-        site = Elimination(keep=self.keep, eliminated=self.eliminated, score=self.score)
+        site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
         return LemoConfig(attention=site, mlp=site)
 
 
@@ -87,11 +88,11 @@ class Run:
 
 @dataclass
 class Outcome:
-    """Both runs, and the transformed model with one of its layers before and after."""
+    """All runs by name, the plain one first, and one layer of the first transformed model before and after."""
 
     settings: Settings
     runs: dict[str, Run]
-    report: lemo_fx.Report
+    reports: dict[str, lemo_fx.Report]
     layer: str
     layer_class: str
     before: Any
@@ -102,8 +103,8 @@ class Outcome:
         return {
             "settings": asdict(self.settings),
             "runs": {name: asdict(run) for name, run in self.runs.items()},
-            "ratios": {title: ratio for title, _, _, ratio, _ in rows(self.runs)},
-            "report": self.report.to_dict(),
+            "ratios": {name: ratios(run, self.runs[PLAIN]) for name, run in self.runs.items() if name != PLAIN},
+            "reports": {name: report.to_dict() for name, report in self.reports.items()},
             "layer": self.layer,
         }
 
@@ -183,7 +184,7 @@ def fine_tune(
 
 
 def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
-    """Both runs from the same adapters on the same texts in the same order.
+    """All runs from the same adapters on the same texts in the same order.
 
     Args:
         progress: (what, number of parts) -> a function to call after each part.
@@ -200,39 +201,45 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
 
     tick = progress(PLAIN, 1 + settings.steps + 2 * len(heldout))
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
-    model, _ = load(settings.seed, settings.rank)
-    originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
-    lemo_fx.transform(model, settings.plan())
-    tick = progress(LEMO, 1 + settings.steps + len(heldout))
-    sparse = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
+    runs, reports, shown = {PLAIN: plain}, {}, None
+    for eliminated in settings.eliminated:
+        what = f"LeMo, {eliminated}"
+        model, _ = load(settings.seed, settings.rank)
+        originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
+        lemo_fx.transform(model, settings.plan(eliminated))
+        tick = progress(what, 1 + settings.steps + len(heldout))
+        runs[what] = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
+        reports[what] = lemo_fx.report(model)
+        if shown is None:
+            graphs = {name: graph for name, graph in lemo_fx.graphs(model).items() if name in originals}
+            name = list(graphs)[len(graphs) // 2]
+            shown = (name, type(model.get_submodule(name)).__name__, originals[name], graphs[name])
+    assert shown is not None
+    return Outcome(settings, runs, reports, *shown)
 
-    graphs = {name: graph for name, graph in lemo_fx.graphs(model).items() if name in originals}
-    name = sorted(graphs, key=lambda n: int(n.rpartition(".")[2]))[len(graphs) // 2]
-    kind = type(model.get_submodule(name)).__name__
-    runs = {PLAIN: plain, LEMO: sparse}
-    return Outcome(settings, runs, lemo_fx.report(model), name, kind, originals[name], graphs[name])
+
+ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step_seconds": ("step time", lambda s: f"{s:.2f} s"),
+    "flops": ("FLOPs per step", lambda n: f"{n / 1e9:.0f} G"),
+    "saved_bytes": ("bytes saved for the backward", lambda n: f"{n / 2**20:.0f} MiB"),
+    "perplexity_before": ("held-out perplexity before", lambda p: f"{p:.3f}"),
+    "perplexity_after": ("held-out perplexity after", lambda p: f"{p:.3f}"),
+}
+"""The table: attribute of `Run` -> (its words, how it is written)."""
 
 
-def rows(runs: dict[str, Run]) -> list[tuple[str, str, str, float, str]]:
-    """The table: what, plain, LeMo, ratio LeMo / plain, and the ratio in words."""
-    plain, sparse = runs[PLAIN], runs[LEMO]
+def ratios(run: Run, plain: Run) -> dict[str, float]:
+    """Every row of the table as a share of the plain run's."""
+    return {name: getattr(run, name) / getattr(plain, name) for name in ROWS}
 
-    def row(title: str, show: Callable[[Any], str], name: str) -> tuple[str, str, str, float, str]:
-        left, right = getattr(plain, name), getattr(sparse, name)
-        ratio = right / left
-        if name.startswith("perplexity"):
-            words = "same" if ratio == 1 else f"{ratio - 1:+.1%} ({'worse' if ratio > 1 else 'better'})"
-        else:
-            words = f"{1 / ratio:.2f}x less" if ratio <= 1 else f"{ratio:.2f}x more"
-        return title, show(left), show(right), ratio, words
 
-    return [
-        row("step time", lambda s: f"{s:.2f} s", "step_seconds"),
-        row("FLOPs per step", lambda n: f"{n / 1e9:.0f} G", "flops"),
-        row("bytes saved for the backward", lambda n: f"{n / 2**20:.0f} MiB", "saved_bytes"),
-        row("held-out perplexity before", lambda p: f"{p:.3f}", "perplexity_before"),
-        row("held-out perplexity after", lambda p: f"{p:.3f}", "perplexity_after"),
-    ]
+def in_words(name: str, ratio: float) -> str:
+    """A ratio to the plain run as people say it."""
+    if ratio == 1:
+        return "same"
+    if name.startswith("perplexity"):
+        return f"{ratio - 1:+.1%}, {'worse' if ratio > 1 else 'better'}"
+    return f"{1 / ratio:.2f}x less" if ratio < 1 else f"{ratio:.2f}x more"
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -260,26 +267,31 @@ def _processor() -> str:
 
 
 def plot(outcome: Outcome) -> Figure:
-    """Loss of both runs by step and by time, and what a step costs."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    """Loss of all runs by step and by time, and what a step costs."""
+    figure = Figure(figsize=(11, 3.7), layout="constrained")
     by_step, by_time, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
-    for name, run in outcome.runs.items():
-        steps = range(1, len(run.losses) + 1)
-        by_step.plot(steps, run.losses, "o-", ms=3.5, color=COLOURS[name], label=name)
-        by_time.plot(run.seconds, run.losses, "o-", ms=3.5, color=COLOURS[name], label=name)
-    by_step.set(xlabel="step", ylabel="training loss (nats per token)", title="training loss by step")
+    plain = outcome.runs[PLAIN]
+    names = list(ROWS)[:3]
+    width = 0.84 / len(outcome.runs)
+    highest = 1.0
+    for number, (title, run) in enumerate(outcome.runs.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "label": title}
+        by_step.plot(range(1, len(run.losses) + 1), run.losses, "o-", ms=3.5, **style)
+        by_time.plot(run.seconds, run.losses, "o-", ms=3.5, **style)
+        share = ratios(run, plain)
+        places = [place + (number - (len(outcome.runs) - 1) / 2) * width for place in range(len(names))]
+        bars.bar(places, [share[name] for name in names], width * 0.96, **style)
+        for place, name in zip(places, names, strict=True):
+            highest = max(highest, share[name])
+            bars.text(
+                place, share[name] + 0.01, ROWS[name][1](getattr(run, name)), ha="center", va="bottom", fontsize=6
+            )
+    by_step.set(xlabel="step", ylabel="nats per token", title="training loss by step")
     by_step.locator_params(axis="x", integer=True)
     by_time.set(xlabel="seconds of training", title="training loss by time")
-    by_step.legend(frameon=False)
-    table = rows(outcome.runs)[:3]
-    places = range(len(table))
-    bars.bar([p - 0.2 for p in places], [1.0] * 3, 0.4, color=COLOURS[PLAIN], label=PLAIN)
-    bars.bar([p + 0.2 for p in places], [row[3] for row in table], 0.4, color=COLOURS[LEMO], label=LEMO)
-    for place, (_, left, right, ratio, _) in zip(places, table, strict=True):
-        bars.text(place - 0.2, 1.01, left, ha="center", va="bottom", fontsize=7.5)
-        bars.text(place + 0.2, ratio + 0.01, right, ha="center", va="bottom", fontsize=7.5)
-    bars.set_xticks(list(places), ["step time", "FLOPs", "bytes saved"])
-    bars.set(title="one step", ylabel=f"share of {PLAIN}", ylim=(0, max(1.0, *(row[3] for row in table)) * 1.12))
+    bars.set_xticks(range(len(names)), ["step time", "FLOPs", "bytes saved"])
+    bars.set(title="one step", ylabel=f"share of {PLAIN}", ylim=(0, highest * 1.1))
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (by_step, by_time, bars):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
