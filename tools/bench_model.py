@@ -112,7 +112,7 @@ VARIANTS = {
 
 
 def build(shape: str, device: torch.device, adapters: str, layers: int | None = None) -> torch.nn.Module:
-    """The model in bf16 with random weights and LoRA r=8 on the attention projections, in float32 as PEFT makes them."""
+    """The model in bf16 with random weights and LoRA r=8 on the attention projections."""
     config = SHAPES[shape]()
     if layers:
         config.num_hidden_layers = layers

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its plain-torch reference on a real GPU: dtypes, strides, ragged sizes, 64-bit offsets."""
+"""Every Triton kernel against its plain-torch reference on a real GPU: dtypes, strides, sizes, 64-bit offsets."""
 
 import pytest
 import torch
