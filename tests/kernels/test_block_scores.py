@@ -37,7 +37,7 @@ def test_causal_scores(length, size, heads, groups):
 @pytest.mark.parametrize("kind", ["bool", "additive", "additive_inf", "per_head"])
 def test_masks(kind):
     query, key = torch.randn(2, 4, 29, 6), torch.randn(2, 2, 29, 6)
-    allowed = causal(29) & (torch.rand(2, 29, 29) > 0.3)
+    allowed = causal(29) & (torch.rand(2, 29, 29) > 0.3) | torch.eye(29, dtype=torch.bool)
     mask = allowed[:, None]
     if kind == "per_head":
         mask = mask.expand(2, 4, 29, 29)
@@ -52,6 +52,15 @@ def test_one_mask_for_all_samples():
     query, key = torch.randn(2, 4, 29, 6), torch.randn(2, 2, 29, 6)
     found = block_scores(query, key, causal(29)[:, None], None, 0.5, 8)
     torch.testing.assert_close(found, block_scores(query, key, None, None, 0.5, 8))
+
+
+def test_padding_queries_do_not_count():
+    query, key = torch.randn(2, 4, 29, 6), torch.randn(2, 2, 29, 6)
+    real = torch.ones(2, 29, dtype=torch.bool)
+    real[0, 20:] = real[1, :9] = False
+    found = block_scores(query, key, (causal(29) & real[:, None])[:, None], None, 0.5, 8)
+    allowed = causal(29) & real[:, None] & real[:, :, None]
+    torch.testing.assert_close(found.double(), naive_scores(query, key, allowed, 0.5, 8), **TOLERANCE["fp32"])
 
 
 def test_documents_and_padding():
