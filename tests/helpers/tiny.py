@@ -100,18 +100,23 @@ def batch(rows: int = 2, length: int = 48, padding: str | None = None, seed: int
         missing = 5 + 7 * row
         part = slice(0, missing) if side == "left" else slice(length - missing, None)
         mask[row, part] = 0
+    # What a padding token would predict is no label either.
+    counted = mask * mask.roll(1, dims=1)
     return {
         "input_ids": ids.masked_fill(mask == 0, 0),
-        "labels": labels.masked_fill(mask == 0, -100),
+        "labels": labels.masked_fill(counted == 0, -100),
         "attention_mask": mask,
     }
 
 
-def packed(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Documents one after another in one row; position_ids restart at each."""
+def packed(lengths: list[int], seed: int = 0) -> dict:
+    """Documents one after another in one row; position_ids restart at each.
+
+    transformers looks for documents only where there is no cache.
+    """
     inputs = batch(1, sum(lengths), seed=seed)
-    inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    return inputs
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {**inputs, "position_ids": positions, "use_cache": False}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
