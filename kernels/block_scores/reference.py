@@ -28,7 +28,8 @@ def block_scores(
     Args:
         query: [B, N, S, D] after position embedding.
         key: [B, N or N / group, S, D].
-        mask: None for plain causal order, [B or 1, 1 or N, S, S] bool (True attends) or additive float.
+        mask: None for plain causal order, [B or 1, 1 or N, S, S] bool (True attends) or additive float. A query that
+            may not attend to itself is padding: what it looks at does not count.
         documents: [1 or B, S] int, instead of a mask: causal order within equal numbers; -1 marks padding.
         scaling: the attention's own factor.
 
@@ -39,24 +40,29 @@ def block_scores(
     group = heads // key.shape[1]
     columns = torch.arange(length, device=query.device)
     total = torch.zeros(batch, -(-length // block_size), device=query.device)
+    real = None if mask is None else allows(mask.diagonal(dim1=-2, dim2=-1))
     for start in range(0, length, block_size):
         stop = min(start + block_size, length)
         reach = stop if mask is None else length
         rows = query[:, :, start:stop].unflatten(1, (key.shape[1], group))
         scores = torch.einsum("bkgqd,bksd->bkgqs", rows, key[:, :, :reach]).float() * scaling
         positive = scores.relu().flatten(1, 2)
-        if mask is None:
+        if mask is None or real is None:
             allowed = columns[None, None, None, :reach] <= columns[start:stop, None]
             if documents is not None:
                 own, seen = documents[:, None, start:stop, None], documents[:, None, None, :reach]
                 allowed = allowed & (own == seen) & (seen >= 0)
         else:
-            rows_mask = mask[:, :, start:stop]
-            allowed = rows_mask if mask.dtype == torch.bool else rows_mask > torch.finfo(mask.dtype).min / 2
+            allowed = allows(mask[:, :, start:stop]) & real[:, :, start:stop, None]
         positive = torch.where(allowed, positive, 0.0).mean(1)
         best = per_block(positive.amax(1), block_size)
         total[:, : best.shape[1]] += best
     return total
+
+
+def allows(mask: torch.Tensor) -> torch.Tensor:
+    """A bool or additive mask as bool: True attends."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def activation_scores(activation: torch.Tensor, block_size: int) -> torch.Tensor:
