@@ -65,7 +65,7 @@ def demo(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
 ) -> None:
-    """Fine-tune a small real Llama on long documents, plainly and transformed, and compare cost and quality. No network, no GPU."""
+    """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
     with _errors_in_one_line():
         _demo(out, dict(locals()))
 
