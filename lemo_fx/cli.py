@@ -80,6 +80,8 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
+    if demonstration.other_load() > 0.5:
+        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
     settings = demonstration.Settings(**{**named, "eliminated": treatments})
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "

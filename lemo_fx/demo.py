@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -255,6 +256,11 @@ def environment(command: str) -> dict[str, Any]:
         "cpu": _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def other_load() -> float:
+    """Average number of busy processes on the machine during the last minute; 0 where that is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _processor() -> str:
