@@ -47,7 +47,8 @@ def _scatter_kernel(
     )  # fmt: skip
     if ADDS:
         held = tl.load(STREAM + b * stride_xb + s * stride_xs + wide * stride_xh, mask=inside)
-        row = held.to(tl.float32) + row.to(tl.float32)
+        wide_type = tl.float64 if OUT.dtype.element_ty == tl.float64 else tl.float32
+        row = held.to(wide_type) + row.to(wide_type)
     tl.store(OUT + (b * length + s) * width + column, row.to(OUT.dtype.element_ty), mask=inside)
 
 
