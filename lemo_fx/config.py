@@ -90,9 +90,13 @@ class LemoConfig:
         mlp: elimination around the MLP; `None` leaves it dense.
         block_size: tokens per block (LeMo uses 64).
         dense_layers: decoder layers, by index, that are left alone. `()` makes every layer sparse; `None` is the
-            default depth plan: first and last layer dense in models of more than three layers.
+            default depth plan: first and last layer dense in models of more than three layers (the last one's MLP is
+            recomputed in segments under activation checkpointing).
         loss_segments: number of sequence segments in which the head and the loss are computed, so that full logits
             never exist in training; `"auto"` chooses by vocabulary and length, `None` leaves the head alone.
+        recompute: what activation checkpointing, where the model has it switched on, computes again in the backward.
+            `"all"`: a branch keeps its kept rows only. `"projections"`: it keeps the attention's output too, so that
+            attention, quadratic in length, is not computed twice.
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
@@ -102,6 +106,7 @@ class LemoConfig:
     block_size: int = 64
     dense_layers: Sequence[int] | None = None
     loss_segments: int | Literal["auto"] | None = "auto"
+    recompute: Literal["all", "projections"] = "all"
     active: Literal["training", "always"] = "training"
 
     def __post_init__(self) -> None:
@@ -121,6 +126,7 @@ class LemoConfig:
             isinstance(segments, int) and not isinstance(segments, bool) and segments > 0
         ):
             raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
+        _choice("recompute", self.recompute, ("all", "projections"))
         _choice("active", self.active, ("training", "always"))
         if self.attention is not None and self.attention.score == "shared":
             raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")

@@ -14,12 +14,12 @@ from typing_extensions import TypeIs
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
 
-MOST_ROWS = 1024
-MOST_LOGITS = 2**27
+MOST_ROWS = 512
+MOST_LOGITS = 2**26
 
 
 def segment_rows(tokens: int, vocabulary: int, segments: int | str) -> int:
-    """Tokens per segment. "auto": at most 1024 and at most 2^27 logits, and at least two segments."""
+    """Tokens per segment. "auto": at most 512 and at most 2^26 logits, and at least two segments."""
     if segments == "auto":
         return max(1, min(MOST_ROWS, MOST_LOGITS // vocabulary, (tokens + 1) // 2))
     return max(1, -(-tokens // int(segments)))

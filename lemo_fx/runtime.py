@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.select_blocks import reference as selection
@@ -26,20 +27,53 @@ class Step:
     labels: torch.Tensor | None = None
 
 
-def branch(function: Callable, *args: Any) -> torch.Tensor:
+ATTENTION_OPS = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Checkpoint policy that keeps what scaled dot product attention computed and recomputes the rest."""
+    return CheckpointPolicy.MUST_SAVE if operation in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_attention = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+
+
+def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) -> torch.Tensor:
     """Run a branch; where its layer checkpoints activations, keep only its arguments and recompute it in the backward.
 
     The rows that reach a branch are the kept ones, so a checkpointed layer keeps less than its full input.
+
+    Args:
+        checkpointing: the layer's own switch (`model.gradient_checkpointing_enable()`).
+        recompute: "all", or "projections" to keep the attention's output as well.
     """
-    layer = getattr(function, "__self__", None)
-    if (
-        layer is not None
-        and layer.training
-        and getattr(layer, "gradient_checkpointing", False)
-        and torch.is_grad_enabled()
-    ):
-        return checkpoint(function, *args, use_reentrant=False)
-    return function(*args)
+    if not checkpointing or not torch.is_grad_enabled():
+        return function(*args)
+    if recompute == "projections":
+        return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_attention)
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+SEGMENT = 8192
+"""Tokens of a token-wise branch that are recomputed at a time. The MLP's inner activations are several times as wide as
+the stream; without segments, one long layer's recompute would set the peak of the whole step."""
+
+
+def token_wise_branch(
+    function: Callable, checkpointing: bool, recompute: str, rows: torch.Tensor, *args: Any
+) -> torch.Tensor:
+    """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
+    if not checkpointing or not torch.is_grad_enabled() or rows.shape[1] <= SEGMENT:
+        return branch(function, checkpointing, recompute, rows, *args)
+    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(SEGMENT, dim=1)]
+    return torch.cat(parts, dim=1)
 
 
 def without_gradient(function: Callable, *args: Any) -> torch.Tensor:

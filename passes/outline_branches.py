@@ -1,7 +1,7 @@
 """Make one function of every marked region, so that it can run without gradient or be recomputed in the backward.
 
 before:  rows = eliminate(x, t);  n = norm(rows);  a = attention(n, ...);  y = restore(x, a, t)
-after:   rows = eliminate(x, t);  a = branch(self.lemo_attention_branch, rows, ...);  y = restore(x, a, t)
+after:   rows = eliminate(x, t);  a = branch(self.lemo_attention_branch, ..., rows, ...);  y = restore(x, a, t)
          lemo_attention_branch(rows, ...): n = norm(rows);  return attention(n, ...)
 The functions become methods of the rewritten layer's class: what they call is looked up on the layer at run time.
 """
@@ -39,10 +39,15 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
     body.output(values[outputs[0]])
     rewrite.functions[region.name] = body
 
-    run = runtime.branch if region.gradient else runtime.without_gradient
+    name = region.name.removeprefix("lemo_")
     with rewrite.graph.inserting_before(outputs[0]):
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
-        result = call(rewrite.graph, run, (function, *inputs), region.name.removeprefix("lemo_"))
+        if region.gradient:
+            switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
+            run = runtime.token_wise_branch if region.token_wise else runtime.branch
+            result = call(rewrite.graph, run, (function, switch, rewrite.recompute, *inputs), name)
+        else:
+            result = call(rewrite.graph, runtime.without_gradient, (function, *inputs), name)
     outputs[0].replace_all_uses_with(result)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

@@ -22,10 +22,12 @@ class Region:
         name: of the function.
         gradient: False where it runs under no_grad; True where it is the branch that trains, and is recomputed in the
             backward when the model checkpoints its activations.
+        token_wise: whether it may run on one piece of the tokens after the other.
     """
 
     name: str
     gradient: bool
+    token_wise: bool = False
 
 
 @dataclass
@@ -60,6 +62,7 @@ class LayerRewrite:
         layer: the decoder layer; never changed by a pass.
         graph: its captured graph; every pass edits it in place.
         sites: planned sites in the order in which they return to the stream.
+        recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
         functions: graphs of the outlined functions by name.
     """
@@ -67,6 +70,7 @@ class LayerRewrite:
     layer: nn.Module
     graph: fx.Graph
     sites: list[PlannedSite]
+    recompute: str = "all"
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 

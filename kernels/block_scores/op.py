@@ -1,6 +1,7 @@
 """The ops `lemo_fx::block_scores` and `lemo_fx::random_scores`: schema and fake. Neither has a gradient."""
 
 import torch
+from torch.utils._triton import has_triton
 
 from lemo_fx.kernels.block_scores import reference
 
@@ -15,6 +16,11 @@ def block_scores(
     block_size: int,
 ) -> torch.Tensor:
     """Block informativeness from Q and K; arguments and result as `reference.block_scores`."""
+    # A mask of arbitrary form has no kernel: it is S x S already, so the reference costs no more memory.
+    if query.is_cuda and mask is None and block_size <= 128 and has_triton():
+        from lemo_fx.kernels.block_scores import triton
+
+        return triton.block_scores(query, key, documents, scaling, block_size)
     return reference.block_scores(query, key, mask, documents, scaling, block_size)
 
 

@@ -37,25 +37,31 @@ def block_scores(
         [B, ceil(S / b)] float32; a block that nothing attends to scores 0.
     """
     batch, heads, length, _ = query.shape
-    group = heads // key.shape[1]
+    kv_heads = key.shape[1]
     columns = torch.arange(length, device=query.device)
     total = torch.zeros(batch, -(-length // block_size), device=query.device)
     real = None if mask is None else allows(mask.diagonal(dim1=-2, dim2=-1))
+    across = key.transpose(2, 3)
     for start in range(0, length, block_size):
         stop = min(start + block_size, length)
         reach = stop if mask is None else length
-        rows = query[:, :, start:stop].unflatten(1, (key.shape[1], group))
-        scores = torch.einsum("bkgqd,bksd->bkgqs", rows, key[:, :, :reach]).float() * scaling
-        positive = scores.relu().flatten(1, 2)
+        # The query heads of one key head as rows of one matrix: the keys are not repeated.
+        rows = query[:, :, start:stop].unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        scores = (rows @ across[..., :reach]).float().relu_()
+        scores = scores.unflatten(2, (-1, stop - start)).flatten(1, 2)
         if mask is None or real is None:
-            allowed = columns[None, None, None, :reach] <= columns[start:stop, None]
+            # One condition for all heads, so it may follow the mean, and then costs a head's share.
+            positive = scores.mean(1)
+            allowed = columns[None, None, :reach] <= columns[start:stop, None]
             if documents is not None:
-                own, seen = documents[:, None, start:stop, None], documents[:, None, None, :reach]
+                own, seen = documents[:, start:stop, None], documents[:, None, :reach]
                 allowed = allowed & (own == seen) & (seen >= 0)
+            positive = torch.where(allowed, positive, 0.0)
         else:
             allowed = allows(mask[:, :, start:stop]) & real[:, :, start:stop, None]
-        positive = torch.where(allowed, positive, 0.0).mean(1)
-        best = per_block(positive.amax(1), block_size)
+            positive = torch.where(allowed, scores, 0.0).mean(1)
+        # A positive factor commutes with both maxima.
+        best = per_block(positive.amax(1), block_size) * scaling
         total[:, : best.shape[1]] += best
     return total
 
