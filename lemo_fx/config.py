@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -117,6 +117,8 @@ class LemoConfig:
         if not (isinstance(self.block_size, int) and not isinstance(self.block_size, bool) and self.block_size > 0):
             raise ConfigError(f"block_size={self.block_size!r} must be a positive number of tokens")
         if self.dense_layers is not None:
+            if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
+                raise ConfigError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, or None")
             layers = tuple(self.dense_layers)
             if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
                 raise ConfigError(f"dense_layers={layers!r} must hold layer indices")

@@ -250,10 +250,11 @@ def _install(plan: Plan) -> None:
     module = plan.module
     original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    # First, so that a failure anywhere below is undone by `uninstall`.
+    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings)
     for name, part in plan.parts.items():
         module.add_module(name, part.to(device))
         part.train(module.training)
-    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings)
     compiled: dict[str, Callable] = {}
     codes = []
     for name, graph in plan.functions.items():

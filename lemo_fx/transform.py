@@ -253,6 +253,11 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
             if site is not None:
                 site.at_layer("keep", 0, len(layers))
                 site.at_layer("threshold", 0, len(layers))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no causal "
+            "language model that lemo_fx can rewrite"
+        )
     if config.active == "training" and not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError(
             "no parameter of the model is trainable, so there is nothing to fine-tune: add adapters first (PEFT's "
@@ -336,11 +341,7 @@ def _plan_site(
     """Decide one site and add its parts to the rewrite; returns its row of the report."""
     mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
     implementation = str(getattr(getattr(mixer, "config", None), "_attn_implementation", None))
-    if (
-        planned.site.kind == "attention"
-        and implementation not in runtime.MASKED_IMPLEMENTATIONS
-        and getattr(mixer, "sliding_window", None)
-    ):
+    if planned.site.kind == "attention" and implementation not in runtime.MASKED_IMPLEMENTATIONS and _window(mixer):
         raise UnsupportedModelError(
             f"{layer_name}: {implementation} counts its sliding window in kept tokens, not in original positions; use "
             f"attn_implementation='sdpa'. {_MEND}"
@@ -386,6 +387,13 @@ def _plan_site(
             )
         rewrite.modules[f"lemo_{planned.name}_stand_in"] = predictors.stand_in(index, planned.name)
     return row
+
+
+def _window(attention: nn.Module) -> int | None:
+    """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[return-value]
+    return getattr(attention.config, "sliding_window", None)
 
 
 def _refuse_unknown_arguments(name: str, rewrite: LayerRewrite, planned: PlannedSite) -> None:

@@ -25,7 +25,9 @@ def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
     for node in graph.nodes:
         _check_target(rewrite, node, after)
         if node.target is eliminate_op and not _restored(node, rewrite, finished):
-            raise GraphCheckError(f"after {after}: {node} eliminates tokens that no restore brings back")
+            raise GraphCheckError(
+                f"after {after}: {node} eliminates tokens that no restore brings back, or more than one"
+            )
         if node.target in (restore_op, restore_exact_op) and finished:
             _check_restore(node, after)
         if finished and node.meta.get(META) is not None:
@@ -51,8 +53,10 @@ def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:
     if not finished:
         return True
     tokens = node.args[1]
-    gives = [u for u in tokens.users if u.target in (restore_op, restore_exact_op) and u.args[-1] is tokens]  # type: ignore[union-attr]
-    return len(gives) >= 1 and len(node.users) >= 1
+    assert isinstance(tokens, fx.Node)
+    takes = [u for u in tokens.users if u.target is eliminate_op]
+    gives = [u for u in tokens.users if u.target in (restore_op, restore_exact_op) and u.args[-1] is tokens]
+    return len(gives) == len(takes) and len(node.users) >= 1
 
 
 def _check_restore(node: fx.Node, after: str) -> None:

@@ -1,0 +1,224 @@
+"""What a transformed model still is: the same object, saved, copied, adapted, evaluated and reverted as before."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, Recorder, anatomy, assert_same_step, batch, selections, step, tiny, with_lora
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+
+SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_same_object_class_keys_and_outputs_and_back(architecture, lora):
+    model = tiny(architecture)
+    model = with_lora(model) if lora else model
+    inputs = batch(2, 48, padding="left")
+    expected = step(model, inputs)
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        text = model.generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=5, do_sample=False
+        )
+    model.train()
+    before = anatomy(model)
+    assert lemo_fx.transform(model, SPARSE) is model
+    after = anatomy(model)
+    assert after["keys"] == before["keys"]
+    names = {name: kind for name, kind in before["classes"]}
+    for name, module in model.named_modules():
+        if name in names:
+            assert type(module).__name__ == names[name].__name__
+            assert isinstance(module, names[name])
+    assert not torch.equal(step(model, inputs)[0], expected[0]), "training is sparse"
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+        again = model.generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=5, do_sample=False
+        )
+    assert torch.equal(again, text)
+    model.train()
+    assert lemo_fx.revert(model) is model
+    assert anatomy(model) == before
+    assert_same_step(step(model, inputs), expected, "same")
+
+
+def test_active_always_is_sparse_in_evaluation():
+    model = tiny("llama").eval()
+    inputs = batch(2, 48)["input_ids"]
+    with torch.no_grad():
+        dense = model(inputs).logits
+        lemo_fx.transform(model, LemoConfig(SPARSE.attention, SPARSE.mlp, 8, (), active="always"))
+        assert not torch.equal(model(inputs).logits, dense)
+
+
+def test_generate_with_active_always():
+    model = tiny("llama").eval()
+    prompt = batch(1, 40)["input_ids"]
+    lemo_fx.transform(model, LemoConfig(Elimination(keep=1.0), Elimination(keep=1.0), 8, (), active="always"))
+    sparse = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+    lemo_fx.revert(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False), sparse)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_deep_copy_trains_on_its_own(lora):
+    model = tiny("llama")
+    model = lemo_fx.transform(with_lora(model) if lora else model, SPARSE)
+    inputs = batch(2, 48)
+    expected = step(model, inputs)
+    twin = copy.deepcopy(model)
+    assert_same_step(step(twin, inputs), expected, "same")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_step(step(twin, inputs), expected, "same")
+    lemo_fx.revert(model)
+    assert len(selections(twin)) == 4
+    lemo_fx.revert(twin)
+    assert not selections(twin)
+
+
+def test_shared_classes():
+    """One class per distinct graph: layers of one kind look alike to a compiler and to FSDP."""
+    model = lemo_fx.transform(tiny("llama", 4), SPARSE)
+    other = lemo_fx.transform(tiny("llama", 3), SPARSE)
+    assert len({type(layer) for layer in [*model.model.layers, *other.model.layers]}) == 1
+
+
+def test_adapters_after_the_transform():
+    inputs = batch(2, 48)
+    before = lemo_fx.transform(with_lora(tiny("llama")), SPARSE)
+    after = with_lora(lemo_fx.transform(tiny("llama"), SPARSE))
+    assert_same_step(step(after, inputs), step(before, inputs), "same")
+    assert list(after.state_dict()) == list(before.state_dict())
+    assert "lemo" not in " ".join(after.peft_config["default"].target_modules)
+    assert lemo_fx.transform(after, SPARSE) is after
+    assert "kept in last step" in str(lemo_fx.report(after))
+    lemo_fx.revert(after)
+    assert not selections(after)
+
+
+def test_merge_and_unload_after_the_transform():
+    model = lemo_fx.transform(with_lora(tiny("llama")), SPARSE)
+    inputs = batch(2, 48)
+    expected = step(model, inputs)[0]
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.train()(**inputs).loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapter_loads_where_lemo_fx_cannot_be_imported(tmp_path):
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = lemo_fx.transform(with_lora(base), SPARSE)
+    step(model, batch(2, 48))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(parameter.grad)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = batch(1, 20)["input_ids"]
+    torch.save((ids, model.eval()(ids).logits.detach()), tmp_path / "expected.pt")
+    script = f"""
+        import sys
+        sys.modules["lemo_fx"] = None
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}),
+                                          {str(tmp_path / "adapter")!r}).eval()
+        ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
+        torch.testing.assert_close(model(ids).logits, expected)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_saving_the_whole_model(tmp_path):
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert type(loaded).__name__ in (tmp_path / "config.json").read_text()
+    model.load_state_dict(loaded.state_dict())
+
+
+def test_transform_twice_is_idempotent_or_plans_anew():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    inputs = batch(2, 48)
+    expected, parts = step(model, inputs), list(selections(model).values())
+    lemo_fx.transform(model, LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=()))
+    assert all(a is b for a, b in zip(selections(model).values(), parts, strict=True))
+    assert_same_step(step(model, inputs), expected, "same")
+    lemo_fx.transform(model, LemoConfig(None, Elimination(keep=0.2), block_size=8, dense_layers=(0,)))
+    assert list(selections(model)) == ["model.layers.1.lemo_mlp_select"]
+    lemo_fx.transform(model, SPARSE)
+    assert_same_step(step(model, inputs), expected, "same")
+
+
+def test_default_plan_leaves_the_ends_dense():
+    model = lemo_fx.transform(tiny("llama", 5), LemoConfig(block_size=8))
+    assert {name.split(".")[2] for name in selections(model)} == {"1", "2", "3"}
+    assert [n for n in lemo_fx.report(model).notes if "dense" in n] == [
+        "model.layers.0: dense (dense_layers)",
+        "model.layers.4: dense (dense_layers)",
+    ]
+
+
+def test_keep_per_layer():
+    model = tiny("llama", 2)
+    site = Elimination(keep=[0.25, 0.75], score="random")
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=()))
+    with Recorder(model) as recorder:
+        model(**batch(2, 64))
+    assert [t[0].shape[1] for t in recorder.tokens.values()] == [16, 16, 48, 48]
+
+
+def test_report_and_graphs():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    report = lemo_fx.report(model)
+    assert [s.kept_share for s in report.sites] == [None] * 4
+    model(**batch(2, 64))
+    report = lemo_fx.report(model)
+    assert [(s.site, s.kept_tokens, s.total_tokens) for s in report.sites] == [
+        ("attention", 32, 64),
+        ("mlp", 32, 64),
+    ] * 2
+    assert report.to_dict()["sites"][0]["kept_share"] == 0.5
+    assert set(lemo_fx.graphs(model)) == {"", "model.layers.0", "model.layers.1"}
+    with pytest.raises(lemo_fx.NotTransformedError):
+        lemo_fx.report(lemo_fx.revert(model))
+
+
+def test_outputs_with_hidden_states_keep_their_shape():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    out = model(**batch(2, 48), output_hidden_states=True)
+    assert [h.shape for h in out.hidden_states] == [(2, 48, 32)] * 3
+
+
+def test_half_precision_and_moving():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    keys = list(model.state_dict())
+    model.bfloat16()
+    loss, _ = step(model, batch(2, 48))
+    assert loss.isfinite()
+    assert list(model.state_dict()) == keys
+    assert all(m.site.dtype == torch.int64 for m in selections(model).values())
+
+
+def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path):
+    lemo_fx.transform(tiny("llama"), SPARSE, dump=tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "model.layers.0.0_captured.py" in names
+    assert any("outline_branches" in name for name in names)
+    assert any("loss_head" in name for name in names)

@@ -191,3 +191,14 @@ class Largest(TorchDispatchMode):
             if isinstance(item, torch.Tensor):
                 self.numel = max(self.numel, item.numel())
         return out
+
+
+def anatomy(model):
+    """Everything about a model that a failed or reverted transform must leave as it was."""
+    return {
+        "classes": [(name, type(module)) for name, module in model.named_modules()],
+        "keys": list(model.state_dict()),
+        "buffers": [name for name, _ in model.named_buffers()],
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+    }

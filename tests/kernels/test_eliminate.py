@@ -40,13 +40,12 @@ def test_against_loops(rows):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_opcheck(rows):
     tokens = some_tokens(rows, 7, 3)
-    for stream in layouts(rows, 7, 4, dtype=torch.float32):
-        stream = stream.requires_grad_()
-        for kept in layouts(rows, 3, 4, dtype=torch.float32):
-            kept = kept.requires_grad_()
-            torch.library.opcheck(restore, (stream, kept, tokens))
-            torch.library.opcheck(scatter_rows, (kept, tokens, 7))
+    pairs = zip(layouts(rows, 7, 4, dtype=torch.float32), layouts(rows, 3, 4, dtype=torch.float32), strict=True)
+    for stream, kept in pairs:
+        stream, kept = stream.requires_grad_(), kept.requires_grad_()
         torch.library.opcheck(eliminate, (stream, tokens))
+        torch.library.opcheck(scatter_rows, (kept, tokens, 7))
+        torch.library.opcheck(restore, (stream, kept, tokens))
         torch.library.opcheck(restore_exact, (stream, torch.randn(rows, 7, 4), kept, tokens))
 
 

@@ -1,0 +1,218 @@
+"""Each pass on a hand-built layer: how often it applies, when it does not, and what it must not touch."""
+
+import pytest
+import torch
+from torch import nn
+
+from lemo_fx import runtime
+from lemo_fx.capture import capture
+from lemo_fx.errors import GraphCheckError
+from lemo_fx.kernels.eliminate.op import eliminate_op
+from lemo_fx.kernels.restore.op import restore_op
+from lemo_fx.parts import RandomScore, SelectBlocks
+from lemo_fx.passes.checker import check
+from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
+from lemo_fx.passes.insert_elimination import insert_elimination
+from lemo_fx.passes.insert_restoration import insert_restoration
+from lemo_fx.passes.insert_scores import insert_scores
+from lemo_fx.passes.outline_branches import outline_branches
+from lemo_fx.passes.pipeline import PASSES, run_passes
+from lemo_fx.passes.rewrite import META, LayerRewrite, PlannedSite, remove_dead_nodes
+from lemo_fx.sites import find_sites
+
+
+class Layer(nn.Module):
+    gradient_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, attention_mask=None):
+        x = x + self.first(self.norm(x))
+        return x + self.second(self.norm(x))
+
+
+class Parallel(Layer):
+    def forward(self, x, attention_mask=None):
+        return x + self.first(self.norm(x)) + self.second(self.norm(x))
+
+
+def rewrite_of(layer, treatments=("skip", "skip"), score="random"):
+    graph = capture(layer)
+    sites, refusals = find_sites(graph)
+    assert not refusals
+    planned = [PlannedSite(f"mlp_{i}", s, t, score) for i, (s, t) in enumerate(zip(sites, treatments, strict=True))]
+    rewrite = LayerRewrite(layer, graph, planned)
+    for i, site in enumerate(planned):
+        if site.treatment:
+            rewrite.modules[f"lemo_mlp_{i}_score"] = RandomScore(i + 1, 4)
+            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, None, i + 1, runtime.Step())
+    return rewrite
+
+
+def count(graph, *targets):
+    return sum(node.target in targets for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("treatments", "expected"),
+    [(("skip", "skip"), 2), (("skip", None), 1), ((None, None), 0), (("exact", "skip"), 2)],
+)
+@pytest.mark.parametrize("layer", [Layer, Parallel])
+def test_counts_of_every_pass(layer, treatments, expected):
+    rewrite = rewrite_of(layer(), treatments)
+    assert insert_scores(rewrite) == expected
+    assert count(rewrite.graph, "lemo_mlp_0_score", "lemo_mlp_1_score") == expected
+    assert insert_elimination(rewrite) == expected
+    exact = treatments.count("exact")
+    assert count(rewrite.graph, eliminate_op) == expected + exact
+    adds = 2 if layer is Layer else 1
+    assert insert_restoration(rewrite) == adds
+    remove_dead_nodes(rewrite.graph)
+    assert count(rewrite.graph, restore_op) == expected + exact
+    assert fuse_shared_selection(rewrite) == 0, "two choices of their own"
+    assert outline_branches(rewrite) == 2 + exact
+    assert outline_branches(rewrite) == 0, "idempotent"
+    assert count(rewrite.graph, runtime.without_gradient) == exact
+    assert not any(META in node.meta for node in rewrite.graph.nodes)
+    check(rewrite, "the end", finished=True)
+
+
+def test_a_measured_mlp_is_scored_from_its_normed_input():
+    rewrite = rewrite_of(Layer(), score="measured")
+    assert insert_scores(rewrite) == 2
+    scores = next(n for n in rewrite.graph.nodes if n.target == "lemo_mlp_0_score")
+    assert scores.args[0].target == "norm"
+    assert scores.meta[META].gradient is False
+    assert scores.args[0].meta[META] == scores.meta[META]
+
+
+def test_shared_choices_are_fused_once():
+    layer = Layer()
+    rewrite = rewrite_of(layer)
+    insert_scores(rewrite)
+    insert_elimination(rewrite)
+    insert_restoration(rewrite)
+    one, two = (n for n in rewrite.graph.nodes if str(n.target).endswith("_select"))
+    two.replace_all_uses_with(one)
+    remove_dead_nodes(rewrite.graph)
+    assert count(rewrite.graph, restore_op, eliminate_op) == 4
+    assert fuse_shared_selection(rewrite) == 1
+    remove_dead_nodes(rewrite.graph)
+    assert count(rewrite.graph, restore_op, eliminate_op) == 2
+    assert fuse_shared_selection(rewrite) == 0, "idempotent"
+    assert outline_branches(rewrite) == 1
+    check(rewrite, "the end", finished=True)
+
+
+def test_exact_restores_are_not_fused():
+    rewrite = rewrite_of(Layer(), ("exact", "skip"))
+    for run in (insert_scores, insert_elimination, insert_restoration):
+        run(rewrite)
+    assert fuse_shared_selection(rewrite) == 0
+
+
+def test_the_pipeline_reports_counts_and_is_observed():
+    seen = []
+    changes = run_passes(rewrite_of(Layer()), lambda name, rewrite: seen.append((name, len(rewrite.graph.nodes))))
+    assert [name for name, _ in seen] == ["captured", *(p.__name__ for p in PASSES)]
+    assert changes == {
+        "insert_scores": 2,
+        "insert_elimination": 2,
+        "insert_restoration": 2,
+        "fuse_shared_selection": 0,
+        "outline_branches": 2,
+    }
+
+
+def finished(treatments=("skip", "skip")):
+    rewrite = rewrite_of(Layer(), treatments)
+    run_passes(rewrite)
+    check(rewrite, "nothing", finished=True)
+    return rewrite
+
+
+class TestTheChecker:
+    def refuses(self, rewrite, match):
+        with pytest.raises(GraphCheckError, match=match) as error:
+            check(rewrite, "the break", finished=True)
+        assert "after the break" in str(error.value)
+
+    def node(self, rewrite, target):
+        return next(n for n in rewrite.graph.nodes if n.target is target)
+
+    def test_an_elimination_that_is_never_restored(self):
+        rewrite = finished()
+        restored = self.node(rewrite, restore_op)
+        restored.replace_all_uses_with(restored.args[0])
+        rewrite.graph.erase_node(restored)
+        self.refuses(rewrite, "no restore brings back")
+
+    def test_rows_restored_at_other_tokens(self):
+        rewrite = finished()
+        one, two = (n for n in rewrite.graph.nodes if n.target is restore_op)
+        one.args, two.args = (*one.args[:2], two.args[2]), (*two.args[:2], one.args[2])
+        with pytest.raises(GraphCheckError):
+            check(rewrite, "the break", finished=True)
+
+    def test_rows_restored_twice(self):
+        rewrite = finished()
+        restored = self.node(rewrite, restore_op)
+        with rewrite.graph.inserting_after(restored):
+            again = rewrite.graph.call_function(restore_op, (restored, *restored.args[1:]))
+        restored.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+        self.refuses(rewrite, "restore")
+
+    def test_the_stream_added_to_itself(self):
+        rewrite = finished()
+        restored = self.node(rewrite, restore_op)
+        restored.args = (restored.args[0], restored.args[0], restored.args[2])
+        self.refuses(rewrite, "adds the stream to itself")
+
+    def test_the_input_restored_instead_of_a_branch(self):
+        rewrite = finished()
+        last = [n for n in rewrite.graph.nodes if n.target is restore_op][-1]
+        last.args = (last.args[0], rewrite.entry, last.args[2])
+        self.refuses(rewrite, "own input")
+
+    def test_a_module_that_the_layer_lacks(self):
+        rewrite = finished()
+        next(n for n in rewrite.graph.nodes if n.op == "call_module").target = "nowhere"
+        self.refuses(rewrite, "calls nowhere")
+
+    def test_a_function_that_nobody_made(self):
+        rewrite = finished()
+        next(n for n in rewrite.graph.nodes if n.op == "get_attr").target = "lemo_nothing"
+        self.refuses(rewrite, "reads lemo_nothing")
+
+    def test_a_mark_left_over(self):
+        rewrite = finished()
+        self.node(rewrite, eliminate_op).meta[META] = "mark"
+        self.refuses(rewrite, "still marked")
+
+    def test_a_graph_out_of_order(self):
+        rewrite = finished()
+        nodes = list(rewrite.graph.nodes)
+        nodes[-2].append(self.node(rewrite, eliminate_op))
+        self.refuses(rewrite, "before")
+
+    def test_all_is_well(self):
+        for treatments in (("skip", "skip"), ("exact", None), (None, None)):
+            finished(treatments)
+
+
+@pytest.mark.parametrize("layer", [Layer, Parallel])
+def test_a_layer_with_every_token_kept_computes_the_same(layer):
+    module = layer()
+    expected = module(x := torch.randn(2, 16, 8))
+    rewrite = rewrite_of(module)
+    for part in rewrite.modules.values():
+        if isinstance(part, SelectBlocks):
+            part.keep_numerator = part.keep_denominator = 1
+    run_passes(rewrite)
+    from lemo_fx.install import graph_module
+
+    for name, part in rewrite.modules.items():
+        module.add_module(name, part)
+    torch.testing.assert_close(graph_module(module, rewrite.graph, rewrite.functions)(x), expected)

@@ -1,0 +1,228 @@
+"""Bad input gets a typed, helpful error, and the model is left exactly as it was."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from tiny import anatomy, assert_same_step, batch, selections, step, tiny, with_lora
+
+import lemo_fx
+from lemo_fx import ConfigError, Elimination, InputError, LemoConfig, LemoError, PredictorError, UnsupportedModelError
+
+SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
+
+
+def refused(model, config=SPARSE, error=UnsupportedModelError, match="", **given):
+    before = anatomy(model)
+    with pytest.raises(error, match=match) as caught:
+        lemo_fx.transform(model, config, **given)
+    assert isinstance(caught.value, LemoError)
+    assert anatomy(model) == before
+
+
+def test_no_causal_decoder_layers():
+    refused(torch.nn.Linear(3, 3), match="no causal decoder layers")
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    refused(transformers.BertForMaskedLM(config), match="no causal decoder layers")
+
+
+def test_an_encoder_decoder():
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = transformers.BartConfig(
+        **sizes, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=50, max_position_embeddings=128
+    )
+    refused(transformers.BartForConditionalGeneration(config))
+
+
+def test_state_space_and_linear_attention():
+    mamba = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=50)
+    refused(transformers.MambaForCausalLM(mamba), match="no causal decoder layers")
+    hybrid = transformers.Qwen3NextConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        vocab_size=50,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    refused(transformers.Qwen3NextForCausalLM(hybrid), match=r"layers\.0")
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.5, "half", True, float("nan"), [0.5, 2.0], []])
+def test_keep_outside_its_range(keep):
+    with pytest.raises(ConfigError, match="keep"):
+        Elimination(keep=keep)
+
+
+def test_threshold_and_keep():
+    with pytest.raises(ConfigError, match="not both"):
+        Elimination(keep=0.5, threshold=1.0)
+
+
+@pytest.mark.parametrize("size", [0, -8, 2.5, True, "64"])
+def test_block_size(size):
+    with pytest.raises(ConfigError, match="block_size"):
+        LemoConfig(block_size=size)
+
+
+def test_block_size_that_does_not_fit_the_model():
+    refused(tiny("llama"), LemoConfig(block_size=1024), ConfigError, "block_size=1024 does not fit")
+
+
+def test_layers_that_do_not_exist_and_lists_of_another_length():
+    refused(tiny("llama"), LemoConfig(dense_layers=(7,)), ConfigError, "dense_layers")
+    config = LemoConfig(Elimination(keep=[0.5] * 3), block_size=8, dense_layers=())
+    refused(tiny("llama"), config, ConfigError, "3 values")
+
+
+@pytest.mark.parametrize("config", [{"keep": 0.5}, 0.5, Elimination()])
+def test_not_a_config(config):
+    refused(tiny("llama"), config, ConfigError, "LemoConfig")
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = tiny("llama")
+    refused(model, match="meta device")
+
+
+def test_a_frozen_model():
+    refused(tiny("llama").requires_grad_(False), match="no parameter")
+    lemo_fx.transform(tiny("llama").requires_grad_(False), LemoConfig(block_size=8, active="always"))
+
+
+def test_treatments_and_scores_without_what_they_need():
+    site = Elimination(eliminated="stand_in")
+    refused(tiny("llama"), LemoConfig(site, site, 8, ()), PredictorError, "lemo_fx.fit")
+    site = Elimination(score="predicted")
+    refused(tiny("llama"), LemoConfig(site, site, 8, ()), PredictorError, "predict")
+
+
+def test_shared_choice_where_the_mlp_comes_first():
+    config = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5, score="shared"), 8, ())
+    refused(tiny("gpt_neox"), config, match="shared")
+
+
+def test_a_forward_replaced_on_a_layer():
+    model = tiny("llama")
+    model.model.layers[1].forward = model.model.layers[1].forward
+    refused(model, match=r"model\.layers\.1\.forward was replaced")
+
+
+class MixesTokens(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x.cumsum(1) * self.weight
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_last_layer_that_fails_rolls_everything_back(lora):
+    model = tiny("llama", 3)
+    model.model.layers[2].mlp = MixesTokens(32)
+    model = with_lora(model, targets=["q_proj"]) if lora else model
+    inputs = batch(2, 48)
+    expected = step(model, inputs)
+    refused(model, match=r"layers\.2.*mlp.*mixes tokens")
+    assert_same_step(step(model, inputs), expected, "same")
+    lemo_fx.transform(model, LemoConfig(SPARSE.attention, None, 8, (2,)))
+
+
+@pytest.mark.parametrize("where", ["to", "rewritten_class"])
+def test_an_installation_that_fails_midway_rolls_everything_back(where, monkeypatch):
+    from lemo_fx import install
+    from lemo_fx.parts import SelectBlocks
+
+    model = tiny("llama", 3)
+    inputs = batch(2, 48)
+    expected = step(model, inputs)
+    calls = []
+
+    def failing(original, limit):
+        def run(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == limit:
+                raise MemoryError("no memory")
+            return original(*args, **kwargs)
+
+        return run
+
+    if where == "to":
+        monkeypatch.setattr(SelectBlocks, "to", failing(torch.nn.Module.to, 6), raising=False)
+    else:
+        monkeypatch.setattr(install, "rewritten_class", failing(install.rewritten_class, 3))
+    before = anatomy(model)
+    with pytest.raises(MemoryError):
+        lemo_fx.transform(model, SPARSE)
+    assert anatomy(model) == before
+    assert_same_step(step(model, inputs), expected, "same")
+
+
+def test_a_failed_new_plan_keeps_the_old_one():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    inputs = batch(2, 48)
+    expected = step(model, inputs)
+    refused(model, LemoConfig(dense_layers=(9,)), ConfigError)
+    assert len(selections(model)) == 4
+    assert_same_step(step(model, inputs), expected, "same")
+    assert lemo_fx.report(model).config == SPARSE
+
+
+def test_nan_in_the_scores_keeps_the_block_and_warns_once(caplog):
+    model = lemo_fx.transform(tiny("llama", 1), LemoConfig(Elimination(keep=0.4), None, 8, ()))
+    inputs = batch(1, 64)
+    embedded = model.model.embed_tokens(inputs["input_ids"]).detach()
+    embedded[0, 26] = float("nan")
+    with caplog.at_level(logging.WARNING, logger="lemo_fx"):
+        for _ in range(2):
+            model(inputs_embeds=embedded, labels=inputs["labels"])
+    assert len([r for r in caplog.records if "NaN" in r.message]) == 1
+    assert "NaN" in str(lemo_fx.report(model).sites[0].note)
+
+
+def test_another_attention_implementation_afterwards():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    model.set_attn_implementation("eager")
+    with pytest.raises(LemoError, match="attention implementation"):
+        model(**batch(2, 48))
+
+
+def test_sliding_window_where_attention_counts_for_itself():
+    model = tiny("mistral")
+    model.config._attn_implementation = "flash_attention_2"
+    refused(model, match="sliding window")
+
+
+def test_router_loss_with_sparse_experts():
+    model = lemo_fx.transform(tiny("mixtral"), SPARSE)
+    with pytest.raises(InputError, match="output_router_logits"):
+        model(**batch(2, 48), output_router_logits=True)
+    model = lemo_fx.transform(tiny("mixtral"), LemoConfig(SPARSE.attention, None, 8, ()))
+    assert model(**batch(2, 48), output_router_logits=True).aux_loss is not None
+
+
+def test_functions_that_need_a_transformed_model():
+    for function in (lemo_fx.report, lemo_fx.graphs):
+        with pytest.raises(lemo_fx.NotTransformedError, match="transform"):
+            function(tiny("llama"))
+    model = tiny("llama")
+    assert lemo_fx.revert(model) is model
+
+
+def test_every_error_is_a_lemo_error():
+    errors = [v for v in vars(lemo_fx).values() if isinstance(v, type) and issubclass(v, Exception)]
+    assert len(errors) >= 9
+    assert all(issubclass(error, LemoError) for error in errors)

@@ -1,0 +1,72 @@
+import dataclasses
+import pickle
+
+import pytest
+
+from lemo_fx import ConfigError, Elimination, LemoConfig
+
+
+def test_defaults():
+    assert Elimination().keep == 0.5
+    assert Elimination(threshold=1.0).keep is None
+    assert LemoConfig().block_size == 64
+    assert LemoConfig().site("mlp") == Elimination()
+
+
+def test_frozen_hashable_equal_and_picklable():
+    config = LemoConfig(Elimination(keep=[0.5, 1]), None, dense_layers=[0, -1])
+    assert config == LemoConfig(Elimination(keep=(0.5, 1)), None, dense_layers=(0, -1))
+    assert hash(config) == hash(pickle.loads(pickle.dumps(config)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.block_size = 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "dense"),
+    [(None, 3, []), (None, 4, [0, 3]), (None, 12, [0, 11]), ((), 12, []), ((0, -1), 5, [0, 4]), ([2], 5, [2])],
+)
+def test_dense_layers(layers, count, dense):
+    config = LemoConfig(dense_layers=layers)
+    assert [i for i in range(count) if config.is_dense(i, count)] == dense
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eliminated": "drop"},
+        {"score": "best"},
+        {"threshold": "low"},
+        {"threshold": float("nan")},
+        {"threshold": []},
+    ],
+)
+def test_bad_eliminations(settings):
+    with pytest.raises(ConfigError):
+        Elimination(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": 0.5},
+        {"mlp": "skip"},
+        {"dense_layers": ["first"]},
+        {"dense_layers": 3},
+        {"loss_segments": 0},
+        {"loss_segments": "many"},
+        {"active": "sometimes"},
+        {"attention": Elimination(score="shared")},
+        {"attention": None, "mlp": Elimination(score="shared")},
+        {"attention": Elimination(keep=0.3), "mlp": Elimination(keep=0.4, score="shared")},
+    ],
+)
+def test_bad_configs(settings):
+    with pytest.raises(ConfigError):
+        LemoConfig(**settings)
+
+
+def test_keep_at_layer():
+    site = Elimination(keep=[0.1, 0.2])
+    assert [site.at_layer("keep", i, 2) for i in range(2)] == [0.1, 0.2]
+    with pytest.raises(ConfigError, match="2 values"):
+        site.at_layer("keep", 0, 3)

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny, with_lora
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import lemo_fx
+from lemo_fx.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx.sites import find_sites, is_softmax_attention, why_not_token_wise
+from lemo_fx.transform import decoder_layers
+
+PARALLEL = {"gpt_neox": ["mlp", "attention"], "phi": ["attention", "mlp"]}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(architecture, lora):
+    model = tiny(architecture, 2)
+    layers = decoder_layers(with_lora(model) if lora else model)
+    assert len(layers) == 2
+    graph = capture(layers[0][1], ABSENT_IN_TRAINING)
+    sites, refusals = find_sites(graph)
+    assert not refusals
+    first, second = sites
+    assert first.stream is next(iter(graph.nodes))
+    if architecture in PARALLEL:
+        assert [s.kind for s in sites] == PARALLEL[architecture]
+        assert first.stream is second.stream
+        assert first.add is second.add
+    else:
+        assert [s.kind for s in sites] == ["attention", "mlp"]
+        assert first.add is not second.add
+        between = second.stream
+        assert between is first.add or between.args[0] is first.add, "the MLP reads what the attention was added to"
+    for site in sites:
+        assert site.branch in site.nodes
+        assert site.mixer in site.nodes
+        assert site.stream not in site.nodes
+        assert site.add not in site.nodes
+    assert not set(first.nodes) & set(second.nodes) or architecture == "phi", "only Phi shares a norm"
+    assert not any(n.target in ("reshape", "view") for n in graph.nodes), "OPT's flattening is gone"
+
+
+class Attention(nn.Module):
+    is_causal = True
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.config = None
+
+    def forward(self, x):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](self, x, x, x, None)
+
+
+class Encoder(Attention):
+    is_causal = False
+
+    def forward(self, x):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](self, x, x, x, None)
+
+
+class MixesTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x).cumsum(1)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Block(nn.Module):
+    """A layer whose forward is given; every kind of part is at hand."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.norm, self.attention, self.second, self.encoder = nn.LayerNorm(8), Attention(), Attention(), Encoder()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.mixes, self.hidden, self.dropout = MixesTokens(), Residual(), nn.Dropout(0.1)
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def found(run):
+    sites, refusals = find_sites(capture(Block(run)))
+    return [s.kind for s in sites], refusals
+
+
+def test_a_plain_block():
+    kinds, refusals = found(lambda m, x: (h := x + m.attention(m.norm(x))) + m.dropout(m.mlp(m.norm(h))))
+    assert kinds == ["attention", "mlp"]
+    assert not refusals
+
+
+def test_residual_on_the_right_and_token_wise_work_around():
+    kinds, refusals = found(lambda m, x: torch.nn.functional.gelu(m.norm(m.mlp(m.norm(x)))) * 2 + x)
+    assert kinds == ["mlp"]
+    assert not refusals
+
+
+def test_three_parallel_branches():
+    kinds, _ = found(lambda m, x: x + m.attention(m.norm(x)) + m.mlp(x) + m.mlp(m.norm(x)))
+    assert sorted(kinds) == ["attention", "mlp", "mlp"]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda m, x: m.hidden(m.hidden(x)), "no residual add in sight"),
+        (lambda m, x: x + m.mixes(m.norm(x)), "mixes tokens"),
+        (lambda m, x: x + m.second(m.attention(m.norm(x))), "is a second attention"),
+        (lambda m, x: x + m.encoder(m.norm(x)), "is not causal"),
+        (lambda m, x: x + m.mlp(x).cumsum(1), "not known to treat tokens one by one"),
+        (lambda m, x: x + m.mlp(x)[0], "indexes a value"),
+        (lambda m, x: x + m.norm(x).transpose(0, 1), "not known to treat tokens one by one"),
+        (lambda m, x: x + torch.roll(m.mlp(x), 1, 1), "roll"),
+        (lambda m, x: x + m.mlp(x).reshape(-1, 8).cumsum(0).view(x.shape), "not known"),
+        (lambda m, x: x + torch.sigmoid(x) * x, "holds no module"),
+        (lambda m, x: torch.zeros(1, 2, 8), "does not reach the output"),
+    ],
+)
+def test_refusals(run, reason):
+    kinds, refusals = found(run)
+    assert any(reason in r.reason for r in refusals), (kinds, refusals)
+
+
+def test_an_unknown_layer_argument():
+    model = tiny("llama", 1)
+    layer = model.model.layers[0]
+
+    class Gated(type(layer)):
+        def forward(self, hidden_states, attention_mask=None, gates=None, **kwargs):
+            residual = hidden_states
+            hidden_states = self.self_attn(
+                self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+            )[0]
+            hidden_states = residual + hidden_states
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * gates
+
+    layer.__class__ = Gated
+    with pytest.raises(lemo_fx.UnsupportedModelError, match="'gates'"):
+        lemo_fx.transform(model, lemo_fx.LemoConfig(block_size=8, dense_layers=()))
+    assert type(layer) is Gated
+
+
+def test_token_wise_modules():
+    assert why_not_token_wise(nn.Linear(8, 8), 8) is None
+    assert why_not_token_wise(nn.Dropout(0.5), 8) is None
+    assert why_not_token_wise(nn.LayerNorm(8).bfloat16(), 8) is None
+    assert "mixes" in why_not_token_wise(MixesTokens(), 8)
+    assert "row per token" in why_not_token_wise(nn.Flatten(), 8)
+    assert "could not be tried" in why_not_token_wise(nn.Bilinear(8, 8, 8), 8)
+    assert "meta" in why_not_token_wise(nn.Linear(8, 8, device="meta"), 8)
+
+
+def test_trying_a_module_leaves_random_state_and_modes_alone():
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5).eval())
+    state = torch.get_rng_state()
+    why_not_token_wise(module, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in module.modules()] == [True, True, False]
+
+
+def test_what_counts_as_attention():
+    assert is_softmax_attention(Attention())
+    assert not is_softmax_attention(nn.MultiheadAttention(8, 2))
