@@ -59,7 +59,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 6,
     context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 4096,
     keep: Keep = 0.5,
-    eliminated: Annotated[str, typer.Option(help="Eliminated tokens: skip, exact, or both in turn.")] = "both",
+    eliminated: Annotated[
+        str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
+    ] = "both",
     score: Scores = "measured",
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 4,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
@@ -85,7 +87,7 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     settings = demonstration.Settings(**{**named, "eliminated": treatments})
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
-        f"transformed (keep {settings.keep:g}, {settings.score} scores)"
+        "transformed"
     )
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:

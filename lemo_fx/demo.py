@@ -45,7 +45,7 @@ class Settings:
     Attributes:
         steps: optimizer steps of each run, one window of text each.
         context: tokens of a window.
-        keep, score: of attention and MLP, see `Elimination`.
+        keep, score: of attention and MLP, see `Elimination` and `plan`.
         eliminated: treatments of the eliminated tokens; each gets a run of its own beside the plain one.
         windows: held-out windows on which perplexity is taken.
         rate: learning rate.
@@ -62,8 +62,15 @@ class Settings:
     seed: int = 0
 
     def plan(self, eliminated: Treatment) -> LemoConfig:
-        """The transform's configuration: both kinds of site, the first and last layer dense."""
-        site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
+        """The transform's configuration: both kinds of site, the first and last layer dense.
+
+        `exact` computes every token's forward and saves by training through few of them: half the share, drawn at
+        random, since a backward wants unbiased blocks rather than informative ones.
+        """
+        if eliminated == "exact":
+            site = Elimination(keep=self.keep / 2, eliminated="exact", score="random")
+        else:
+            site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
         return LemoConfig(attention=site, mlp=site)
 
 
@@ -205,10 +212,12 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
     runs, reports, shown = {PLAIN: plain}, {}, None
     for eliminated in settings.eliminated:
-        what = f"LeMo, {eliminated}"
+        plan = settings.plan(eliminated)
+        assert plan.attention is not None
+        what = f"{eliminated}, keep {plan.attention.keep:g}"
         model, _ = load(settings.seed, settings.rank)
         originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
-        lemo_fx.transform(model, settings.plan(eliminated))
+        lemo_fx.transform(model, plan)
         tick = progress(what, 1 + settings.steps + len(heldout))
         runs[what] = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
         reports[what] = lemo_fx.report(model)

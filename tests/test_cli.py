@@ -100,7 +100,7 @@ def test_demo(tmp_path):
     assert len(plain["losses"]) == 1
     assert exact["losses"] == pytest.approx(plain["losses"], abs=1e-4)
     assert sparse["losses"] != pytest.approx(plain["losses"], abs=1e-2)
-    assert any(site["kept_share"] == 0.5 for site in figures["reports"]["LeMo, skip"]["sites"])
+    assert any(site["kept_share"] == 0.5 for site in figures["reports"]["skip, keep 0.5"]["sites"])
 
 
 def test_demo_refuses_a_context_the_model_does_not_read(tmp_path):
