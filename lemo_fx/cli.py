@@ -183,7 +183,7 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
     after = lemo_fx.graphs(model).get(name)
     console.print(f"\n{name} before:\n")
     _print_code(draw.code(before, kind))
-    pictures = {"before": before}
+    pictures: dict[str, Any] = {"before": before}
     if after is None:
         console.print(f"{name} is left dense by the plan.")
     else:

@@ -194,7 +194,8 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
         ConfigError: no document has a window of `context` tokens, or fewer than one step.
     """
     model, tokenizer = load(settings.seed, settings.rank)
-    longest = model.config.max_position_embeddings
+    config: Any = model.config
+    longest: int = config.max_position_embeddings
     if not 64 <= settings.context <= longest or settings.steps < 1 or settings.windows < 1:
         raise ConfigError(f"the demo needs at least one step, and a context of 64 to {longest} tokens")
     texts = windows(tokenizer, "train", settings.context, settings.steps, settings.seed)

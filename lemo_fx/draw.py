@@ -135,6 +135,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
 def _outlined(node: fx.Node, module: nn.Module | None) -> Call:
     """A call of an outlined function, with the calls that it makes."""
     function = node.args[0]
+    assert isinstance(function, fx.Node)
     body = module.get_submodule(str(function.target)) if module is not None else None
     inner = [n for n in body.graph.nodes if n.op == "call_module"] if isinstance(body, fx.GraphModule) else []
     lines = tuple(f"· {str(n.target).removeprefix('lemo_')}" for n in inner)
@@ -204,7 +205,9 @@ def _places(picture: nx.DiGraph) -> dict[str, float]:
     places: dict[str, float] = {}
     y = 0.0
     order = {name: index for index, name in enumerate(picture)}
-    backwards = nx.dfs_postorder_nodes(picture, sort_neighbors=lambda names: sorted(names, key=order.get, reverse=True))
+    backwards = nx.dfs_postorder_nodes(
+        picture, sort_neighbors=lambda names: sorted(names, key=order.__getitem__, reverse=True)
+    )
     for name in reversed(list(backwards)):
         call = picture.nodes[name]["call"]
         places[name] = y - call.height / 2 if places else 0.0

@@ -94,16 +94,6 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
     return most
 
 
-def _block_scores_flops(query: torch.Size, key: torch.Size, *rest: Any, **named: Any) -> int:
-    batch, heads, length, width = query
-    return 2 * batch * heads * length * length * width
-
-
-def _segmented_cross_entropy_flops(hidden: torch.Size, weight: torch.Size, *rest: Any, **named: Any) -> int:
-    needs_hidden, needs_weight = rest[-3:-1]
-    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + bool(needs_hidden) + bool(needs_weight))
-
-
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **named: Any) -> int:
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
@@ -116,16 +106,11 @@ def _attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Si
 
 
 def _more_ops() -> dict[Any, Callable[..., int]]:
-    """FLOPs of the ops that torch's counter does not know: ours, and attention on the CPU."""
-    import lemo_fx.kernels.block_scores.op
-    import lemo_fx.kernels.segmented_cross_entropy.op  # noqa: F401
-
+    """FLOPs of attention on the CPU, which torch's counter does not know; our ops register theirs with it."""
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        torch.ops.lemo_fx.block_scores: _block_scores_flops,
-        torch.ops.lemo_fx.segmented_cross_entropy: _segmented_cross_entropy_flops,
     }
 
 

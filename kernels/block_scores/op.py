@@ -2,6 +2,7 @@
 
 import torch
 from torch.utils._triton import has_triton
+from torch.utils.flop_counter import register_flop_formula
 
 from lemo_fx.kernels.block_scores import reference
 
@@ -35,6 +36,13 @@ def _(
 ) -> torch.Tensor:
     blocks = (query.shape[2] + block_size - 1) // block_size
     return query.new_empty(query.shape[0], blocks, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.lemo_fx.block_scores)
+def _flops(query: torch.Size, key: torch.Size, *rest, **named) -> int:
+    """Every query block against every key block; the causal half is not halved, as torch does for attention."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * length * width
 
 
 @torch.library.custom_op("lemo_fx::random_scores", mutates_args=())

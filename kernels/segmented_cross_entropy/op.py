@@ -5,6 +5,7 @@ The forward computes the gradients too, so the backward only scales them and no 
 
 import torch
 from torch.utils._triton import has_triton
+from torch.utils.flop_counter import register_flop_formula
 
 from lemo_fx.kernels.segmented_cross_entropy import reference
 
@@ -58,3 +59,10 @@ def _backward(ctx, grad, *unused):
 
 
 segmented_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lemo_fx.segmented_cross_entropy)
+def _flops(hidden: torch.Size, weight: torch.Size, *rest, **named) -> int:
+    """The logits, and one product of the same size for each gradient that is wanted."""
+    needs_hidden, needs_weight = rest[-3:-1]
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + bool(needs_hidden) + bool(needs_weight))
