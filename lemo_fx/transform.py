@@ -255,8 +255,8 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
                 site.at_layer("threshold", 0, len(layers))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no causal "
-            "language model that lemo_fx can rewrite"
+            f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
+            "causal language model that lemo_fx can rewrite"
         )
     if config.active == "training" and not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError(

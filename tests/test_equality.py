@@ -89,8 +89,14 @@ def test_whole_model_compiled_in_one_graph(architecture, treatment):
     inputs = batch(2, 40)
     expected = step(model, inputs)
     lemo_fx.transform(model, everything_kept(treatment))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss, found = step(compiled, inputs)
+    try:
+        loss, found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    except (torch._dynamo.exc.TorchDynamoException, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
+        torch._dynamo.reset()
+        lemo_fx.revert(model)
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+        pytest.skip("the original does not compile in one graph in this version of transformers")
     assert_same_step((loss, {n.removeprefix("_orig_mod."): g for n, g in found.items()}), expected, "compiled")
 
 
