@@ -36,6 +36,23 @@ def _probe(module: nn.Module, query, key, value, attention_mask, scaling=None, l
 ALL_ATTENTION_FUNCTIONS.register(PROBE, _probe)
 
 
+def _without_dropout(module: nn.Module, *args: Any, run: Callable | None = None, **kwargs: Any) -> Any:
+    """`module(...)`, or `run(module, ...)`, with its dropouts (an adapter's, say) off: scoring draws no random number.
+
+    Compiled code keeps them on, since switching them is no part of a graph; a recompute is not affected either way.
+    """
+    dropouts = []
+    if not torch.compiler.is_compiling():
+        dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        return module(*args, **kwargs) if run is None else run(module, *args, **kwargs)
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
+
+
 class AttentionScore(nn.Module):
     """Block informativeness from the layer's own Q and K (LeMo section 4.1): projections, norms and RoPE included.
 
@@ -65,7 +82,7 @@ class AttentionScore(nn.Module):
         elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             kwargs["attention_mask"] = None
             kwargs["lemo_documents"] = self._documents(mask, hidden, kwargs)
-        scores = self.twin[0](*args, **kwargs)[1]
+        scores = _without_dropout(self.twin[0], *args, **kwargs)[1]
         if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
             raise LemoError(
                 f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its "
@@ -104,7 +121,8 @@ class ActivationScore(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP's input [B, S, H] (or, for a bare down projection, its own [B, S, F]) -> scores [B, n]."""
-        return scoring.activation_scores(self.activation(self.mlp[0], x), self.block_size)
+        activation = _without_dropout(self.mlp[0], x, run=self.activation)
+        return scoring.activation_scores(activation, self.block_size)
 
 
 def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], str]:

@@ -241,7 +241,6 @@ def test_a_checkpointed_step_saves_less():
     assert sizes[1] < 0.7 * sizes[0]
 
 
-@pytest.mark.xfail(strict=True, reason="measured scores run the adapters with their dropout on")
 def test_scoring_reads_no_random_state():
     """DESIGN: no random state is consumed by default; a dropout in the adapters must not be drawn for scores."""
     states = []
