@@ -95,7 +95,8 @@ class LemoConfig:
         mlp: elimination around the MLP; `None` leaves it dense.
         block_size: tokens per block (LeMo uses 64).
         dense_layers: decoder layers, by index, that are left alone. `()` makes every layer sparse; `None` is the
-            default depth plan: first and last layer dense in models of more than three layers.
+            default depth plan: first and last layer dense in models of more than three layers (the last one's MLP is
+            recomputed in segments under activation checkpointing).
         loss_segments: number of sequence segments in which the head and the loss are computed, so that full logits
             never exist in training; `"auto"` chooses by vocabulary and length, `None` leaves the head alone.
         recompute: what activation checkpointing, where the model has it switched on, computes again in the backward.

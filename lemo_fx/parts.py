@@ -59,6 +59,8 @@ class AttentionScore(nn.Module):
         """Arguments of the attention module -> scores [B, n]."""
         mask = kwargs.get("attention_mask")
         hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(mask, torch.Tensor):
+            runtime.check_mask(mask, hidden.shape[1])
         if isinstance(mask, runtime.BlockMask):
             kwargs["attention_mask"] = runtime.square_mask(mask, hidden)
         elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:

@@ -61,6 +61,21 @@ def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) 
     return checkpoint(function, *args, use_reentrant=False)
 
 
+SEGMENT = 8192
+"""Tokens of a token-wise branch that are recomputed at a time. The MLP's inner activations are several times as wide as
+the stream; without segments, one long layer's recompute would set the peak of the whole step."""
+
+
+def token_wise_branch(
+    function: Callable, checkpointing: bool, recompute: str, rows: torch.Tensor, *args: Any
+) -> torch.Tensor:
+    """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
+    if not checkpointing or not torch.is_grad_enabled() or rows.shape[1] <= SEGMENT:
+        return branch(function, checkpointing, recompute, rows, *args)
+    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(SEGMENT, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
 def without_gradient(function: Callable, *args: Any) -> torch.Tensor:
     """Run a function for its values only; nothing is saved for the backward."""
     with torch.no_grad():
@@ -97,13 +112,9 @@ def compact_mask(mask: Any, tokens: torch.Tensor, length: int) -> Any:
         return None
     if isinstance(mask, BlockMask):
         return _compact_block_mask(mask, tokens)
+    check_mask(mask, length)
     if mask.dim() == 2:
         return take(mask, tokens)
-    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] != length:
-        raise InputError(
-            f"attention_mask of shape {list(mask.shape)} does not fit {length} tokens: a rewritten layer takes "
-            "None, [B, S], [B, heads, S, S] or a BlockMask"
-        )
     batch = tokens.shape[0]
     if mask.shape[1] == 1:
         rows = take(mask[:, 0], tokens)
@@ -111,6 +122,16 @@ def compact_mask(mask: Any, tokens: torch.Tensor, length: int) -> Any:
         return torch.gather(rows, 2, columns).unsqueeze(1)
     rows = take(mask.transpose(1, 2), tokens)
     return torch.gather(rows, 3, tokens[:, None, None, :].expand(*rows.shape[:3], -1)).transpose(1, 2)
+
+
+def check_mask(mask: torch.Tensor, length: int) -> None:
+    """Raise InputError unless a mask tensor is [B, S] or [B, heads, S, S]."""
+    square = mask.dim() == 4 and mask.shape[2] == length
+    if not (square or mask.dim() == 2) or mask.shape[-1] != length:
+        raise InputError(
+            f"attention_mask of shape {list(mask.shape)} does not fit {length} tokens: a rewritten layer takes "
+            "None, [B, S], [B, heads, S, S] or a BlockMask"
+        )
 
 
 def _compact_block_mask(mask: BlockMask, tokens: torch.Tensor) -> BlockMask:
@@ -204,6 +225,7 @@ def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
         position = torch.arange(length, device=stream.device)
         sample = torch.arange(batch, device=stream.device)[:, None]
         return mask.mask_mod(sample, torch.zeros_like(sample), position, position).expand(batch, length)
+    check_mask(mask, length)
     if mask.dim() == 2:
         return mask.bool().expand(batch, length)
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)

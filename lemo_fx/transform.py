@@ -227,7 +227,10 @@ def _plan(model: nn.Module, config: LemoConfig, predictors: Predictors | None, d
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
-            continue
+            if config.dense_layers is not None or index < len(layers) - 1:
+                continue
+            # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
+            # its graph is installed with dense branches, so that its MLP is recomputed in segments.
         plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
         if plan is not None:
             plans.append(plan)
@@ -285,9 +288,9 @@ def _plan_layer(
     rows = []
     for site in planned:
         _refuse_unknown_arguments(name, rewrite, site)
-        elimination = config.site(site.site.kind)
+        elimination = None if config.is_dense(index, count) else config.site(site.site.kind)
         if elimination is None:
-            rows.append(_row(site.name, "dense", note="dense (None in the config)"))
+            rows.append(_row(site.name, "dense"))
             continue
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None

@@ -30,12 +30,16 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
     for planned in rewrite.sites:
         with rewrite.graph.inserting_before(planned.site.add):
             if planned.treatment is None:
-                region = Region(f"lemo_{planned.name}_branch", gradient=True)
+                region = _branch_region(planned)
                 planned.output = clone(rewrite.graph, planned.site.nodes, {}, region, "dense")[planned.site.branch]
                 continue
             _eliminate(rewrite, planned)
         changed += 1
     return changed
+
+
+def _branch_region(planned: PlannedSite) -> Region:
+    return Region(f"lemo_{planned.name}_branch", gradient=True, token_wise=planned.site.kind == "mlp")
 
 
 def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
@@ -45,7 +49,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
     else:
         mask = rewrite.placeholder("attention_mask")
         planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
-    branch = Region(f"lemo_{name}_branch", gradient=True)
+    branch = _branch_region(planned)
     rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
     values = {site.stream: rows}
     if site.kind == "attention":

@@ -44,7 +44,8 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
         if region.gradient:
             switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
-            result = call(rewrite.graph, runtime.branch, (function, switch, rewrite.recompute, *inputs), name)
+            run = runtime.token_wise_branch if region.token_wise else runtime.branch
+            result = call(rewrite.graph, run, (function, switch, rewrite.recompute, *inputs), name)
         else:
             result = call(rewrite.graph, runtime.without_gradient, (function, *inputs), name)
     outputs[0].replace_all_uses_with(result)

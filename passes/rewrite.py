@@ -22,10 +22,12 @@ class Region:
         name: of the function.
         gradient: False where it runs under no_grad; True where it is the branch that trains, and is recomputed in the
             backward when the model checkpoints its activations.
+        token_wise: whether it may run on one piece of the tokens after the other.
     """
 
     name: str
     gradient: bool
+    token_wise: bool = False
 
 
 @dataclass

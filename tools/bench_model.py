@@ -77,11 +77,13 @@ class Variant:
 SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
 
 
-def sparse(keep: float, treatment: str = "skip", score: str = "random", shared: bool = False) -> LemoConfig:
+def sparse(
+    keep: float, treatment: str = "skip", score: str = "random", shared: bool = False, recompute: str = "all"
+) -> LemoConfig:
     """Both sites at one keep in every layer but the first and the last."""
     attention = Elimination(keep=keep, eliminated=treatment, score=score)
     mlp = Elimination(keep=keep, eliminated=treatment, score="shared" if shared else score)
-    return LemoConfig(attention=attention, mlp=mlp)
+    return LemoConfig(attention=attention, mlp=mlp, recompute=recompute)
 
 
 VARIANTS = {
@@ -96,6 +98,11 @@ VARIANTS = {
         Variant("skip-0.5-checkpointed", sparse(0.5), checkpointed=True),
         Variant("skip-0.5-shared", sparse(0.5, shared=True)),
         Variant("skip-0.5-shared-checkpointed", sparse(0.5, shared=True), checkpointed=True),
+        Variant(
+            "skip-0.5-shared-checkpointed-attention-kept",
+            sparse(0.5, shared=True, recompute="projections"),
+            checkpointed=True,
+        ),
         Variant("exact-0.25", sparse(0.25, "exact")),
         Variant("exact-0.25-checkpointed", sparse(0.25, "exact"), checkpointed=True),
         Variant("exact-0.125", sparse(0.125, "exact")),
@@ -104,7 +111,7 @@ VARIANTS = {
 }
 
 
-def build(shape: str, device: torch.device, layers: int | None = None) -> torch.nn.Module:
+def build(shape: str, device: torch.device, adapters: str, layers: int | None = None) -> torch.nn.Module:
     """The model in bf16 with random weights and LoRA r=8 on the attention projections."""
     config = SHAPES[shape]()
     if layers:
@@ -115,16 +122,16 @@ def build(shape: str, device: torch.device, layers: int | None = None) -> torch.
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS[config.model_type], task_type="CAUSAL_LM")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    return get_peft_model(model, lora, autocast_adapter_dtype=adapters == "float32").train()
 
 
-def gate(shape: str, device: torch.device) -> dict[str, float]:
+def gate(shape: str, device: torch.device, adapters: str) -> dict[str, float]:
     """Loss and gradients of the rewritten model at keep=1.0 against the original, on a model cut to four layers.
 
     Raises:
         SystemExit: they differ by more than the rounding of the dtype.
     """
-    model = build(shape, device, layers=4)
+    model = build(shape, device, adapters, layers=4)
     ids = torch.randint(0, model.config.vocab_size, (1, 1000), device=device)
     results = []
     for config in (None, sparse(1.0), sparse(1.0, "exact")):
@@ -134,7 +141,7 @@ def gate(shape: str, device: torch.device) -> dict[str, float]:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         gradient = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
-        results.append((float(loss), gradient))
+        results.append((loss.item(), gradient))
     (loss, gradient), *others = results
     errors = {
         "loss": max(abs(other - loss) / loss for other, _ in others),
@@ -173,6 +180,7 @@ def measure(
         marks = [_mark(device)]
         loss = model(input_ids=ids, labels=ids).loss
         marks.append(_mark(device))
+        held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -187,10 +195,11 @@ def measure(
         "forward_ms": round(forward, 1),
         "backward_ms": round(backward, 1),
         "step_ms": round(statistics.median(f + b for f, b in times), 1),
-        "loss": float(loss),
+        "loss": loss.item(),
         "compile_and_run_s": round(time.perf_counter() - began, 1),
     }
     if device.type == "cuda":
+        result["after_forward_gb"] = round(held / 1e9, 2)
         result["peak_allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         result["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["weights_gb"] = round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2)
@@ -255,6 +264,9 @@ def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
     tokens: Annotated[str, typer.Option(help="sequence lengths, comma-separated")] = "8192,32768",
     variants: Annotated[str, typer.Option(help=f"comma-separated, from {', '.join(VARIANTS)}")] = ",".join(VARIANTS),
+    adapters: Annotated[
+        str, typer.Option(help="dtype of the adapters: float32 (PEFT's default) or bfloat16")
+    ] = "float32",
     steps: Annotated[int, typer.Option(help="timed steps after two warm-up steps")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/model"),
     profile: Annotated[bool, typer.Option(help="also write each variant's kernels by device time")] = False,
@@ -264,9 +276,15 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(device), "shape": shape, "gate": gate(shape, device), "runs": []}
+    result = {
+        "environment": environment(device),
+        "shape": shape,
+        "adapters": adapters,
+        "gate": gate(shape, device, adapters),
+        "runs": [],
+    }
     print("correctness gate:", result["gate"], flush=True)
-    model = build(shape, device)
+    model = build(shape, device, adapters)
     torch._dynamo.config.cache_size_limit = 64
     for length in map(int, tokens.split(",")):
         for name in variants.split(","):

@@ -28,7 +28,8 @@ def block_scores(
     Args:
         query: [B, N, S, D] after position embedding.
         key: [B, N or N / group, S, D].
-        mask: None for plain causal order, [B or 1, 1 or N, S, S] bool (True attends) or additive float.
+        mask: None for plain causal order, [B or 1, 1 or N, S, S] bool (True attends) or additive float. A query that
+            may not attend to itself is padding: what it looks at does not count.
         documents: [1 or B, S] int, instead of a mask: causal order within equal numbers; -1 marks padding.
         scaling: the attention's own factor.
 
@@ -39,6 +40,7 @@ def block_scores(
     kv_heads = key.shape[1]
     columns = torch.arange(length, device=query.device)
     total = torch.zeros(batch, -(-length // block_size), device=query.device)
+    real = None if mask is None else allows(mask.diagonal(dim1=-2, dim2=-1))
     across = key.transpose(2, 3)
     for start in range(0, length, block_size):
         stop = min(start + block_size, length)
@@ -47,7 +49,7 @@ def block_scores(
         rows = query[:, :, start:stop].unflatten(1, (kv_heads, -1)).flatten(2, 3)
         scores = (rows @ across[..., :reach]).float().relu_()
         scores = scores.unflatten(2, (-1, stop - start)).flatten(1, 2)
-        if mask is None:
+        if mask is None or real is None:
             # One condition for all heads, so it may follow the mean, and then costs a head's share.
             positive = scores.mean(1)
             allowed = columns[None, None, :reach] <= columns[start:stop, None]
@@ -56,13 +58,17 @@ def block_scores(
                 allowed = allowed & (own == seen) & (seen >= 0)
             positive = torch.where(allowed, positive, 0.0)
         else:
-            rows_mask = mask[:, :, start:stop]
-            allowed = rows_mask if mask.dtype == torch.bool else rows_mask > torch.finfo(mask.dtype).min / 2
+            allowed = allows(mask[:, :, start:stop]) & real[:, :, start:stop, None]
             positive = torch.where(allowed, scores, 0.0).mean(1)
         # A positive factor commutes with both maxima.
         best = per_block(positive.amax(1), block_size) * scaling
         total[:, : best.shape[1]] += best
     return total
+
+
+def allows(mask: torch.Tensor) -> torch.Tensor:
+    """A bool or additive mask as bool: True attends."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def activation_scores(activation: torch.Tensor, block_size: int) -> torch.Tensor:

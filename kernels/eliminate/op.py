@@ -4,6 +4,7 @@ Each is the other's backward. Neither saves more than the token indices; `torch.
 """
 
 import torch
+from torch.utils._triton import has_triton
 
 from lemo_fx.kernels.eliminate import reference
 
@@ -19,6 +20,10 @@ def eliminate(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, K, H], contiguous.
     """
+    if stream.is_cuda and has_triton():
+        from lemo_fx.kernels.eliminate import triton
+
+        return triton.eliminate(stream, tokens)
     return reference.eliminate(stream, tokens)
 
 
@@ -30,6 +35,10 @@ def _(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("lemo_fx::scatter_rows", mutates_args=())
 def scatter_rows(rows: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
     """Rows [B, K, H] put back at `tokens` [B, K] of a zero stream [B, length, H]."""
+    if rows.is_cuda and has_triton():
+        from lemo_fx.kernels.eliminate import triton
+
+        return triton.scatter(None, rows, tokens, length, rows.dtype)
     return reference.scatter_rows(rows, tokens, length)
 
 

@@ -4,6 +4,7 @@ The forward computes the gradients too, so the backward only scales them and no 
 """
 
 import torch
+from torch.utils._triton import has_triton
 
 from lemo_fx.kernels.segmented_cross_entropy import reference
 
@@ -22,8 +23,15 @@ def segmented_cross_entropy(
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed cross entropy over segments of `rows` tokens; see `reference.segmented_cross_entropy`."""
+    per_segment = reference.loss_and_gradient
+    if hidden.is_cuda and has_triton():
+        from lemo_fx.kernels.segmented_cross_entropy import triton
+
+        per_segment = triton.loss_and_gradient
     needs = (needs_hidden, needs_weight, needs_bias)
-    return reference.segmented_cross_entropy(hidden, weight, bias, labels, softcap, ignore_index, rows, needs)
+    return reference.segmented_cross_entropy(
+        hidden, weight, bias, labels, softcap, ignore_index, rows, needs, per_segment
+    )
 
 
 @segmented_cross_entropy.register_fake

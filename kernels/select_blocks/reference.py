@@ -38,10 +38,10 @@ def budget(blocks: int, keep: tuple[int, int]) -> int:
 def pinned_blocks(blocks: int, valid: torch.Tensor | None, block_size: int, batch: int, device) -> torch.Tensor:
     """[B, n] bool: first block (attention sink) and last block of each sample's real tokens, and a ragged tail."""
     pinned = torch.zeros(batch, blocks, dtype=torch.bool, device=device)
-    pinned[:, -1] = True
     if valid is None:
-        pinned[:, 0] = True
+        pinned[:, 0] = pinned[:, -1] = True
         return pinned
+    pinned[:, -1] = valid.shape[1] % block_size != 0
     real = block_any(valid, block_size)
     position = torch.arange(blocks, device=device)
     first = torch.where(real, position, blocks - 1).amin(1)
@@ -81,10 +81,17 @@ def rank(
 
 def take(ranked: torch.Tensor, count: int, block_size: int, length: int) -> torch.Tensor:
     """[B, n] -> [B, K]: the tokens of the `count` best blocks, ascending; ties go to the earlier block."""
-    blocks = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
+    missing = ranked.shape[1] * block_size - length
+    if missing:
+        # A ragged tail is taken in every sample, even where more blocks are pinned than the budget holds: what it
+        # lacks is then cut off the end.
+        best = ranked[:, :-1].sort(dim=1, descending=True, stable=True).indices[:, : count - 1]
+        tail = best.new_full((best.shape[0], 1), ranked.shape[1] - 1)
+        blocks = torch.cat([best.sort(1).values, tail], dim=1)
+    else:
+        blocks = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
     tokens = (blocks[:, :, None] * block_size + torch.arange(block_size, device=ranked.device)).flatten(1)
-    # The tail block is pinned, hence last in every sample: what it lacks is cut off the end.
-    return tokens[:, : count * block_size - (ranked.shape[1] * block_size - length)].contiguous()
+    return tokens[:, : count * block_size - missing].contiguous()
 
 
 def select_blocks(

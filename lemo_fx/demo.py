@@ -1,0 +1,307 @@
+"""The demonstration: fine-tune a small real Llama on long documents, plainly and transformed, and compare.
+
+Model and documents ship with the package. Everything printed but time is the same on every run on one machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import lemo_fx
+from lemo_fx import draw
+from lemo_fx.config import Elimination, LemoConfig, Score, Treatment
+from lemo_fx.errors import ConfigError
+from lemo_fx.measure import counts
+from lemo_fx.transform import decoder_layers
+
+ASSETS = Path(__file__).parent / "demo_assets"
+PLAIN = "LoRA"
+COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demonstration does.
+
+    Attributes:
+        steps: optimizer steps of each run, one window of text each.
+        context: tokens of a window.
+        keep, score: of attention and MLP, see `Elimination`.
+        eliminated: treatments of the eliminated tokens; each gets a run of its own beside the plain one.
+        windows: held-out windows on which perplexity is taken.
+        rate: learning rate.
+    """
+
+    steps: int = 6
+    context: int = 4096
+    keep: float = 0.5
+    eliminated: tuple[Treatment, ...] = ("skip", "exact")
+    score: Score = "measured"
+    windows: int = 4
+    rate: float = 1e-3
+    rank: int = 8
+    seed: int = 0
+
+    def plan(self, eliminated: Treatment) -> LemoConfig:
+        """The transform's configuration: both kinds of site, the first and last layer dense."""
+        site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
+        return LemoConfig(attention=site, mlp=site)
+
+
+@dataclass
+class Run:
+    """What one fine-tuning run cost and gave.
+
+    Attributes:
+        saved_bytes, flops: of one step, see `lemo_fx.measure`.
+        step_seconds: median over the steps; seconds: when each step ended, from the start of training.
+        losses: training loss by step; with eliminated tokens it is the loss of the rewritten graph.
+        perplexity_before, perplexity_after: held-out, by the model's original code with every token.
+    """
+
+    saved_bytes: int
+    flops: int
+    perplexity_before: float
+    perplexity_after: float = math.nan
+    step_seconds: float = math.nan
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """All runs by name, the plain one first, and one layer of the first transformed model before and after."""
+
+    settings: Settings
+    runs: dict[str, Run]
+    reports: dict[str, lemo_fx.Report]
+    layer: str
+    layer_class: str
+    before: Any
+    after: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, in plain types."""
+        return {
+            "settings": asdict(self.settings),
+            "runs": {name: asdict(run) for name, run in self.runs.items()},
+            "ratios": {name: ratios(run, self.runs[PLAIN]) for name, run in self.runs.items() if name != PLAIN},
+            "reports": {name: report.to_dict() for name, report in self.reports.items()},
+            "layer": self.layer,
+        }
+
+
+def load(seed: int, rank: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The shipped model with LoRA adapters, in float32, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
+    # A cache has no use in training.
+    model.config.use_cache = False
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)), tokenizer
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, kind: str, context: int, count: int, seed: int) -> list[torch.Tensor]:
+    """`count` windows [1, context] of the shipped documents of a kind ("train" or "heldout"), in a seeded order.
+
+    Every window lies within one document; a window is used twice only after all were used once.
+    """
+    found = []
+    for path in sorted((ASSETS / "documents").glob(f"{kind}_*.txt")):
+        ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
+        found += [ids[:, i : i + context] for i in range(0, ids.shape[1] - context + 1, context)]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [found[order[i % len(found)]] for i in range(count)]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, texts: list[torch.Tensor], tick: Callable[[], None]) -> float:
+    """Held-out perplexity in `eval()`, where a transformed model runs its original code with every token."""
+    model.eval()
+    losses = []
+    for ids in texts:
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+        tick()
+    model.train()
+    return math.exp(statistics.fmean(losses))
+
+
+def fine_tune(
+    model: nn.Module,
+    texts: list[torch.Tensor],
+    heldout: list[torch.Tensor],
+    rate: float,
+    before: float | None,
+    tick: Callable[[], None],
+) -> Run:
+    """Count one step, train on every text once, and evaluate."""
+    before = perplexity(model, heldout, tick) if before is None else before
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+
+    def backward(ids: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    # Without gradients this changes nothing, but it makes torch load what its optimizers need before the clock runs.
+    optimizer.step()
+    # Counted on a step of its own, which also warms up, so that counting costs the timed steps nothing.
+    kept, operations = counts(lambda: backward(texts[0]), model)
+    tick()
+    run = Run(kept, operations, before)
+    durations = []
+    for ids in texts:
+        start = time.perf_counter()
+        loss = backward(ids)
+        optimizer.step()
+        durations.append(time.perf_counter() - start)
+        run.losses.append(loss.item())
+        run.seconds.append(sum(durations))
+        tick()
+    run.step_seconds = statistics.median(durations)
+    run.perplexity_after = perplexity(model, heldout, tick)
+    return run
+
+
+def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
+    """All runs from the same adapters on the same texts in the same order.
+
+    Args:
+        progress: (what, number of parts) -> a function to call after each part.
+
+    Raises:
+        ConfigError: no document has a window of `context` tokens, or fewer than one step.
+    """
+    model, tokenizer = load(settings.seed, settings.rank)
+    longest = model.config.max_position_embeddings
+    if not 64 <= settings.context <= longest or settings.steps < 1 or settings.windows < 1:
+        raise ConfigError(f"the demo needs at least one step, and a context of 64 to {longest} tokens")
+    texts = windows(tokenizer, "train", settings.context, settings.steps, settings.seed)
+    heldout = windows(tokenizer, "heldout", settings.context, settings.windows, settings.seed)
+
+    tick = progress(PLAIN, 1 + settings.steps + 2 * len(heldout))
+    plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
+    runs, reports, shown = {PLAIN: plain}, {}, None
+    for eliminated in settings.eliminated:
+        what = f"LeMo, {eliminated}"
+        model, _ = load(settings.seed, settings.rank)
+        originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
+        lemo_fx.transform(model, settings.plan(eliminated))
+        tick = progress(what, 1 + settings.steps + len(heldout))
+        runs[what] = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
+        reports[what] = lemo_fx.report(model)
+        if shown is None:
+            graphs = {name: graph for name, graph in lemo_fx.graphs(model).items() if name in originals}
+            name = list(graphs)[len(graphs) // 2]
+            shown = (name, type(model.get_submodule(name)).__name__, originals[name], graphs[name])
+    assert shown is not None
+    return Outcome(settings, runs, reports, *shown)
+
+
+ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step_seconds": ("step time", lambda s: f"{s:.2f} s"),
+    "flops": ("FLOPs per step", lambda n: f"{n / 1e9:.0f} G"),
+    "saved_bytes": ("bytes saved for the backward", lambda n: f"{n / 2**20:.0f} MiB"),
+    "perplexity_before": ("held-out perplexity before", lambda p: f"{p:.3f}"),
+    "perplexity_after": ("held-out perplexity after", lambda p: f"{p:.3f}"),
+}
+"""The table: attribute of `Run` -> (its words, how it is written)."""
+
+
+def ratios(run: Run, plain: Run) -> dict[str, float]:
+    """Every row of the table as a share of the plain run's."""
+    return {name: getattr(run, name) / getattr(plain, name) for name in ROWS}
+
+
+def in_words(name: str, ratio: float) -> str:
+    """A ratio to the plain run as people say it."""
+    if ratio == 1:
+        return "same"
+    if name.startswith("perplexity"):
+        return f"{ratio - 1:+.1%}, {'worse' if ratio > 1 else 'better'}"
+    return f"{1 / ratio:.2f}x less" if ratio < 1 else f"{ratio:.2f}x more"
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where and how the figures were made."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "lemo_fx": lemo_fx.__version__,
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def plot(outcome: Outcome) -> Figure:
+    """Loss of all runs by step and by time, and what a step costs."""
+    figure = Figure(figsize=(11, 3.7), layout="constrained")
+    by_step, by_time, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    plain = outcome.runs[PLAIN]
+    names = list(ROWS)[:3]
+    width = 0.84 / len(outcome.runs)
+    highest = 1.0
+    for number, (title, run) in enumerate(outcome.runs.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "label": title}
+        by_step.plot(range(1, len(run.losses) + 1), run.losses, "o-", ms=3.5, **style)
+        by_time.plot(run.seconds, run.losses, "o-", ms=3.5, **style)
+        share = ratios(run, plain)
+        places = [place + (number - (len(outcome.runs) - 1) / 2) * width for place in range(len(names))]
+        bars.bar(places, [share[name] for name in names], width * 0.96, **style)
+        for place, name in zip(places, names, strict=True):
+            highest = max(highest, share[name])
+            bars.text(
+                place, share[name] + 0.01, ROWS[name][1](getattr(run, name)), ha="center", va="bottom", fontsize=6
+            )
+    by_step.set(xlabel="step", ylabel="nats per token", title="training loss by step")
+    by_step.locator_params(axis="x", integer=True)
+    by_time.set(xlabel="seconds of training", title="training loss by time")
+    bars.set_xticks(range(len(names)), ["step time", "FLOPs", "bytes saved"])
+    bars.set(title="one step", ylabel=f"share of {PLAIN}", ylim=(0, highest * 1.1))
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    for axes in (by_step, by_time, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
+    """demo.json, demo.png, graph.png and graph.svg; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    figures = out / "demo.json"
+    figures.write_text(json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
+    picture = draw.draw({"before": outcome.before, "after": outcome.after}, outcome.layer_class)
+    paths = [draw.save(picture, out / f"graph.{suffix}") for suffix in ("png", "svg")]
+    return [figures, draw.save(plot(outcome), out / "demo.png"), *paths]

@@ -1,0 +1,178 @@
+"""What one training step costs: bytes kept for the backward, floating-point operations, and wall time."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One forward and backward.
+
+    Attributes:
+        saved_bytes: most bytes that autograd kept for the backward at one time, see `saved_bytes`.
+        flops: floating-point operations of the matrix products, see `flops`.
+        seconds: wall time, measured on a run of its own without counting.
+    """
+
+    saved_bytes: int
+    flops: int
+    seconds: float
+
+
+class _Saved:
+    """A tensor that autograd keeps; autograd drops this object when it no longer needs the tensor."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
+    """Most bytes that autograd keeps for the backward at one time while `run` runs.
+
+    Counted: every tensor that passes `torch.autograd.graph.saved_tensors_hooks`, that is all that autograd nodes save,
+    custom ones included. Views of one storage count once, with the size of the whole storage, since that is what
+    stays allocated.
+
+    Activation checkpointing (non-reentrant): the tensors among a checkpoint's positional arguments are counted, what it
+    discards is not, and neither is what it recomputes during the backward. Tensors inside tuples or keyword arguments
+    of a checkpoint, or captured by its closure, are not seen. Reentrant checkpoints are seen with the tensors among
+    their arguments too.
+
+    Not counted: parameters and buffers of `model`, gradients, optimizer states, and temporaries of a kernel. A count of
+    the activations, hence, and not the peak of the device's memory. The result is the same on every run.
+
+    Args:
+        run: a forward, or a forward with its backward. Of a forward alone, return the loss: what it holds on to counts.
+        model: its parameters and buffers are left out.
+    """
+    ignored = {tensor.untyped_storage()._cdata for tensor in _tensors_of(model)} if model is not None else set()
+    holders: Counter[int] = Counter()
+    now = most = 0
+
+    def release(storage: int, size: int) -> None:
+        nonlocal now
+        holders[storage] -= 1
+        if not holders[storage]:
+            now -= size
+
+    def pack(tensor: torch.Tensor) -> _Saved | torch.Tensor:
+        nonlocal now, most
+        if tensor.layout != torch.strided:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata in ignored:
+            return tensor
+        saved, size = _Saved(tensor), storage.nbytes()
+        if not holders[storage._cdata]:
+            now += size
+        holders[storage._cdata] += 1
+        most = max(most, now)
+        weakref.finalize(saved, release, storage._cdata, size).atexit = False
+        return saved
+
+    def unpack(saved: _Saved | torch.Tensor) -> torch.Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        run()
+    return most
+
+
+def _block_scores_flops(query: torch.Size, key: torch.Size, *rest: Any, **named: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * length * width
+
+
+def _segmented_cross_entropy_flops(hidden: torch.Size, weight: torch.Size, *rest: Any, **named: Any) -> int:
+    needs_hidden, needs_weight = rest[-3:-1]
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + bool(needs_hidden) + bool(needs_weight))
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **named: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def _attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest, **named):
+    batch, heads, length, width = query
+    # The scores anew, then the gradients of query, key, value and of the weights.
+    return 2 * batch * heads * length * key[2] * (3 * width + 2 * value[3])
+
+
+def _more_ops() -> dict[Any, Callable[..., int]]:
+    """FLOPs of the ops that torch's counter does not know: ours, and attention on the CPU."""
+    import lemo_fx.kernels.block_scores.op
+    import lemo_fx.kernels.segmented_cross_entropy.op  # noqa: F401
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        torch.ops.lemo_fx.block_scores: _block_scores_flops,
+        torch.ops.lemo_fx.segmented_cross_entropy: _segmented_cross_entropy_flops,
+    }
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products while `run` runs, a multiply-add counting as two.
+
+    As `torch.utils.flop_counter` counts: attention in full, without a discount for causal order; the measuring of block
+    scores from Q and K is counted in the same way. Elementwise work is not counted. The same on every run.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_more_ops()) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def counts(run: Callable[[], Any], model: nn.Module | None = None) -> tuple[int, int]:
+    """`saved_bytes` and `flops` of one and the same run."""
+    kept = 0
+
+    def counted() -> None:
+        nonlocal kept
+        kept = saved_bytes(run, model)
+
+    operations = flops(counted)
+    return kept, operations
+
+
+def step_cost(model: nn.Module, batch: Mapping[str, Any]) -> StepCost:
+    """Cost of one forward and backward of `model(**batch).loss`, with the model in the mode it is in.
+
+    Runs the step twice: for the counts (which also warms up), and for the time. Gradients that the parameters had are
+    put back.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    try:
+        kept, operations = counts(step, model)
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+    return StepCost(kept, operations, seconds)

@@ -1,0 +1,210 @@
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lemo_fx.errors import SelectionError
+from lemo_fx.kernels.eliminate.op import eliminate
+from lemo_fx.kernels.restore.op import restore
+from lemo_fx.kernels.select_blocks import op
+from lemo_fx.kernels.select_blocks.reference import (
+    THRESHOLD_BUCKETS,
+    dropped_tokens,
+    select_blocks,
+    select_by_threshold,
+)
+
+
+def blocks_of(tokens, size):
+    return [sorted({int(t) // size for t in row}) for row in tokens]
+
+
+def choose(scores, length=None, size=4, keep=(1, 2), valid=None, labelled=None):
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    scores = scores[None] if scores.dim() == 1 else scores
+    return select_blocks(scores, valid, labelled, length or scores.shape[1] * size, size, keep)
+
+
+def test_best_blocks_in_order_and_first_and_last_always():
+    tokens = choose([0.0, 1, 9, 3, 8, 0])
+    assert blocks_of(tokens, 4) == [[0, 2, 5]]
+    assert tokens.tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 23]]
+
+
+def test_each_sample_chooses_for_itself():
+    assert blocks_of(choose([[0.0, 1, 9, 3, 8, 0], [0.0, 1, 2, 3, 8, 0]]), 4) == [[0, 2, 5], [0, 4, 5]]
+
+
+def test_ties_go_to_the_earlier_block():
+    assert blocks_of(choose([1.0] * 8), 4) == [[0, 1, 2, 7]]
+
+
+def test_nan_is_kept_and_infinities_are_ordered():
+    inf, nan = float("inf"), float("nan")
+    assert blocks_of(choose([0.0, nan, 9, 3, 8, 0]), 4) == [[0, 1, 5]]
+    assert blocks_of(choose([0.0, 1, 9, -inf, inf, 0]), 4) == [[0, 4, 5]]
+    assert blocks_of(choose([0.0, -inf, -inf, -5, -inf, 0]), 4) == [[0, 3, 5]]
+
+
+def test_ragged_tail_is_kept_and_cut():
+    tokens = choose([0.0, 1, 9, 3, 8, 0], length=22)
+    assert tokens.tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, 20, 21]]
+
+
+def test_padding_comes_last_and_the_ends_of_the_real_tokens_are_pinned():
+    valid = torch.zeros(2, 32, dtype=torch.bool)
+    valid[0, 10:] = True
+    valid[1, :15] = True
+    scores = torch.full((2, 8), 5.0)
+    scores[0, 2], scores[1, 3] = 0, 0
+    kept = blocks_of(choose(scores, valid=valid, keep=(1, 2)), 4)
+    assert kept[0] == [2, 3, 4, 7], "left padding: first real block and last block"
+    assert {0, 3} <= set(kept[1]), "right padding: first block and last real block"
+    assert {0, 1, 2, 3} <= set(blocks_of(choose(scores, valid=valid, keep=(5, 8)), 4)[1])
+
+
+def test_ragged_tail_survives_padding_and_labels_under_a_tiny_budget():
+    """The cut at the end takes what the tail lacks, so the tail must be the last block of every sample."""
+    valid = torch.ones(1, 30, dtype=torch.bool)
+    valid[0, 14:] = False
+    tokens = choose([5.0] * 8, length=30, valid=valid, keep=(1, 8))
+    assert blocks_of(tokens, 4)[0][-1] == 7
+    assert tokens.shape[1] == 2 * 4 - 2
+    labelled = torch.zeros(1, 30, dtype=torch.bool)
+    labelled[0, 4:12] = True
+    tokens = choose([5.0] * 8, length=30, valid=valid, labelled=labelled, keep=(1, 2))
+    assert blocks_of(tokens, 4)[0][-1] == 7
+    assert all(sum(int(t) // 4 == b for t in tokens[0]) == (2 if b == 7 else 4) for b in blocks_of(tokens, 4)[0])
+
+
+def test_few_labelled_blocks_are_pinned_and_many_are_not():
+    labelled = torch.zeros(1, 32, dtype=torch.bool)
+    labelled[0, 9] = True
+    scores = [9.0, 9, 0, 9, 9, 9, 9, 9]
+    assert 2 in blocks_of(choose(scores, labelled=labelled), 4)[0]
+    assert 2 not in blocks_of(choose(scores), 4)[0]
+    assert 2 not in blocks_of(choose(scores, labelled=torch.ones(1, 32, dtype=torch.bool)), 4)[0]
+
+
+def test_threshold_keeps_every_block_above():
+    scores = torch.tensor([[0.0, 1, 9, 3, 8, 0, 2, 0], [5.0, 5, 5, 5, 0, 0, 0, 0]])
+    tokens = select_by_threshold(scores, None, None, 32, 4, 2.5)
+    kept = blocks_of(tokens, 4)
+    assert {2, 3, 4} <= set(kept[0])
+    assert {0, 1, 2, 3} <= set(kept[1])
+    assert len(kept[0]) == len(kept[1]) == 5
+    nan = scores.clone()
+    nan[0, 5] = float("nan")
+    assert 5 in blocks_of(select_by_threshold(nan, None, None, 32, 4, 2.5), 4)[0]
+
+
+def test_threshold_counts_fall_into_few_buckets():
+    sizes = set()
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(1, 100, generator=generator)
+        threshold = float(torch.rand((), generator=generator))
+        tokens = select_by_threshold(scores, None, None, 400, 4, threshold)
+        wanted = set((scores[0] >= threshold).nonzero().flatten().tolist())
+        assert wanted <= set(blocks_of(tokens, 4)[0])
+        sizes.add(tokens.shape[1])
+    assert len(sizes) <= THRESHOLD_BUCKETS
+    assert select_by_threshold(scores, None, None, 400, 4, 2.0).shape[1] <= -(-100 // THRESHOLD_BUCKETS) * 4
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_selection_to_restoration(data):
+    """For any length, batch, padding, block size and keep: ascending, unique, a count of s alone, nothing lost."""
+    size = data.draw(st.integers(1, 9))
+    length = data.draw(st.integers(1, 60))
+    rows = data.draw(st.integers(1, 3))
+    keep = data.draw(st.sampled_from([(1, 10), (1, 4), (1, 3), (1, 2), (3, 4), (1, 1)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    count = -(-length // size)
+    scores = torch.randn(rows, count, generator=generator)
+    valid = labelled = None
+    if data.draw(st.booleans()):
+        valid = torch.ones(rows, length, dtype=torch.bool)
+        for row in range(rows):
+            missing = data.draw(st.integers(0, length - 1))
+            valid[row, :missing] = data.draw(st.booleans())
+            if valid[row].all():
+                valid[row, length - missing :] = False
+    if data.draw(st.booleans()):
+        labelled = torch.rand(rows, length, generator=generator) < 0.1
+    tokens = select_blocks(scores, valid, labelled, length, size, keep)
+    assert tokens.shape[1] == select_blocks(scores * 0, None, None, length, size, keep).shape[1]
+    if keep == (1, 1):
+        assert tokens.shape[1] == length
+    assert (tokens.diff(dim=1) > 0).all()
+    assert tokens.min() >= 0
+    assert tokens.max() < length
+    for row, kept in enumerate(blocks_of(tokens, size)):
+        for block in kept:
+            whole = range(block * size, min((block + 1) * size, length))
+            assert set(whole) <= set(tokens[row].tolist()), "blocks are kept whole"
+        first = 0 if valid is None else int(valid[row].int().argmax()) // size
+        assert first in kept
+    rest = dropped_tokens(tokens, length)
+    for row in range(rows):
+        assert sorted(tokens[row].tolist() + rest[row].tolist()) == list(range(length))
+        assert rest[row].tolist() == sorted(rest[row].tolist())
+    stream = torch.randn(rows, length, 3, dtype=torch.float64)
+    doubled = restore(stream, eliminate(stream, tokens), tokens)
+    doubled = restore(doubled, eliminate(stream, rest), rest)
+    assert torch.equal(doubled, 2 * stream)
+
+
+@pytest.fixture
+def site():
+    tensor = torch.tensor([7])
+    yield tensor
+    op.forget(tensor)
+
+
+def test_opcheck(site):
+    scores, stream = torch.randn(2, 5), torch.randn(2, 18, 4)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for x in (stream, stream.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.library.opcheck(op.select_blocks, (scores, None, None, x, site, 4, 1, 2))
+        torch.library.opcheck(op.select_by_threshold, (scores, None, None, x, site, 4, 0.5), test_utils=utilities)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17, 18, 19, 20, 64])
+@pytest.mark.parametrize("keep", [(1, 10), (1, 2), (2, 3), (1, 1)])
+def test_the_fake_knows_the_count(length, keep, site):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    scores, stream = torch.randn(2, -(-length // 4)), torch.randn(2, length, 4)
+    real = op.select_blocks(scores, None, None, stream, site, 4, *keep)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        arguments = [mode.from_tensor(t) for t in (scores, stream, site)]
+        fake = op.select_blocks(arguments[0], None, None, *arguments[1:], 4, *keep)
+    assert fake.shape == real.shape
+
+
+def test_nan_warns_once(site, caplog):
+    scores, stream = torch.tensor([[0.0, float("nan"), 1, 2, 3]]), torch.randn(1, 20, 4)
+    with caplog.at_level(logging.WARNING, logger="lemo_fx"):
+        for _ in range(3):
+            tokens = op.select_blocks(scores, None, None, stream, site, 4, 1, 2)
+    assert blocks_of(tokens, 4) == [[0, 1, 4]]
+    assert len([r for r in caplog.records if "NaN" in r.message]) == 1
+
+
+def test_a_recompute_that_no_forward_made_is_an_error(site):
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), site, 4, 1, 2)
+            return grad
+
+    with pytest.raises(SelectionError, match="did not record"):
+        Recompute.apply(torch.ones(1, requires_grad=True)).sum().backward()

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from lemo_fx.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    size = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    path.write_text(size.to_json_string(use_diff=False))
+    return path
+
+
+def test_help_of_every_command():
+    whole = runner.invoke(app, ["--help"])
+    assert whole.exit_code == 0
+    for command in app.registered_commands:
+        name = command.callback.__name__
+        assert name in whole.output
+        helped = runner.invoke(app, [name, "--help"])
+        assert helped.exit_code == 0
+        assert "--out" in helped.output
+
+
+def test_inspect_a_config(config, tmp_path):
+    out, dump = tmp_path / "out", tmp_path / "dump"
+    result = runner.invoke(app, ["inspect", str(config), "--layer", "1", "--out", str(out), "--dump", str(dump)])
+    assert result.exit_code == 0, result.output
+    assert "random weights" in result.output
+    assert "4 of the 6 decoder layers" in result.output
+    assert "attention_restored" in result.output
+    assert (out / "model.layers.1.png").stat().st_size > 10_000
+    assert (out / "model.layers.1.svg").exists()
+    stages = sorted(path.name for path in dump.glob("model.layers.1.*"))
+    assert stages[0] == "model.layers.1.0_captured.py"
+    assert len(stages) > 4
+
+
+def test_inspect_reads_a_plan(config, tmp_path):
+    plan = tmp_path / "lemo.json"
+    plan.write_text(json.dumps({"attention": {"keep": 0.25}, "mlp": None, "dense_layers": []}))
+    result = runner.invoke(app, ["inspect", str(config), "--config", str(plan), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "0.25" in result.output
+    assert "dense (None in the config)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{config}", "--keep", "2"], "keep=2.0"),
+        (["{config}", "--layer", "9"], "4 decoder layers"),
+        (["{config}", "--score", "best"], "score='best'"),
+        (["{config}x"], "does not exist"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(config, tmp_path, arguments, says):
+    arguments = [argument.format(config=config) for argument in arguments]
+    result = runner.invoke(app, ["inspect", *arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_fit_refuses_data_without_text(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"words": "none"}\n')
+    result = runner.invoke(app, ["fit", str(tmp_path), str(data), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "field `text`" in result.stderr
+
+
+def test_demo(tmp_path):
+    arguments = ["demo", "--steps", "1", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "held-out perplexity after" in result.output
+    assert "attention_restored" in result.output
+    for name in ("demo.png", "graph.png", "graph.svg"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    assert set(figures) == {"settings", "runs", "ratios", "reports", "layer", "environment"}
+    assert {"command", "date", "torch", "transformers", "cpu"} <= set(figures["environment"])
+    plain, sparse, exact = figures["runs"].values()
+    assert sparse["flops"] < plain["flops"]
+    assert sparse["saved_bytes"] < plain["saved_bytes"]
+    assert plain["perplexity_before"] == sparse["perplexity_before"] < 100
+    # The forward of `exact` is the plain one, and so is its loss; elimination changes the gradient only.
+    assert len(plain["losses"]) == 1
+    assert exact["losses"] == pytest.approx(plain["losses"], abs=1e-4)
+    assert sparse["losses"] != pytest.approx(plain["losses"], abs=1e-2)
+    assert any(site["kept_share"] == 0.5 for site in figures["reports"]["LeMo, skip"]["sites"])
+
+
+def test_demo_refuses_a_context_the_model_does_not_read(tmp_path):
+    result = runner.invoke(app, ["demo", "--context", "9999", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "4096" in result.stderr
