@@ -78,9 +78,7 @@ def mlp_scores(weights: Mapping[str, torch.Tensor], outputs: torch.Tensor) -> to
     return (outputs[0, :, :, 0].float() + weights["offset"].float()).exp()
 
 
-def scores(
-    weights: Mapping[str, torch.Tensor], blocks: torch.Tensor, real: torch.Tensor | None = None
-) -> torch.Tensor:
+def scores(weights: Mapping[str, torch.Tensor], blocks: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
     """Representative embeddings [B, n, H] -> predicted informativeness [B, n] in the measured score's units."""
     outputs = network(weights, blocks)[-1]
     return attention_scores(weights, outputs, real) if "distance" in weights else mlp_scores(weights, outputs)

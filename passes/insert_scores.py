@@ -3,7 +3,7 @@
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
          n = norm(x);  a = attention(n, mask);  y = x + a
-A predicted score reads the stream itself, since its predictor pools whole blocks: scores = lemo_attention_score(x, mask).
+A predicted score reads the stream, since its predictor pools whole blocks: scores = lemo_attention_score(x, mask).
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
 
