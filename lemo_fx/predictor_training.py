@@ -29,15 +29,20 @@ class Recipe:
         elastic: start `WIDER` and prune the neurons that are most often zero, until `width` is left.
         loss: "log": squared error of the scores' logarithms; "kl": listwise, the divergence between the shares of the
             sequence's total that each block holds; "regression": squared error of raw scores (the paper).
-        epochs: passes over the training sequences; batch: sequences per step; rate: peak learning rate.
+        epochs: passes over the training sequences, but at most `most_steps` steps.
+        batch: sequences per step; rate: peak learning rate.
+        noise: standard deviation of the noise on the standardised inputs, which does for the networks what a ridge
+            does for a linear map: a few thousand blocks are few against the first matrix.
     """
 
     width: int
     elastic: bool = True
-    loss: Loss = "log"
+    loss: Loss = "kl"
     epochs: int = 150
+    most_steps: int = 900
     batch: int = 16
     rate: float = 5e-3
+    noise: float = 0.8
     seed: int = 0
 
 
@@ -91,7 +96,7 @@ def train(kind: SiteKind, blocks: Blocks, recipe: Recipe, heldout: Blocks | None
     before = sum(w.numel() for w in weights.values())
     if kind == "attention":
         weights["distance"][0] = 1 / blocks.scores.shape[1]
-    steps = recipe.epochs * math.ceil(len(blocks) / recipe.batch)
+    steps = min(recipe.epochs * math.ceil(len(blocks) / recipe.batch), recipe.most_steps)
     prune_at = {int(share * steps): number for number, share in enumerate(PRUNE_AT)} if recipe.elastic else {}
     optimiser = _Adam(weights)
     zeros = [torch.zeros(weights[n].shape) for n in ("first_bias", "second_bias")]
@@ -106,7 +111,8 @@ def train(kind: SiteKind, blocks: Blocks, recipe: Recipe, heldout: Blocks | None
         inputs = (batch.representations.float() - mean) / spread
         with torch.enable_grad():
             leaves = {name: w.requires_grad_() for name, w in weights.items()}
-            hidden = prediction.network(leaves, inputs)
+            noisy = inputs + recipe.noise * torch.randn(inputs.shape, generator=generator)
+            hidden = prediction.network(leaves, noisy)
             loss = _loss(recipe.loss, _predict(leaves, hidden[-1], batch.real), batch.scores / unit, batch.real)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         weights = optimiser.step(dict(zip(leaves, gradients, strict=True)), _rate(recipe.rate, step / steps))
