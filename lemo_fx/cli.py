@@ -65,7 +65,7 @@ def demo(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
 ) -> None:
-    """Fine-tune a small real Llama on long documents, plainly and transformed, and compare cost and quality. No network, no GPU."""
+    """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
     with _errors_in_one_line():
         _demo(out, dict(locals()))
 
@@ -80,6 +80,8 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
+    if demonstration.other_load() > 0.5:
+        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
     settings = demonstration.Settings(**{**named, "eliminated": treatments})
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -257,6 +258,11 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
+def other_load() -> float:
+    """Average number of busy processes on the machine during the last minute; 0 where that is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -269,15 +275,17 @@ def _processor() -> str:
 def plot(outcome: Outcome) -> Figure:
     """Loss of all runs by step and by time, and what a step costs."""
     figure = Figure(figsize=(11, 3.7), layout="constrained")
-    by_step, by_time, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    by_step, by_time, bars = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
     plain = outcome.runs[PLAIN]
     names = list(ROWS)[:3]
     width = 0.84 / len(outcome.runs)
     highest = 1.0
     for number, (title, run) in enumerate(outcome.runs.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "label": title}
-        by_step.plot(range(1, len(run.losses) + 1), run.losses, "o-", ms=3.5, **style)
-        by_time.plot(run.seconds, run.losses, "o-", ms=3.5, **style)
+        # `exact` has the plain run's losses: dashes let both be seen.
+        line = "o--" if "exact" in title else "o-"
+        by_step.plot(range(1, len(run.losses) + 1), run.losses, line, ms=3.5, **style)
+        by_time.plot(run.seconds, run.losses, line, ms=3.5, **style)
         share = ratios(run, plain)
         places = [place + (number - (len(outcome.runs) - 1) / 2) * width for place in range(len(names))]
         bars.bar(places, [share[name] for name in names], width * 0.96, **style)

@@ -119,7 +119,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return Call(str(node.target), "dense", (type(called).__name__,))
     if node.op != "call_function":
         return None
-    if node.target in (runtime.branch, runtime.without_gradient):
+    if node.target in (runtime.branch, runtime.token_wise_branch, runtime.without_gradient):
         return _outlined(node, module)
     name = str(node.target)
     if "eliminate" in name:
@@ -138,7 +138,7 @@ def _outlined(node: fx.Node, module: nn.Module | None) -> Call:
     body = module.get_submodule(str(function.target)) if module is not None else None
     inner = [n for n in body.graph.nodes if n.op == "call_module"] if isinstance(body, fx.GraphModule) else []
     lines = tuple(f"· {str(n.target).removeprefix('lemo_')}" for n in inner)
-    if node.target is runtime.branch:
+    if node.target in (runtime.branch, runtime.token_wise_branch):
         return Call(_name(node), "branch", lines)
     scores = any(str(n.target).endswith("_score") for n in inner)
     return Call(_name(node), "score" if scores else "rest", lines)

@@ -53,6 +53,11 @@ class LayerSettings:
     arguments: tuple[str, ...]
     attention_config: Any
     implementation: str | None
+    layer_index: int
+
+    def _holds_a_past(self, cache: Any, length: int) -> bool:
+        """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
+        return cache.get_seq_length(self.layer_index) > 0 or cache.get_seq_length() > length
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
@@ -66,7 +71,7 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            if not hasattr(value, "get_seq_length") or value.get_seq_length() > 0:
+            if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):
                 return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
@@ -190,6 +195,9 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
         try:
             if not settings.segments(self, labels, given):
                 return original(self, *args, **kwargs)
+            # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
+            if given.get("use_cache") is None and given.get("past_key_values") is None:
+                given["use_cache"] = False
             if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
                 given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
             return graph_forward(self, **given)
@@ -220,7 +228,8 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[
         str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
-    settings = LayerSettings(config, arguments, attention_config, implementation)
+    layer_index = getattr(rewrite.layer.get_submodule(str(attentions[0].target)), "layer_idx", 0) if attentions else 0
+    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index or 0)
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 

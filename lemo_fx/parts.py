@@ -21,7 +21,7 @@ from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
 from lemo_fx.kernels.select_blocks import reference as selection
-from lemo_fx.kernels.select_blocks.op import SiteRecord, record_of, select_blocks, select_by_threshold
+from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
 
 PROBE = "lemo_fx_probe"
 
@@ -227,6 +227,15 @@ class SelectBlocks(nn.Module):
         return select_blocks(
             scores, valid, labelled, stream, self.site, self.block_size, self.keep_numerator, self.keep_denominator
         )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
+        # The record is found by the address of the site's tensor, which changes here.
+        forget(self.site)
+        return super()._apply(fn, recurse)
+
+    def __del__(self) -> None:
+        if "site" in self._buffers:
+            forget(self.site)
 
     @property
     def record(self) -> SiteRecord:

@@ -288,9 +288,10 @@ def _plan_layer(
     rows = []
     for site in planned:
         _refuse_unknown_arguments(name, rewrite, site)
-        elimination = None if config.is_dense(index, count) else config.site(site.site.kind)
-        if elimination is None:
-            rows.append(_row(site.name, "dense"))
+        elimination = config.site(site.site.kind)
+        if elimination is None or config.is_dense(index, count):
+            reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
+            rows.append(_row(site.name, "dense", note=reason))
             continue
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None

@@ -2,7 +2,6 @@
 
 from torch import fx
 
-from lemo_fx import runtime
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_exact_op, restore_op
@@ -62,8 +61,3 @@ def _check_restore(node: fx.Node, after: str) -> None:
         raise GraphCheckError(f"after {after}: {node} adds the stream to itself")
     if isinstance(rows, fx.Node) and rows.op == "placeholder":
         raise GraphCheckError(f"after {after}: {node} restores the layer's own input instead of a branch")
-
-
-def opened(graph: fx.Graph) -> int:
-    """Number of branch calls in a finished graph."""
-    return sum(n.target in (runtime.branch, runtime.without_gradient) for n in graph.nodes)

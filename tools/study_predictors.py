@@ -1,27 +1,20 @@
 """Train pattern predictors on the small model and measure them: recall, sizes, cost, balance, pictures.
 
-    python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
-    python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
+python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
+python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import lzma
 import random
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lemo_fx
-from lemo_fx import LemoConfig, fit, prediction
-from lemo_fx.predictor_training import Blocks, Recipe, kept, recall, train
-from lemo_fx.predictors import predictor_width
+from lemo_fx import LemoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "lemo_fx/demo_assets/model"

@@ -36,7 +36,7 @@ def block_scores(
     Returns:
         [B, ceil(S / b)] float32; a block that nothing attends to scores 0.
     """
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     kv_heads = key.shape[1]
     columns = torch.arange(length, device=query.device)
     total = torch.zeros(batch, -(-length // block_size), device=query.device)

@@ -33,7 +33,7 @@ def _place_kernel(TOKENS, PLACE, kept, length, BLOCK: tl.constexpr):
 def _scatter_kernel(
     STREAM, ROWS, PLACE, OUT,
     stride_xb, stride_xs, stride_xh, stride_rb, stride_rk, stride_rh,
-    length, width, WIDTH: tl.constexpr, ADDS: tl.constexpr,
+    length, width, WIDTH: tl.constexpr, ADDS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """OUT[b, s] = (STREAM[b, s] if ADDS else 0) + (ROWS[b, PLACE[b, s]] if s is kept else 0)."""
     s = tl.program_id(0).to(tl.int64)
@@ -47,7 +47,10 @@ def _scatter_kernel(
     )  # fmt: skip
     if ADDS:
         held = tl.load(STREAM + b * stride_xb + s * stride_xs + wide * stride_xh, mask=inside)
-        row = held.to(tl.float32) + row.to(tl.float32)
+        if OUT.dtype.element_ty == tl.float64:
+            row = held.to(tl.float64) + row.to(tl.float64)
+        else:
+            row = held.to(SUM) + row.to(SUM)
     tl.store(OUT + (b * length + s) * width + column, row.to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -83,6 +86,6 @@ def scatter(
     held = rows if stream is None else stream
     _scatter_kernel[(length, pieces, batch)](
         held, rows, place, out, *held.stride(), *rows.stride(), length, width,
-        WIDTH=piece, ADDS=stream is not None, num_warps=4,
+        WIDTH=piece, ADDS=stream is not None, SUM=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip
     return out

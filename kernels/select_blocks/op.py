@@ -1,12 +1,13 @@
 """The ops that choose blocks: schema, fake, and one choice per step.
 
-A choice made in a forward pass is remembered under (site, address of the layer's input). A recompute inside a backward
-pass gets that choice back and never ranks again: recomputed scores may differ in the last bit, and a different choice
-under a fixed count would be silently wrong gradients.
+A choice made in a forward pass is remembered by site together with a digest of the layer's input. A recompute inside a
+backward pass gets the choice of the nearest digest back and never ranks again: recomputed scores may differ in the last
+bit, and a different choice under a fixed count would be silently wrong gradients. Addresses would not do: a recomputed
+input may lie elsewhere, or where an earlier step's input lay.
 """
 
 import logging
-from collections import OrderedDict
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -19,12 +20,25 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 64
 """Forward passes per site whose choice is remembered until their backward."""
 
+NEAR = 0.05
+"""Relative distance up to which two digests are taken for the same input, computed twice."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One remembered choice: kept blocks [B, n] int32, their number of tokens, and the digest [B, 16] of the input."""
+
+    blocks: torch.Tensor
+    length: int
+    kept: int
+    digest: torch.Tensor
+
 
 @dataclass
 class SiteRecord:
     """What the last forward passes through one site did."""
 
-    choices: OrderedDict[int, torch.Tensor] = field(default_factory=OrderedDict)
+    choices: deque[Choice] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     kept_tokens: int = 0
     total_tokens: int = 0
     nan_seen: torch.Tensor | None = None
@@ -48,26 +62,45 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _choose(make, scores, stream, site, batch, length) -> torch.Tensor:
-    record = record_of(site)
+def _choose(make, scores, stream, site, block_size) -> torch.Tensor:
+    record, length = record_of(site), stream.shape[1]
+    digest = stream.detach()[:, ::block_size, :16].float().mean(1)
     if _in_backward():
-        known = record.choices.get(stream.data_ptr())
-        if known is None and len(record.choices) == 1:
-            (known,) = record.choices.values()
-        if known is None or known.shape[0] != batch or int(known[0, -1]) >= length:
-            raise SelectionError(
-                "a recompute asks for a choice of blocks that its forward pass did not record; more than "
-                f"{REMEMBERED} forward passes of one layer may be waiting for their backward"
-            )
-        return known.clone()
+        return _recall(record, digest, length, block_size)
     _note_nan(record, scores)
     tokens = make()
-    record.choices[stream.data_ptr()] = tokens.clone()
-    record.choices.move_to_end(stream.data_ptr())
-    while len(record.choices) > REMEMBERED:
-        record.choices.popitem(last=False)
+    blocks = (tokens[:, ::block_size] // block_size).int()
+    record.choices.append(Choice(blocks, length, tokens.shape[1], digest))
     record.kept_tokens, record.total_tokens = tokens.shape[1], length
     return tokens
+
+
+def _recall(record: SiteRecord, digest: torch.Tensor, length: int, block_size: int) -> torch.Tensor:
+    """The tokens that the forward pass of this input chose; the latest such pass, without a host synchronisation."""
+    known = [c for c in record.choices if c.length == length and c.digest.shape == digest.shape]
+    if not known:
+        raise SelectionError(_FORGOTTEN)
+    digests = torch.stack([c.digest for c in known])
+    # NaN and infinities (a diverging model) must not turn into a missing choice.
+    distance = (digests - digest).abs().mean((1, 2)).nan_to_num(nan=0.0)
+    near = ~(distance > NEAR * digest.abs().mean() + torch.finfo(torch.float32).tiny)
+    latest = torch.arange(len(known), device=digest.device)
+    best = torch.where(distance == distance.min(), latest, -1).max()
+    if len({c.kept for c in known}) == 1 and digest.device.type != "cpu":
+        torch._assert_async(near[best], _FORGOTTEN)
+        blocks, kept = torch.stack([c.blocks for c in known]).index_select(0, best[None])[0], known[0].kept
+    elif bool(near[best]):
+        blocks, kept = known[int(best)].blocks, known[int(best)].kept
+    else:
+        raise SelectionError(_FORGOTTEN)
+    tokens = blocks.long()[:, :, None] * block_size + torch.arange(block_size, device=blocks.device)
+    return tokens.flatten(1)[:, :kept].contiguous()
+
+
+_FORGOTTEN = (
+    "a recompute asks for a choice of blocks that its forward pass did not record; more than "
+    f"{REMEMBERED} forward passes of one layer may be waiting for their backward"
+)
 
 
 def _note_nan(record: SiteRecord, scores: torch.Tensor) -> None:
@@ -94,7 +127,7 @@ def select_blocks(
     """Tokens kept under a fixed budget, see `reference.select_blocks`.
 
     Args:
-        stream: [B, S, H] the layer's input; only its shape and address are used.
+        stream: [B, S, H] the layer's input; gives the length, and is told from other inputs by a digest.
         site: [1] the site's identity tensor.
     """
     length = stream.shape[1]
@@ -103,7 +136,7 @@ def select_blocks(
         keep = (keep_numerator, keep_denominator)
         return reference.select_blocks(scores, valid, labelled, length, block_size, keep)
 
-    return _choose(make, scores, stream, site, scores.shape[0], length)
+    return _choose(make, scores, stream, site, block_size)
 
 
 @select_blocks.register_fake
@@ -132,7 +165,7 @@ def select_by_threshold(
     def make() -> torch.Tensor:
         return reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
 
-    return _choose(make, scores, stream, site, scores.shape[0], length)
+    return _choose(make, scores, stream, site, block_size)
 
 
 @select_by_threshold.register_fake

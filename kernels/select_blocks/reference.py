@@ -62,20 +62,20 @@ def rank(
     block_size: int,
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with the rules that outrank them: pinned > NaN (kept, to be safe) > scored > all padding.
+    """Scores with the rules that outrank them: pinned ends > few labels, NaN (to be safe) > scored > all padding.
 
     Returns:
         (scores [B, n], pinned [B, n]).
     """
     top = torch.finfo(torch.float32).max
     ranked = torch.nan_to_num(scores.float(), nan=top, posinf=top, neginf=-top)
-    if valid is not None:
-        ranked = ranked.masked_fill(~block_any(valid, block_size), -torch.inf)
-    pinned = pinned_blocks(scores.shape[1], valid, block_size, scores.shape[0], scores.device)
     if labelled is not None:
         labels = block_any(labelled, block_size)
         few = labels.sum(1, keepdim=True) <= count // 2
-        pinned = pinned | (labels & few)
+        ranked = ranked.masked_fill(labels & few, top)
+    if valid is not None:
+        ranked = ranked.masked_fill(~block_any(valid, block_size), -torch.inf)
+    pinned = pinned_blocks(scores.shape[1], valid, block_size, scores.shape[0], scores.device)
     return ranked.masked_fill(pinned, torch.inf), pinned
 
 

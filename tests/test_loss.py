@@ -1,0 +1,187 @@
+"""The loss in segments is the model's own loss, without full logits."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, NO_SDPA, TOLERANCE, Largest, assert_same_step, batch, gradients, step, tiny, with_lora
+
+import lemo_fx
+from lemo_fx import LemoConfig
+
+
+def only_loss(segments="auto", **settings):
+    return LemoConfig(**({"attention": None, "mlp": None, "loss_segments": segments} | settings))
+
+
+def compare(model, inputs, segments="auto", tolerance="fp32"):
+    expected = step(model, inputs)
+    lemo_fx.transform(model, only_loss(segments))
+    found = step(model, inputs)
+    assert_same_step(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 7, "auto"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi"])
+def test_segments(architecture, segments):
+    compare(tiny(architecture), batch(2, 43, padding="right"), segments)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(architecture):
+    assert architecture in NO_SDPA or tiny(architecture).config._attn_implementation == "sdpa"
+    model = tiny(architecture)
+    compare(model, batch(2, 43))
+    assert model(**batch(2, 43)).logits is None
+    assert not any("not segmented" in note for note in lemo_fx.report(model).notes)
+
+
+@pytest.mark.parametrize("count", [11, torch.tensor(11), torch.tensor(11.0)])
+def test_num_items_in_batch(count):
+    compare(tiny("llama"), {**batch(2, 43), "num_items_in_batch": count})
+
+
+def test_shift_labels():
+    inputs = batch(2, 43)
+    shifted = torch.cat([inputs["labels"][:, 1:], torch.full((2, 1), -100)], 1)
+    shifted[0, 5] = 3
+    compare(tiny("llama"), {**inputs, "shift_labels": shifted})
+
+
+def test_ignore_index():
+    inputs = batch(2, 43)
+    inputs["labels"][inputs["labels"] == -100] = 7
+    compare(tiny("llama"), {**inputs, "ignore_index": 7})
+
+
+def test_all_labels_ignored_is_nan_as_in_torch():
+    inputs = batch(2, 43)
+    inputs["labels"][:] = -100
+    model = tiny("llama")
+    expected = model(**inputs).loss
+    lemo_fx.transform(model, only_loss())
+    assert expected.isnan()
+    assert model(**inputs).loss.isnan()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("keep", [10, slice(-10, None), slice(0, 10), torch.arange(3, 13)])
+def test_logits_to_keep(architecture, keep):
+    inputs = batch(2, 43)
+    where = slice(-keep, None) if isinstance(keep, int) else keep
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:][:, where]
+    compare(tiny(architecture), {**inputs, "logits_to_keep": keep, "shift_labels": shifted.contiguous()})
+
+
+def test_logits_to_keep_that_do_not_meet_their_labels():
+    model = lemo_fx.transform(tiny("llama"), only_loss())
+    with pytest.raises(lemo_fx.InputError, match="logits_to_keep"):
+        model(**batch(2, 43), logits_to_keep=10)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tied_and_frozen_heads(tied, frozen):
+    model = tiny("llama", tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.lm_head.weight.requires_grad_(not frozen)
+    compare(model, batch(2, 43))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("how", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head(how, before):
+    model = tiny("llama")
+    inputs = batch(2, 43)
+    if before:
+        lemo_fx.transform(model, only_loss())
+        model = with_lora(model, **how)
+        found = step(model, inputs)
+        lemo_fx.revert(model)
+        assert_same_step(found, step(model, inputs), "fp32")
+    else:
+        compare(with_lora(model, **how), inputs)
+
+
+def test_a_hooked_head_runs_its_hook():
+    model = tiny("llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    compare(model, batch(2, 43))
+
+
+def test_autocast():
+    model, inputs = tiny("llama"), batch(2, 43)
+    found = []
+    for transformed in (False, True):
+        if transformed:
+            lemo_fx.transform(model, only_loss())
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(model, inputs))
+    assert_same_step(found[1], found[0], "bf16")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("lora", [None, "body", "head"])
+def test_full_logits_never_exist(architecture, lora):
+    model = tiny(architecture, 1, vocab_size=2003)
+    if lora:
+        model = with_lora(model, targets="all-linear" if lora == "body" else ["lm_head"])
+    inputs = batch(2, 64)
+    full = 2 * 64 * 2003
+    with Largest() as seen:
+        model(**inputs).loss.backward()
+    assert seen.numel >= full, "the original does make them: this test can tell"
+    lemo_fx.transform(model, only_loss(4))
+    with Largest() as seen:
+        model(**inputs).loss.backward()
+    assert seen.numel <= full / 2
+
+
+def test_evaluation_gives_logits_as_before():
+    model, inputs = tiny("llama").eval(), batch(2, 43)
+    before = model(**inputs)
+    lemo_fx.transform(model, only_loss())
+    after = model(**inputs)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(after.loss, before.loss)
+
+
+def test_no_labels_gives_logits_in_training():
+    model, inputs = tiny("llama"), batch(2, 43)["input_ids"]
+    before = model(inputs).logits
+    lemo_fx.transform(model, only_loss())
+    assert torch.equal(model(inputs).logits, before)
+    assert torch.equal(model(inputs, labels=None).logits, before)
+
+
+def test_return_dict_false():
+    model, inputs = tiny("llama"), batch(2, 43)
+    loss = model(**inputs).loss
+    lemo_fx.transform(model, only_loss())
+    result = model(**inputs, return_dict=False)
+    assert isinstance(result, tuple)
+    torch.testing.assert_close(result[0], loss, **TOLERANCE["fp32"])
+
+
+def test_positional_arguments_and_hidden_states():
+    model, inputs = tiny("llama"), batch(2, 43, padding="right")
+    before = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"], output_hidden_states=True)
+    lemo_fx.transform(model, only_loss())
+    after = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"], output_hidden_states=True)
+    torch.testing.assert_close(after.loss, before.loss, **TOLERANCE["fp32"])
+    assert len(after.hidden_states) == len(before.hidden_states)
+
+
+def test_a_loss_function_of_the_users_own_is_called():
+    model, inputs = tiny("llama"), batch(2, 43)
+    lemo_fx.transform(model, only_loss())
+    model.loss_function = lambda logits, labels, **kwargs: logits.mean()
+    assert torch.equal(model(**inputs).loss, model(inputs["input_ids"]).logits.mean())
+
+
+def test_two_losses_one_backward():
+    model = lemo_fx.transform(tiny("llama"), only_loss())
+    one, two = batch(2, 43), batch(2, 43, seed=1)
+    expected = step(model, one)[1], step(model, two)[1]
+    model.zero_grad()
+    (model(**one).loss + 2 * model(**two).loss).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[0][name] + 2 * expected[1][name], **TOLERANCE["fp32"])
