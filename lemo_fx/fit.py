@@ -42,7 +42,7 @@ from lemo_fx.transform import decoder_layers, site_name, suspended
 
 
 class BranchStatistics(nn.Module):
-    """A probe: passes a branch's output through, sums up second moments, and writes scored blocks to a file.
+    """A probe: sums up second moments of a branch's input and output, and writes scored blocks to a file.
 
     Memory is that of two [H, H] matrices, whatever the length of the sequences. Per block of tokens the files get the
     representative embedding in half precision and the true score.
@@ -66,8 +66,8 @@ class BranchStatistics(nn.Module):
         output: torch.Tensor,
         stream: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """source [B, S, H] the branch's normed input, output [B, S, H] what it adds -> output.
+    ) -> None:
+        """Note one forward pass: source [B, S, H] the branch's normed input, output [B, S, H] what it adds.
 
         Args:
             stream: [1, S, H] the residual stream that the branch reads; scores: [1, n] true informativeness.
@@ -83,7 +83,6 @@ class BranchStatistics(nn.Module):
         self.products[0].addmm_(x.T, x)
         self.products[1].addmm_(x.T, y)
         self.square += y.square().sum()
-        return output
 
     def solve(self, rank: int, ridge: float) -> tuple[dict[str, torch.Tensor], float]:
         """Reduced-rank ridge regression of output on source.

@@ -29,12 +29,17 @@ def test_fit_changes_no_weight_and_leaves_nothing_behind():
     modules = [name for name, _ in model.named_modules()]
     predictors = fit(model, texts())
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
     assert [name for name, _ in model.named_modules()] == modules
-    assert model.training and all(p.grad is None for p in model.parameters())
-    assert len(predictors.predictor_bytes) == 4 and all(predictors.has_predictor(i, "mlp") for i in range(2))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert len(predictors.predictor_bytes) == 4
+    assert all(predictors.has_predictor(i, "mlp") for i in range(2))
     record = predictors.record["training"]["layers.0.attention"]
-    assert 0 <= record["recall"] <= 1 and len(record["losses"]) == 20 and record["heldout_losses"]
+    assert 0 <= record["recall"] <= 1
+    assert len(record["losses"]) == 20
+    assert record["heldout_losses"]
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     assert {s.score for s in lemo_fx.report(model).sites if s.eliminated != "dense"} == {"predicted"}
 
@@ -116,7 +121,8 @@ def test_other_arguments_do_not_resume(tmp_path, monkeypatch):
 def test_a_site_with_another_score_gets_no_predictor():
     config = LemoConfig(mlp=Elimination(score="random"), block_size=8, dense_layers=())
     predictors = fit(tiny("llama"), texts(2), config)
-    assert predictors.has_predictor(0, "attention") and not predictors.has_predictor(0, "mlp")
+    assert predictors.has_predictor(0, "attention")
+    assert not predictors.has_predictor(0, "mlp")
     assert predictors.stand_in(0, "mlp")
 
 

