@@ -40,16 +40,21 @@ class Elimination:
             activations of the MLP. `"predicted"`: pattern predictors. `"random"`: a stateless hash of the layer's
             input. `"shared"` (MLP only): the blocks that the attention of the same layer kept. `"auto"`: predicted
             where predictors were given, else measured.
+        balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
+            score sums over the rows that see a block, so without this the early blocks win and late ones starve.
     """
 
     keep: float | Sequence[float] | None = None
     threshold: float | Sequence[float] | None = None
     eliminated: Treatment = "skip"
     score: Score = "auto"
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep is not None:
             raise ConfigError("give either keep or threshold, not both: keep fixes the count, threshold derives it")
+        if self.balance and self.threshold is not None:
+            raise ConfigError("balance=True ranks blocks within windows, so it needs keep instead of a threshold")
         if self.keep is None and self.threshold is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
         for name in ("keep", "threshold"):
@@ -135,7 +140,8 @@ class LemoConfig:
         if self.mlp is not None and self.mlp.score == "shared":
             if self.attention is None:
                 raise ConfigError("mlp score='shared' needs an attention Elimination to share with")
-            if (self.mlp.keep, self.mlp.threshold) != (self.attention.keep, self.attention.threshold):
+            budgets = [(site.keep, site.threshold, site.balance) for site in (self.mlp, self.attention)]
+            if budgets[0] != budgets[1]:
                 raise ConfigError("mlp score='shared' keeps what the attention kept: give both the same keep")
 
     def site(self, kind: SiteKind) -> Elimination | None:

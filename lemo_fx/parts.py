@@ -7,7 +7,7 @@ move with the model, stay out of its state_dict, and no adapter takes them for a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lemo_fx import runtime
+from lemo_fx import prediction, runtime
 from lemo_fx.capture import build_module, capture, module_of
 from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
+from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
 
 PROBE = "lemo_fx_probe"
@@ -157,6 +158,37 @@ def _output(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp(x)
 
 
+class PredictedScore(nn.Module):
+    """Block informativeness from a trained pattern predictor (LeMo section 4.2), see `lemo_fx.prediction`.
+
+    Args:
+        weights: of one site's predictor; layers of one kind have equal shapes, hence one compilation.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.names = tuple(weights)
+        for name, value in weights.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        """The residual stream [B, S, H] that the branch reads, and the layer's mask -> scores [B, n] float32."""
+        stream = stream.detach()
+        valid = runtime.valid_tokens(attention_mask, stream)
+        real = None if valid is None else selection.block_any(valid, self.block_size)
+        blocks = prediction.represent(stream, valid, self.block_size)
+        weights = {name: getattr(self, name) for name in self.names}
+        # Half precision would tie scores that differ: a sum over query blocks needs more digits than its terms.
+        with torch.autocast(stream.device.type, enabled=False):
+            return prediction.scores(weights, blocks, real)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights."""
+        return sum(getattr(self, name).nbytes for name in self.names)
+
+
 class RandomScore(nn.Module):
     """Uniform scores hashed from the layer's input: choosing costs nothing and reads no random state."""
 
@@ -176,16 +208,24 @@ class SelectBlocks(nn.Module):
     Args:
         salt: identifies the site; two sites of a model differ.
         step: labels of the running step, whose blocks survive when they are few.
+        balance: rank blocks within windows of the sequence, see `selection.balanced`.
     """
 
     site: torch.Tensor
 
     def __init__(
-        self, block_size: int, keep: float | None, threshold: float | None, salt: int, step: runtime.Step
+        self,
+        block_size: int,
+        keep: float | None,
+        threshold: float | None,
+        salt: int,
+        step: runtime.Step,
+        balance: bool = False,
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.threshold = threshold
+        self.balance = balance
         share = Fraction(keep if keep is not None else 1).limit_denominator(4096)
         self.keep_numerator, self.keep_denominator = share.numerator, share.denominator
         self.step = step
@@ -194,6 +234,8 @@ class SelectBlocks(nn.Module):
     def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
         """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
         scores = scores.detach()
+        if self.balance:
+            scores = selection.balanced(scores)
         valid = runtime.valid_tokens(attention_mask, stream)
         labelled = runtime.labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lemo_fx.config import LemoConfig
 from lemo_fx.errors import PredictorError
-from lemo_fx.parts import StandIn
+from lemo_fx.parts import PredictedScore, StandIn
 
 FORMAT_VERSION = 1
 TENSORS = "predictors.safetensors"
 RECORD = "predictors.json"
+DTYPES = ("F32", "BF16", "F16")
+NAME = re.compile(r"layers\.\d+\.\w+\.(stand_in\.(down|up|bias)|predictor\.\w+)")
 IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+def predictor_width(hidden: int) -> int:
+    """Width of a predictor's hidden layers for a model of this hidden size.
+
+    An attention and an MLP predictor then hold about 3 H^2 / 32 numbers together, under 1 % of a decoder layer.
+    """
+    return max(4, hidden // 32)
 
 
 def fingerprint(config: Any) -> str:
@@ -32,18 +44,90 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def identity(base: Any, hidden: int, layers: int, block_size: int) -> dict[str, Any]:
+    """The part of a record that says what the weights belong to."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_class": type(base).__name__,
+        "fingerprint": fingerprint(base.config),
+        "hidden_size": hidden,
+        "layers": layers,
+        "block_size": block_size,
+    }
+
+
+_NETWORK = {"first", "first_bias", "second", "second_bias", "third"}
+PARTS = ({*_NETWORK, "distance"}, {*_NETWORK, "offset"})
+"""Names of an attention's and of an MLP's predictor weights."""
+
+
 @dataclass(frozen=True)
 class Predictors:
     """Fitted per-layer weights for one base model.
 
     Attributes:
-        tensors: "layers.<index>.<site>.stand_in.<down|up|bias>" -> tensor.
+        tensors: "layers.<index>.<site>.stand_in.<down|up|bias>" and "layers.<index>.<site>.predictor.<name>", the names
+            of `lemo_fx.prediction`, -> tensor.
         record: plain facts: format version, base model's class and fingerprint, hidden size, number of layers, how the
             fit was made and how well it explains each branch.
     """
 
     tensors: Mapping[str, torch.Tensor]
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    def has_predictor(self, layer: int, site: str) -> bool:
+        """Whether a pattern predictor was trained for this site."""
+        return f"layers.{layer}.{site}.predictor.first" in self.tensors
+
+    def predictor(self, layer: int, site: str) -> PredictedScore:
+        """The pattern predictor of one site.
+
+        Raises:
+            PredictorError: none was trained.
+        """
+        prefix = f"layers.{layer}.{site}.predictor."
+        weights = {n.removeprefix(prefix): t.clone() for n, t in sorted(self.tensors.items()) if n.startswith(prefix)}
+        if set(weights) not in PARTS:
+            raise PredictorError(
+                f"no predictor was trained for layer {layer}, {site}: fit with a config in which this site is sparse "
+                "and its score is 'auto' or 'predicted'"
+            )
+        return PredictedScore(weights, int(self.record["block_size"]))
+
+    @property
+    def predictor_bytes(self) -> dict[str, int]:
+        """Bytes of the pattern predictors by site ("layers.<index>.<site>"); stand-ins are not counted."""
+        sizes: dict[str, int] = {}
+        for name, tensor in self.tensors.items():
+            site, kind, _ = name.rsplit(".", 2)
+            if kind == "predictor":
+                sizes[site] = sizes.get(site, 0) + tensor.nbytes
+        return sizes
+
+    @classmethod
+    def random(cls, model: nn.Module, config: LemoConfig | None = None, seed: int = 0) -> Predictors:
+        """Predictors of the size that `fit` would make, with random weights, for measuring time and memory.
+
+        Which blocks they keep means nothing: never judge accuracy by them.
+        """
+        from lemo_fx.predictor_training import random_weights
+        from lemo_fx.transform import decoder_layers, site_names
+
+        config = LemoConfig() if config is None else config
+        layers = decoder_layers(model)
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for index, (_, layer) in enumerate(layers):
+            if config.is_dense(index, len(layers)):
+                continue
+            for name, kind in site_names(layer):
+                if config.site(kind) is not None:
+                    weights = random_weights(kind, hidden, predictor_width(hidden), generator)
+                    tensors.update({f"layers.{index}.{name}.predictor.{n}": w for n, w in weights.items()})
+        record = {**identity(base, hidden, len(layers), config.block_size), "random": True}
+        return cls(tensors, record)
 
     def stand_in(self, layer: int, site: str) -> StandIn:
         """The stand-in of one site.
@@ -105,9 +189,12 @@ class Predictors:
                 if names != set(listed):
                     raise PredictorError(f"{folder / TENSORS} does not hold the tensors that {RECORD} lists")
                 for name in names:
-                    shape = file.get_slice(name).get_shape()
-                    if list(shape) != list(listed[name][1:]) or max(shape) > record["hidden_size"]:
+                    part = file.get_slice(name)
+                    shape = list(part.get_shape())
+                    if shape != list(listed[name][1:]) or max(shape) > record["hidden_size"] or len(shape) > 3:
                         raise PredictorError(f"{folder / TENSORS}: {name} has shape {shape}, {RECORD} says otherwise")
+                    if not NAME.fullmatch(name) or part.get_dtype() not in DTYPES:
+                        raise PredictorError(f"{folder / TENSORS}: {name} of type {part.get_dtype()} has no use here")
                 return cls({name: file.get_tensor(name) for name in names}, record)
         except (OSError, SafetensorError, ValueError) as error:
             if isinstance(error, PredictorError):

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx import runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable_code
-from lemo_fx.config import Elimination, LemoConfig
+from lemo_fx.config import Elimination, LemoConfig, SiteKind
 from lemo_fx.errors import CaptureError, ConfigError, NotTransformedError, PredictorError, UnsupportedModelError
 from lemo_fx.install import STATE, HeadSettings, Installed, Plan, graph_module, install, layer_plan, uninstall
 from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks
@@ -315,6 +315,12 @@ def site_name(site: Site, sites: list[Site]) -> str:
     return site.kind if len(same) == 1 else f"{site.kind}_{same.index(site)}"
 
 
+def site_names(layer: nn.Module) -> list[tuple[str, SiteKind]]:
+    """(name, kind) of a decoder layer's sites."""
+    sites, _ = find_sites(capture(layer, ABSENT_IN_TRAINING))
+    return [(site_name(site, sites), site.kind) for site in sites]
+
+
 def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
     return {
         "site": site,
@@ -349,10 +355,12 @@ def _plan_site(
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":
-        score = "measured"
-    if score == "predicted":
+        trained = predictors is not None and predictors.has_predictor(index, planned.name)
+        score = "predicted" if trained else "measured"
+    if score == "predicted" and predictors is None:
         raise PredictorError(
-            "score='predicted' needs trained pattern predictors, which lemo_fx.fit does not produce yet; use 'measured'"
+            f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "
+            f"lemo_fx.transform(model, config, predictors=predictors) ({layer_name}, {planned.name})"
         )
     planned.score = score
     keep = elimination.at_layer("keep", index, count)
@@ -366,6 +374,16 @@ def _plan_site(
         part = ActivationScore(mixer, config.block_size)
         rewrite.modules[f"lemo_{planned.name}_score"] = part
         row["note"] = part.note
+    elif score == "predicted":
+        assert predictors is not None
+        predictor = predictors.predictor(index, planned.name)
+        if predictor.block_size != config.block_size:
+            raise PredictorError(
+                f"the predictors were trained on blocks of {predictor.block_size} tokens, but the config asks for "
+                f"block_size={config.block_size}: use theirs, or score='measured' ({layer_name}, {planned.name})"
+            )
+        rewrite.modules[f"lemo_{planned.name}_score"] = predictor
+        row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
     if planned.site.kind == "mlp" and hasattr(mixer, "experts"):
@@ -377,7 +395,7 @@ def _plan_site(
                 f"{layer_name}: score='shared' needs an attention that comes before the MLP in the layer. {_MEND}"
             )
     else:
-        select = SelectBlocks(config.block_size, keep, threshold, salt, step)
+        select = SelectBlocks(config.block_size, keep, threshold, salt, step, elimination.balance)
         rewrite.modules[f"lemo_{planned.name}_select"] = select
     if elimination.eliminated == "stand_in":
         if predictors is None:

@@ -3,6 +3,7 @@
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
          n = norm(x);  a = attention(n, mask);  y = x + a
+A predicted score reads the stream, since its predictor pools whole blocks: scores = lemo_attention_score(x, mask).
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
 
@@ -28,6 +29,8 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     region = Region(f"lemo_{planned.name}_scores", gradient=False)
     if planned.score == "random":
         return call(rewrite.graph, target, (rewrite.entry,), name)
+    if planned.score == "predicted":
+        return call(rewrite.graph, target, (planned.site.stream, rewrite.placeholder("attention_mask")), name)
     site = planned.site
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
     copies = clone(rewrite.graph, before_mixer, {}, region, "scored")

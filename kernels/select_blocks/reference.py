@@ -7,6 +7,28 @@ THRESHOLD_BUCKETS = 8
 """A threshold's count is rounded up to one of this many sizes, so that shapes stay few."""
 
 
+WINDOWS = 8
+"""A balanced choice gives each of this many windows of the sequence the same share of its blocks."""
+
+
+def balanced(scores: torch.Tensor) -> torch.Tensor:
+    """[B, n] -> [B, n]: minus each block's rank within its window of the sequence, as a share of the window.
+
+    A sum over query blocks grows with the number of rows that see a block, so its best blocks are mostly the first
+    ones; ranked within windows, every part of the sequence keeps the same share. NaN stays NaN.
+    """
+    blocks = scores.shape[1]
+    position = torch.arange(blocks, device=scores.device)
+    window = position * WINDOWS // blocks
+    first = (window * blocks + WINDOWS - 1) // WINDOWS
+    after = ((window + 1) * blocks + WINDOWS - 1) // WINDOWS
+    best_first = scores.sort(dim=1, descending=True, stable=True).indices
+    by_window = best_first.gather(1, window[best_first].sort(dim=1, stable=True).indices)
+    share = (position - first + 0.5) / (after - first)
+    ranks = torch.empty_like(scores, dtype=torch.float32).scatter_(1, by_window, share.expand_as(scores))
+    return torch.where(scores.isnan(), scores, -ranks)
+
+
 def budget(blocks: int, keep: tuple[int, int]) -> int:
     """Number of kept blocks for `keep` as a fraction (numerator, denominator): rounded up, at least the pinned ones."""
     count = (blocks * keep[0] + keep[1] - 1) // keep[1]

@@ -1,0 +1,328 @@
+"""Pattern predictors: arithmetic, the part a layer carries, its place in the graph, and the file format."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors, prediction
+from lemo_fx.kernels.select_blocks.reference import WINDOWS, balanced
+from lemo_fx.parts import PredictedScore
+from lemo_fx.predictor_training import Blocks, Recipe, random_weights, recall, train
+from lemo_fx.predictors import RECORD, TENSORS
+from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
+
+BLOCK = 8
+CONFIG = LemoConfig(
+    attention=Elimination(keep=0.5), mlp=Elimination(keep=0.5), block_size=BLOCK, dense_layers=(), active="always"
+)
+
+
+def random_part(kind, hidden=32, width=4, block_size=BLOCK, seed=0):
+    weights = random_weights(kind, hidden, width, torch.Generator().manual_seed(seed))
+    extra = "distance" if kind == "attention" else "offset"
+    weights[extra] = torch.linspace(-0.2, 0.5, weights[extra].numel()).bfloat16()
+    weights["third"] = weights["third"] * 5
+    return PredictedScore(weights, block_size)
+
+
+def naive_scores(weights, stream, block_size):
+    """One block, one pair, one term at a time, for a single sample [S, H]."""
+    w = {name: value.double() for name, value in weights.items()}
+    blocks = []
+    for start in range(0, len(stream), block_size):
+        total = stream[start : start + block_size].double().sum(0)
+        blocks.append(total / math.sqrt(float((total**2).mean()) + 1e-6))
+
+    def run(t, x):
+        hidden = (x @ w["first"][t] + w["first_bias"][t]).clamp_min(0)
+        return (hidden @ w["second"][t] + w["second_bias"][t]).clamp_min(0) @ w["third"][t]
+
+    if "offset" in w:
+        return torch.stack([(run(0, x) + w["offset"]).exp()[0] for x in blocks])
+    out = torch.zeros(len(blocks), dtype=torch.float64)
+    for m, query in enumerate(blocks):
+        for n, key in enumerate(blocks[: m + 1]):
+            bias = sum(
+                float(a) * math.exp(-rate * (m - n)) for a, rate in zip(w["distance"], prediction.DECAYS, strict=True)
+            )
+            out[n] += max(0.0, float(run(0, query) @ run(1, key)) + bias)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("length", [48, 45, 8])
+def test_score_equals_a_naive_reimplementation(kind, length):
+    part = random_part(kind)
+    stream = torch.randn(2, length, 32)
+    weights = {name: getattr(part, name) for name in part.names}
+    expected = torch.stack([naive_scores(weights, row, BLOCK) for row in stream]).float()
+    torch.testing.assert_close(part(stream), expected, **TOLERANCE["compiled"])
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_neither_scores_nor_counts(kind, side):
+    part = random_part(kind)
+    stream = torch.randn(1, 48, 32)
+    padded = torch.zeros(1, 64, 32).normal_()
+    mask = torch.zeros(1, 64, dtype=torch.int64)
+    where = slice(16, 64) if side == "left" else slice(0, 48)
+    padded[:, where], mask[:, where] = stream, 1
+    blocks = slice(2, 8) if side == "left" else slice(0, 6)
+    torch.testing.assert_close(part(padded, mask)[:, blocks], part(stream), **TOLERANCE["compiled"])
+
+
+def test_the_part_has_buffers_only_and_follows_a_cast():
+    part = random_part("attention")
+    assert not list(part.parameters())
+    assert not part.state_dict()
+    assert not any(isinstance(m, nn.Linear) for m in part.modules())
+    stream = torch.randn(1, 64, 32)
+    full = part(stream)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        scores = random_part("attention").to(dtype)(stream.to(dtype))
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, full, rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(part(stream), full)
+
+
+def test_layers_share_one_compilation():
+    parts = [random_part("attention", seed=seed) for seed in range(4)]
+    stream = torch.randn(1, 64, 32)
+    expected = [part(stream) for part in parts]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for part, scores in zip(parts, expected, strict=True):
+            part.compile(fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(part(stream), scores, **TOLERANCE["compiled"])
+    torch._dynamo.reset()
+
+
+def transformed(config=CONFIG, **settings):
+    model = with_lora(tiny("llama", **settings))
+    predictors = Predictors.random(model, config, seed=1)
+    return lemo_fx.transform(model, config, predictors=predictors), predictors
+
+
+def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
+    before = list(with_lora(tiny("llama")).state_dict())
+    model, _ = transformed()
+    graph = next(iter(lemo_fx.graphs(model).values())).graph
+    nodes = [n for n in graph.nodes if n.op == "call_module" and str(n.target).endswith("_score")]
+    assert [str(n.target) for n in nodes] == ["lemo_attention_score", "lemo_mlp_score"]
+    # The predictor reads the stream itself: no norm is computed for the sake of a score.
+    assert nodes[0].args[0].op == "placeholder"
+    assert list(model.state_dict()) == before
+    rows = [s for s in lemo_fx.report(model).sites if s.site in ("attention", "mlp")]
+    assert all(s.score == "predicted" and "KiB" in s.note for s in rows)
+    lemo_fx.revert(model)
+    assert not any(isinstance(m, PredictedScore) for m in model.modules())
+
+
+def test_auto_measures_where_nothing_was_trained():
+    model = with_lora(tiny("llama"))
+    predictors = Predictors.random(model, LemoConfig(attention=CONFIG.attention, mlp=None, dense_layers=()))
+    lemo_fx.transform(model, LemoConfig(dense_layers=(), block_size=64), predictors=predictors)
+    assert {(s.site, s.score) for s in lemo_fx.report(model).sites} >= {("attention", "predicted"), ("mlp", "measured")}
+
+
+@pytest.mark.parametrize("padding", [None, "both"])
+def test_checkpointed_gradients_are_bit_equal(padding):
+    config = LemoConfig(attention=CONFIG.attention, mlp=CONFIG.mlp, block_size=BLOCK, dense_layers=())
+    inputs = batch(2, 64, padding)
+    results = []
+    for checkpointing in (False, True):
+        model = with_lora(tiny("llama"))
+        trained = Predictors.random(model, LemoConfig(dense_layers=(), block_size=BLOCK), seed=1)
+        lemo_fx.transform(model, config, predictors=trained)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        results.append(step(model, inputs))
+    assert_same_step(*results, "same")
+
+
+def test_bfloat16_step():
+    model = with_lora(tiny("llama")).to(torch.bfloat16)
+    predictors = Predictors.random(model, CONFIG)
+    lemo_fx.transform(model, CONFIG, predictors=predictors)
+    loss, gradients = step(model, batch(2, 64))
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_a_layer_compiles_once_for_all_layers():
+    model, _ = transformed(layers=4)
+    inputs = batch(1, 64)
+    expected = step(model, inputs)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # The first layer differs for another reason: its input carries no gradient.
+        for layer in model.get_base_model().model.layers[1:]:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        assert_same_step(step(model, inputs), expected, "compiled")
+    torch._dynamo.reset()
+
+
+def planted(count=24, blocks=24, hidden=32, seed=0):
+    """Blocks whose score is a causal sum over pairs of a low-rank product, as a real predictor would produce it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, blocks, hidden, generator=generator)
+    q, k = (torch.randn(hidden, 2, generator=torch.Generator().manual_seed(s)) / 3 for s in (7, 8))
+    pairs = ((x @ q) @ (x @ k).transpose(1, 2) + 0.5).relu().tril()
+    real = torch.ones(count, blocks, dtype=torch.bool)
+    real[::3, -4:] = False
+    pairs = torch.where(real[:, :, None], pairs, 0.0)
+    return Blocks(x.half(), pairs.sum(1) + 0.05, real)
+
+
+@pytest.mark.parametrize("loss", ["kl", "log", "regression"])
+def test_training_learns_planted_structure(loss):
+    blocks, heldout = planted(96), planted(16, seed=1)
+    done = train("attention", blocks, Recipe(width=8, loss=loss, noise=0.1, epochs=100), heldout)
+    losses = done.record["losses"]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    predicted = prediction.scores(done.weights, heldout.representations.float(), heldout.real)
+    position = torch.arange(24.0).expand(16, -1)
+    rules = {"random": torch.rand(16, 24), "recent": position, "early": -position}
+    got = recall(predicted, heldout.scores, heldout.real, 0.4)
+    assert got > max(recall(rule, heldout.scores, heldout.real, 0.4) for rule in rules.values()) + 0.03
+    # In the units of the true scores, whatever the loss.
+    ratio = predicted[heldout.real].sum() / heldout.scores[heldout.real].sum()
+    assert 0.6 < float(ratio) < 1.6
+
+
+def test_elastic_sizing_ends_at_the_asked_width():
+    done = train("attention", planted(), Recipe(width=6, epochs=30))
+    shapes = {name: tuple(w.shape) for name, w in done.weights.items()}
+    assert shapes["first"] == (2, 32, 6)
+    assert shapes["second"] == (2, 6, 6)
+    assert shapes["third"] == (2, 6, 6)
+    before, after = done.record["parameters"]
+    assert after < 0.75 * before
+    assert after == sum(w.numel() for w in done.weights.values())
+    assert all(w.dtype == torch.bfloat16 for w in done.weights.values())
+
+
+def test_balanced_ranks_keep_the_same_share_everywhere():
+    scores = torch.arange(64.0, 0, -1)[None] + torch.rand(1, 64) * 5
+    kept = torch.zeros(64, dtype=torch.bool)
+    kept[balanced(scores)[0].topk(32).indices] = True
+    assert kept.view(WINDOWS, -1).sum(1).tolist() == [4] * WINDOWS
+    for window in range(WINDOWS):
+        part = slice(8 * window, 8 * window + 8)
+        assert scores[0, part][kept[part]].min() > scores[0, part][~kept[part]].max()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8, 13, 67])
+def test_balanced_is_a_rank_within_each_window(blocks):
+    scores = torch.randn(2, blocks)
+    scores[0, 0] = torch.nan
+    ranks = balanced(scores)
+    assert ranks[0, 0].isnan()
+    for row in range(1, 2):
+        for window in range(WINDOWS):
+            inside = [i for i in range(blocks) if i * WINDOWS // blocks == window]
+            for i in inside:
+                better = sum(bool(scores[row, j] > scores[row, i]) for j in inside)
+                assert float(ranks[row, i]) == pytest.approx(-(better + 0.5) / len(inside))
+
+
+def test_balance_spreads_the_kept_tokens():
+    model = with_lora(tiny("llama"))
+    config = LemoConfig(
+        attention=Elimination(keep=0.5, balance=True), mlp=None, block_size=4, dense_layers=(), active="always"
+    )
+    lemo_fx.transform(model, config)
+    tokens = []
+    select = next(m for n, m in model.named_modules() if n.endswith("lemo_attention_select"))
+    select.register_forward_hook(lambda _, __, out: tokens.append(out))
+    model(**batch(1, 256))
+    quarters = torch.bincount(tokens[0][0] // 64, minlength=4)
+    assert quarters.max() - quarters.min() <= 16
+
+
+def test_balance_needs_a_budget():
+    with pytest.raises(lemo_fx.ConfigError, match="balance"):
+        Elimination(threshold=1.0, balance=True)
+
+
+def test_save_and_load(tmp_path):
+    model = tiny("llama")
+    predictors = Predictors.random(model, CONFIG)
+    predictors.save(tmp_path)
+    loaded = Predictors.load(tmp_path)
+    assert loaded.tensors.keys() == predictors.tensors.keys()
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in predictors.tensors.items())
+    assert loaded.record == predictors.record
+    assert sum(loaded.predictor_bytes.values()) == sum(t.nbytes for t in predictors.tensors.values())
+
+
+def edit_record(folder, **changes):
+    record = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps(record | changes))
+
+
+def truncate(folder):
+    file = folder / TENSORS
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def absurd_header(folder):
+    """A header that claims a tensor of a petabyte."""
+    listed = json.loads((folder / RECORD).read_text())["tensors"]
+    name = next(iter(listed))
+    header = {name: {"dtype": "F32", "shape": [1 << 25, 1 << 23], "data_offsets": [0, 1 << 50]}}
+    text = json.dumps(header).encode()
+    (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text)
+    edit_record(folder, tensors={name: ["float32", 1 << 25, 1 << 23]})
+
+
+def strange_name(folder):
+    from safetensors.torch import save_file
+
+    save_file({"layers.0.attention.code": torch.zeros(2)}, folder / TENSORS)
+    edit_record(folder, tensors={"layers.0.attention.code": ["float32", 2]})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: edit_record(f, format_version=99), "version 99"),
+        (lambda f: (f / RECORD).write_text("{"), "damaged"),
+        (lambda f: (f / RECORD).unlink(), "missing"),
+        (lambda f: (f / TENSORS).unlink(), "missing"),
+        (lambda f: edit_record(f, tensors={}), "does not hold"),
+        (truncate, "damaged"),
+        (absurd_header, "damaged|shape"),
+        (strange_name, "no use"),
+    ],
+)
+def test_load_refuses(tmp_path, damage, message):
+    Predictors.random(tiny("llama"), CONFIG).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(PredictorError, match=message):
+        Predictors.load(tmp_path)
+
+
+def test_transform_refuses_what_does_not_fit():
+    model = with_lora(tiny("llama"))
+    with pytest.raises(PredictorError, match="needs trained predictors"):
+        lemo_fx.transform(model, LemoConfig(attention=Elimination(score="predicted"), dense_layers=()))
+    other = Predictors.random(tiny("llama", intermediate_size=48), CONFIG)
+    with pytest.raises(PredictorError, match="other kind or size"):
+        lemo_fx.transform(model, CONFIG, predictors=other)
+    with pytest.raises(PredictorError, match="block_size"):
+        lemo_fx.transform(
+            model, LemoConfig(block_size=16, dense_layers=()), predictors=Predictors.random(model, CONFIG)
+        )
+    some = Predictors.random(model, LemoConfig(attention=CONFIG.attention, mlp=None, block_size=BLOCK, dense_layers=()))
+    with pytest.raises(PredictorError, match="no predictor was trained"):
+        lemo_fx.transform(
+            model, LemoConfig(mlp=Elimination(score="predicted"), block_size=BLOCK, dense_layers=()), predictors=some
+        )

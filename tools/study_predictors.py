@@ -1,0 +1,315 @@
+"""Train pattern predictors on the small model and measure them: recall, sizes, cost, balance, pictures.
+
+python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
+python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import lzma
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lemo_fx import LemoConfig, prediction
+from lemo_fx.kernels.select_blocks.reference import balanced
+from lemo_fx.predictor_training import Blocks, Recipe, kept, recall, train
+from lemo_fx.predictors import predictor_width
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "lemo_fx/demo_assets/model"
+LENGTH = 4096
+START = 0
+"""Token that begins every document in the small model's training."""
+KEEP = 0.4
+
+
+def texts(path: Path, characters: int = -1) -> list[str]:
+    with lzma.open(path, "rt") as file:
+        return file.read(characters).split("\n\f\n")
+
+
+def sequences(tokenizer, documents: list[str], count: int, per_document: int, seed: int = 0) -> torch.Tensor:
+    """Up to `count` sequences of LENGTH tokens, each within one document and at most `per_document` from each."""
+    random.Random(seed).shuffle(documents)
+    found: list[list[int]] = []
+    for text in documents:
+        ids = [START, *tokenizer(text[:80_000], add_special_tokens=False, verbose=False)["input_ids"]]
+        starts = list(range(0, len(ids) - LENGTH + 1, LENGTH))[:per_document]
+        found += [ids[start : start + LENGTH] for start in starts]
+        if len(found) >= count:
+            break
+    return torch.tensor(found[:count])
+
+
+def profile(args: argparse.Namespace) -> None:
+    from rich.progress import Progress
+
+    from lemo_fx.fit import _key, _profile, _solve
+    from lemo_fx.transform import decoder_layers
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    data = {
+        "heldout": sequences(tokenizer, texts(args.corpus / "heldout.txt.xz"), args.heldout, 2),
+        "train": sequences(tokenizer, texts(args.corpus / "train.txt.xz", args.characters), args.sequences, 1),
+    }
+    config = LemoConfig(dense_layers=())
+    for name, ids in data.items():
+        work = args.work / name
+        work.mkdir(parents=True)
+        torch.save(ids, args.work / f"{name}.pt")
+        print(name, tuple(ids.shape), flush=True)
+        batches = list(ids[:, None])
+        with Progress(disable=True) as bar:
+            probes = _profile(model, batches, decoder_layers(model), config, work, bar)
+        _solve(probes, work, _key(model, batches, config, 32, 1e-3), 32, 1e-3)
+
+
+def read(work: Path, hidden: int, layers: int) -> tuple[dict[tuple[int, str], Blocks], torch.Tensor]:
+    """Every site's scored blocks, and the sequences; a profile that is still being written is cut to what is whole."""
+    per_sequence = LENGTH // LemoConfig().block_size
+    names = {(i, kind): work / f"layers.{i}.{kind}" for i in range(layers) for kind in ("attention", "mlp")}
+    count = min(Path(f"{path}.scores").stat().st_size for path in names.values()) // 4 // per_sequence
+    found = {}
+    for site, path in names.items():
+        shape = (count, per_sequence)
+        embeddings = np.fromfile(f"{path}.blocks", np.float16, count * per_sequence * hidden)
+        scores = np.fromfile(f"{path}.scores", np.float32, count * per_sequence)
+        found[site] = Blocks(
+            torch.from_numpy(embeddings).view(*shape, hidden),
+            torch.from_numpy(scores).view(shape),
+            torch.ones(shape, dtype=torch.bool),
+        )
+    return found, torch.load(work.with_suffix(".pt"))[:count]
+
+
+def stream_norms(model, ids: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+    """Per decoder layer [N, n]: mean norm of its input stream's tokens in each block."""
+    norms = []
+    with torch.no_grad():
+        for row in ids:
+            states = model.eval()(row[None], output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
+            norms.append([h[0].norm(dim=-1).view(-1, block_size).mean(1) for h in states[:-1]])
+    return [torch.stack(rows) for rows in zip(*norms, strict=True)]
+
+
+def both_recalls(predicted: torch.Tensor, blocks: Blocks) -> list[float]:
+    """Recall at KEEP of LeMo's choice, and of the balanced choice."""
+    ranked = [balanced(x) for x in (predicted, blocks.scores)]
+    return [recall(predicted, blocks.scores, blocks.real, KEEP), recall(*ranked, blocks.real, KEEP)]
+
+
+def per_quarter(scores: torch.Tensor, real: torch.Tensor) -> list[float]:
+    """Kept share of each quarter of the sequence."""
+    return [round(x, 3) for x in kept(scores, real, KEEP).float().view(len(scores), 4, -1).mean((0, 2)).tolist()]
+
+
+def mean_spread(values: list[float]) -> list[float]:
+    return [round(float(np.mean(values)), 4), round(float(max(values) - min(values)), 4)]
+
+
+def flop_share(config, width: int, keep: float) -> dict[str, float]:
+    """Predictors' share of one checkpointed LoRA step (forward, recompute, input gradients), per decoder layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    attention = 2 * hidden * (2 * hidden + 2 * kv) * keep + 2 * LENGTH * hidden * keep**2
+    mlp = 2 * 3 * hidden * inner * keep
+    step = 4 * (attention + mlp)
+    blocks = LENGTH // 64
+    networks = 3 * 2 * (hidden * width + width * width) + 2 * width * width * 2 + 2 * width
+    predictor = 2 * hidden + (networks + blocks * (2 * width + 4)) / 64
+    return {"predictor_flops_per_token": round(predictor, 1), "step_flops_per_token": step, "share": predictor / step}
+
+
+def study(args: argparse.Namespace) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    config = model.config
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    data, _ = read(args.work / "train", hidden, layers)
+    heldout, ids = read(args.work / "heldout", hidden, layers)
+    width = predictor_width(hidden)
+    count = len(data[0, "mlp"])
+    result: dict = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU",
+        "torch": torch.__version__,
+        "seeds": list(range(SEEDS)),
+        "keep": KEEP,
+        "train_sequences": count,
+        "heldout_sequences": len(heldout[0, "mlp"]),
+        "tokens_per_sequence": LENGTH,
+        "recipe": vars(Recipe(width=width)),
+    }
+
+    losses: dict[str, dict] = {}
+    for loss in ("regression", "log", "kl"):
+        recalls = [
+            [trained(data, heldout, (i, "attention"), width, seed, loss)[0][0] for i in LOSS_LAYERS]
+            for seed in range(SEEDS)
+        ]
+        losses[loss] = {"recall": mean_spread([float(np.mean(row)) for row in recalls])}
+        losses[loss]["least"] = round(min(min(row) for row in recalls), 4)
+        losses[loss]["widest_spread_of_a_layer"] = max(mean_spread(list(c))[1] for c in zip(*recalls, strict=True))
+        print(loss, losses[loss], flush=True)
+    result["losses"] = {"layers": list(LOSS_LAYERS), **losses}
+
+    norms = stream_norms(model, ids, 64)
+    generator = torch.Generator().manual_seed(0)
+    curves, pictures = {}, {}
+    result["sites"] = {}
+    for (i, kind), truth in heldout.items():
+        runs = [trained(data, heldout, (i, kind), width, seed, Recipe(width=width).loss) for seed in range(SEEDS)]
+        shape = truth.scores.shape
+        position = torch.arange(shape[1]).float().expand(shape)
+        rules = {
+            "random": torch.rand(shape, generator=generator),
+            "recent": position,
+            "early": -position,
+            "norm": norms[i],
+            "positional prior": data[i, kind].scores.mean(0).expand(shape),
+        }
+        predicted, record = runs[0][1], runs[0][2]
+        curves[i, kind], pictures[i, kind] = record, predicted
+        result["sites"][f"{i}.{kind}"] = {
+            "recall": mean_spread([r[0][0] for r in runs]),
+            "balanced_recall": mean_spread([r[0][1] for r in runs]),
+            "rules": {n: [round(x, 4) for x in both_recalls(r, truth)] for n, r in rules.items()},
+            "quarters": {
+                "measured": per_quarter(truth.scores, truth.real),
+                "predicted": per_quarter(predicted, truth.real),
+                "measured, balanced": per_quarter(balanced(truth.scores), truth.real),
+                "predicted, balanced": per_quarter(balanced(predicted), truth.real),
+            },
+            "parameters": record["parameters"],
+            "dead": record["dead"],
+        }
+        print(i, kind, result["sites"][f"{i}.{kind}"]["recall"], flush=True)
+    sizes = sum(site["parameters"][1] for site in result["sites"].values()) * 2
+    result["bytes"] = {"predictors": sizes, "model": sum(p.numel() for p in model.parameters()) * 2}
+    result["flops"] = flop_share(config, width, KEEP)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "recall.json").write_text(json.dumps(result, indent=1) + "\n")
+    args.docs.mkdir(parents=True, exist_ok=True)
+    (args.docs / "tables.md").write_text(tables(result))
+    draw(curves, pictures, heldout, args.docs)
+
+
+SEEDS = 3
+LOSS_LAYERS = (1, 4, 7)
+
+
+def trained(data, heldout, site, width, seed, loss):
+    """(recalls, predicted scores on the held-out sequences, record) of one training."""
+    recipe = Recipe(width=width, seed=seed, loss=loss)
+    done = train(site[1], data[site], recipe, heldout[site])
+    predicted = prediction.scores(done.weights, heldout[site].representations.float(), heldout[site].real)
+    return both_recalls(predicted, heldout[site]), predicted, done.record
+
+
+def tables(result: dict) -> str:
+    sites = result["sites"]
+    rules = list(next(iter(sites.values()))["rules"])
+    lines = ["<!-- written by tools/study_predictors.py -->", ""]
+    lines += ["| site | recall (spread) | " + " | ".join(rules) + " | balanced: recall (spread) | positional prior |"]
+    lines += ["|---" * (len(rules) + 4) + "|"]
+
+    def row(name, rows):
+        def mean(get):
+            return float(np.mean([get(r) for r in rows]))
+
+        cells = [f"{mean(lambda r: r['recall'][0]):.3f} ({max(r['recall'][1] for r in rows):.3f})"]
+        cells += [f"{mean(lambda r, rule=rule: r['rules'][rule][0]):.3f}" for rule in rules]
+        cells += [f"{mean(lambda r: r['balanced_recall'][0]):.3f} ({max(r['balanced_recall'][1] for r in rows):.3f})"]
+        cells += [f"{mean(lambda r: r['rules']['positional prior'][1]):.3f}"]
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    for kind in ("attention", "mlp"):
+        chosen = {name: site for name, site in sites.items() if name.endswith(kind)}
+        lines += [row(f"layer {name.split('.')[0]} {kind}", [site]) for name, site in chosen.items()]
+        lines += [row(f"**all {kind}**", list(chosen.values()))]
+    lines += ["", "| kept share by quarter | 1st | 2nd | 3rd | 4th |", "|---|---|---|---|---|"]
+    for kind in ("attention", "mlp"):
+        chosen = [site["quarters"] for name, site in sites.items() if name.endswith(kind)]
+        for name in chosen[0]:
+            shares = np.mean([c[name] for c in chosen], axis=0)
+            lines += [f"| {kind}, {name} | " + " | ".join(f"{x:.2f}" for x in shares) + " |"]
+    lines += [
+        "",
+        "| loss (attention) | recall (spread over seeds) | least | widest spread of a layer |",
+        "|---|---|---|---|",
+    ]
+    for name, found in result["losses"].items():
+        if name != "layers":
+            mean, spread = found["recall"]
+            wide = found["widest_spread_of_a_layer"]
+            lines += [f"| {name} | {mean:.3f} ({spread:.3f}) | {found['least']:.3f} | {wide:.3f} |"]
+    lines += ["", "| site | parameters before elastic sizing | after | share of zero activations when pruning |"]
+    lines += ["|---|---|---|---|"]
+    for name, site in sites.items():
+        dead = ", ".join(f"{x:.0%}" for x in site["dead"])
+        lines += [f"| {name} | {site['parameters'][0]} | {site['parameters'][1]} | {dead} |"]
+    size = result["bytes"]
+    lines += [
+        "",
+        f"All predictors: {size['predictors']} bytes, {size['predictors'] / size['model']:.2%} of the model's.",
+    ]
+    lines += [f"Share of one transformed, checkpointed LoRA step's FLOPs: {result['flops']['share']:.3%}.", ""]
+    return "\n".join(lines)
+
+
+def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, kind in zip(axes, ("attention", "mlp"), strict=True):
+        for (i, name), record in curves.items():
+            if name == kind:
+                smooth = np.convolve(record["losses"], np.ones(20) / 20, "valid")
+                axis.plot(smooth, color=pyplot.cm.viridis(i / 8), label=f"layer {i}")
+        axis.set(title=f"{kind} predictors", xlabel="training step", ylabel="loss (mean of 20 steps)", yscale="log")
+    axes[0].legend(fontsize=7)
+    figure.savefig(folder / "loss_curves.png", dpi=110)
+    shown = [(1, "attention"), (4, "attention"), (7, "attention"), (4, "mlp")]
+    figure, grid = pyplot.subplots(len(shown), 2, figsize=(11, 9), layout="constrained")
+    for row, site in zip(grid, shown, strict=True):
+        truth = heldout[site].scores
+        low, high = (float(x) for x in torch.quantile(truth, torch.tensor([0.02, 0.98])))
+        for axis, values, title in zip(row, (truth, pictures[site]), ("measured", "predicted"), strict=True):
+            image = axis.imshow(values, aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+            axis.set(title=f"layer {site[0]} {site[1]}: {title}", ylabel="held-out sequence")
+        figure.colorbar(image, ax=list(row), label="block score")
+    for axis in grid[-1]:
+        axis.set_xlabel("token block")
+    figure.savefig(folder / "prediction.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("profile", "train"))
+    parser.add_argument("--corpus", type=Path, default=Path("corpus"))
+    parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
+    parser.add_argument("--sequences", type=int, default=300)
+    parser.add_argument("--heldout", type=int, default=32)
+    parser.add_argument("--characters", type=int, default=-1)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/predictors")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/predictors")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    {"profile": profile, "train": study}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
