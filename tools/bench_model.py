@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, Predictors
 from lemo_fx.transform import decoder_layers
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
@@ -78,7 +78,7 @@ SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
 
 
 def sparse(
-    keep: float, treatment: str = "skip", score: str = "random", shared: bool = False, recompute: str = "all"
+    keep: float, treatment: str = "skip", score: str = "predicted", shared: bool = False, recompute: str = "all"
 ) -> LemoConfig:
     """Both sites at one keep in every layer but the first and the last."""
     attention = Elimination(keep=keep, eliminated=treatment, score=score)
@@ -94,6 +94,7 @@ VARIANTS = {
         Variant("lora-eager-checkpointed", SEGMENTS_ONLY, compiled=False, checkpointed=True),
         Variant("lora-checkpointed", SEGMENTS_ONLY, checkpointed=True),
         Variant("skip-0.5", sparse(0.5)),
+        Variant("skip-0.5-random", sparse(0.5, score="random")),
         Variant("skip-0.5-eager", sparse(0.5), compiled=False),
         Variant("skip-0.5-checkpointed", sparse(0.5), checkpointed=True),
         Variant("skip-0.5-shared", sparse(0.5, shared=True)),
@@ -103,10 +104,10 @@ VARIANTS = {
             sparse(0.5, shared=True, recompute="projections"),
             checkpointed=True,
         ),
-        Variant("exact-0.25", sparse(0.25, "exact")),
-        Variant("exact-0.25-checkpointed", sparse(0.25, "exact"), checkpointed=True),
-        Variant("exact-0.125", sparse(0.125, "exact")),
-        Variant("exact-0.125-checkpointed", sparse(0.125, "exact"), checkpointed=True),
+        Variant("exact-0.25", sparse(0.25, "exact", "random")),
+        Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
+        Variant("exact-0.125", sparse(0.125, "exact", "random")),
+        Variant("exact-0.125-checkpointed", sparse(0.125, "exact", "random"), checkpointed=True),
     )
 }
 
@@ -134,7 +135,7 @@ def gate(shape: str, device: torch.device, adapters: str) -> dict[str, float]:
     model = build(shape, device, adapters, layers=4)
     ids = torch.randint(0, model.config.vocab_size, (1, 1000), device=device)
     results = []
-    for config in (None, sparse(1.0), sparse(1.0, "exact")):
+    for config in (None, sparse(1.0, score="measured"), sparse(1.0, "exact", score="measured")):
         if config is not None:
             lemo_fx.transform(model, dataclasses.replace(config, dense_layers=()))
         model.zero_grad()
@@ -158,9 +159,11 @@ def measure(
 ) -> dict:
     """Median times in ms and peak memory in GB (1e9 bytes) of training steps."""
     lemo_fx.revert(model)
-    if variant.config is not None:
-        lemo_fx.transform(model, variant.config)
     base = model.get_base_model()
+    if variant.config is not None:
+        # Of their real size and random weights: they cost what trained ones cost.
+        predictors = Predictors.random(base, variant.config) if _predicts(variant.config) else None
+        lemo_fx.transform(model, variant.config, predictors=predictors)
     if variant.checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     else:
@@ -207,6 +210,10 @@ def measure(
         (profile / f"{variant.name}-{tokens}.kernels.txt").write_text(_kernels(model, ids))
     del loss, optimizer
     return result
+
+
+def _predicts(config: LemoConfig) -> bool:
+    return any(site is not None and site.score == "predicted" for site in (config.attention, config.mlp))
 
 
 def _kernels(model: torch.nn.Module, ids: torch.Tensor) -> str:
