@@ -7,6 +7,8 @@ Not part of the pipeline: `lemo_fx.fit` runs it alone on a fresh capture, after 
 predictors on the true scores.
 """
 
+from torch import fx
+
 from lemo_fx.passes.rewrite import META, LayerRewrite, call, normed_input
 
 
@@ -14,7 +16,7 @@ def insert_probes(rewrite: LayerRewrite) -> int:
     """Returns the number of branches that are observed."""
     for planned in rewrite.sites:
         site = planned.site
-        seen = (normed_input(rewrite, site), site.branch)
+        seen: tuple[fx.Node, ...] = (normed_input(rewrite, site), site.branch)
         if planned.scores is not None:
             seen += (site.stream, planned.scores)
         # Nobody uses the result, so no dead-code elimination may follow.
