@@ -2,6 +2,7 @@
 
 python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
 python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
+    python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_fx import LemoConfig, prediction
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig, prediction
 from lemo_fx.kernels.select_blocks.reference import balanced
 from lemo_fx.predictor_training import Blocks, Recipe, kept, recall, train
 from lemo_fx.predictors import predictor_width
@@ -203,6 +205,47 @@ def study(args: argparse.Namespace) -> None:
     draw(curves, pictures, heldout, args.docs)
 
 
+def balance(args: argparse.Namespace) -> None:
+    """Held-out loss of the sparse forward, per quarter of the sequence, by what chooses attention's blocks."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ids = torch.load(args.work / "heldout.pt")[: args.sequences]
+    plans = {
+        "dense": None,
+        "LeMo's score": Elimination(keep=KEEP, score="measured"),
+        "LeMo's score, balanced": Elimination(keep=KEEP, score="measured", balance=True),
+        "random": Elimination(keep=KEEP, score="random"),
+        "random, balanced": Elimination(keep=KEEP, score="random", balance=True),
+    }
+    losses = {}
+    for name, elimination in plans.items():
+        if elimination is not None:
+            lemo_fx.transform(model, LemoConfig(attention=elimination, mlp=None, active="always", loss_segments=None))
+        rows = []
+        with torch.no_grad():
+            for row in ids:
+                logits = model(row[None], use_cache=False).logits[0, :-1]
+                rows.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none"))
+        lemo_fx.revert(model)
+        each = torch.stack(rows)
+        losses[name] = {
+            "all": round(each.mean().item(), 4),
+            "quarters": [round(part.mean().item(), 4) for part in each.chunk(4, dim=1)],
+        }
+        print(name, losses[name], flush=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU",
+        "keep": KEEP,
+        "sparse": "attention, all layers but the first and the last",
+        "heldout_sequences": len(ids),
+        "tokens_per_sequence": LENGTH,
+        "heldout_loss_nats_per_token": losses,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 SEEDS = 3
 LOSS_LAYERS = (1, 4, 7)
 
@@ -297,7 +340,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("profile", "train"))
+    parser.add_argument("stage", choices=("profile", "train", "balance"))
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
     parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
     parser.add_argument("--sequences", type=int, default=300)
@@ -308,7 +351,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"profile": profile, "train": study}[args.stage](args)
+    {"profile": profile, "train": study, "balance": balance}[args.stage](args)
 
 
 if __name__ == "__main__":
