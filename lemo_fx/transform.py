@@ -7,7 +7,7 @@ import inspect
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -119,7 +119,8 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     found = {}
     for name, module in model.named_modules():
         record: Installed | None = vars(module).get(STATE)
-        if record is not None and record.graph is not None:
+        # A causal model whose loss was not segmented still tells its layers the labels, but has no graph of its own.
+        if record is not None and next(iter(record.graph.nodes)).op == "placeholder":
             found[name] = graph_module(module, record.graph, record.functions)
     return found
 
@@ -440,14 +441,17 @@ def _plan_head(
         notes.append("no loss head: the model has no output projection of its own")
         return None
     name = next(n for n, m in model.named_modules() if m is head)
-    graph, functions, loss_function, slices_itself, reason = _segmented(head, config)
+
+    def observe(stage: str, graph: fx.Graph, functions: dict[str, fx.Graph]) -> None:
+        if dump:
+            _write_dump(dump, f"{name or 'model'}.loss_head", stage, head, graph, functions)
+
+    graph, functions, loss_function, slices_itself, reason = _segmented(head, config, observe)
     if reason:
         notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
         logger.info("loss not segmented: %s", reason)
     arguments = _argument_names(head)
     settings = HeadSettings(config, step, arguments, loss_function, slices_itself, sparse_experts)
-    if dump:
-        _write_dump(dump, f"{name or 'model'}.loss_head", "segment_loss", head, graph, functions)
     return Plan(name, head, graph, functions, {}, settings)
 
 
@@ -456,7 +460,9 @@ def _argument_names(head: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD)
 
 
-def _segmented(head: nn.Module, config: LemoConfig):
+def _segmented(
+    head: nn.Module, config: LemoConfig, observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None]
+) -> tuple[fx.Graph, dict[str, fx.Graph], Any, bool, str]:
     """(graph, functions, loss function, whether the head slices integers itself, why nothing was done)."""
     pass_through = fx.Graph()
     pass_through.output(None)
@@ -475,10 +481,13 @@ def _segmented(head: nn.Module, config: LemoConfig):
         )
     except CaptureError as error:
         return *unchanged, str(error)
+    observe("0_captured", graph, {})
     result = segment_loss(graph, loss_function, config.loss_segments)
     if result.graph is None or result.logits is None:
         return *unchanged, result.reason
-    return result.graph, {"lemo_logits": result.logits}, loss_function, slicer is not None, ""
+    functions = {"lemo_logits": result.logits}
+    observe("1_segment_loss", result.graph, functions)
+    return result.graph, functions, loss_function, slicer is not None, ""
 
 
 def _dumper(folder: Path, name: str):
