@@ -178,6 +178,12 @@ def readable_code(graph: fx.Graph, name: str) -> str:
     return "\n".join([f"class {name}:", *(f"    {line}" for line in lines), ""])
 
 
+def readable(graph: fx.Graph, functions: dict[str, fx.Graph], name: str) -> str:
+    """A graph and the functions it calls as Python text, one class per graph."""
+    pieces = [readable_code(graph, name), *(readable_code(body, title) for title, body in functions.items())]
+    return "\n".join(pieces)
+
+
 def module_of(graph: fx.Graph, node: fx.Node) -> nn.Module:
     """The submodule that a `call_module` node calls."""
     assert isinstance(graph.owning_module, nn.Module)

@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
     import lemo_fx
     from lemo_fx import draw
-    from lemo_fx.transform import decoder_layers
+    from lemo_fx.sites import decoder_layers
 
     model = _load_model(path)
     layers = decoder_layers(model)

@@ -30,7 +30,7 @@ from lemo_fx import draw
 from lemo_fx.config import Elimination, LemoConfig, Score, Treatment
 from lemo_fx.errors import ConfigError
 from lemo_fx.measure import counts
-from lemo_fx.transform import decoder_layers
+from lemo_fx.sites import decoder_layers
 
 ASSETS = Path(__file__).parent / "demo_assets"
 PLAIN = "LoRA"

@@ -37,8 +37,8 @@ from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.predictor_training import Blocks, Recipe, recall, train
 from lemo_fx.predictors import Predictors, identity, predictor_width
-from lemo_fx.sites import find_sites
-from lemo_fx.transform import decoder_layers, site_name, suspended
+from lemo_fx.sites import decoder_layers, find_sites, site_name
+from lemo_fx.transform import suspended
 
 
 class BranchStatistics(nn.Module):

@@ -20,6 +20,8 @@ from torch import nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import PredictorError
 from lemo_fx.parts import PredictedScore, StandIn
+from lemo_fx.predictor_training import random_weights
+from lemo_fx.sites import decoder_layers, site_names
 
 FORMAT_VERSION = 1
 TENSORS = "predictors.safetensors"
@@ -110,9 +112,6 @@ class Predictors:
 
         Which blocks they keep means nothing: never judge accuracy by them.
         """
-        from lemo_fx.predictor_training import random_weights
-        from lemo_fx.transform import decoder_layers, site_names
-
         config = LemoConfig() if config is None else config
         layers = decoder_layers(model)
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -18,8 +18,9 @@ import networkx as nx
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lemo_fx.capture import is_tensor_function, module_of
+from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, module_of
 from lemo_fx.config import SiteKind
 
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -292,3 +293,38 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
             graph.erase_node(node)
     graph.lint()
     return True
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The causal decoder layers of a model by name, in order: the longest list of layers with causal attention."""
+    best: list[tuple[str, nn.Module]] = []
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) <= len(best):
+            continue
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module) and any(
+            is_softmax_attention(m) and getattr(m, "is_causal", False) for layer in module for m in layer.modules()
+        ):
+            best = [(f"{prefix}.{i}", layer) for i, layer in enumerate(module)]
+    return best
+
+
+def causal_model(model: nn.Module) -> nn.Module | None:
+    """The transformers model that owns the output projection, under any wrapper."""
+    for module in model.modules():
+        if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
+            head = module.get_output_embeddings()  # type: ignore[operator]
+            if head is not None and any(child is head for child in module.children()):
+                return module
+    return None
+
+
+def site_name(site: Site, sites: list[Site]) -> str:
+    """Name of a site within its layer: its kind, numbered where a layer has several."""
+    same = [s for s in sites if s.kind == site.kind]
+    return site.kind if len(same) == 1 else f"{site.kind}_{same.index(site)}"
+
+
+def site_names(layer: nn.Module) -> list[tuple[str, SiteKind]]:
+    """(name, kind) of a decoder layer's sites."""
+    sites, _ = find_sites(capture(layer, ABSENT_IN_TRAINING))
+    return [(site_name(site, sites), site.kind) for site in sites]

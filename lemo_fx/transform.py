@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
-import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import fx, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lemo_fx import runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable_code
-from lemo_fx.config import Elimination, LemoConfig, SiteKind
-from lemo_fx.errors import CaptureError, ConfigError, NotTransformedError, PredictorError, UnsupportedModelError
-from lemo_fx.install import STATE, HeadSettings, Installed, Plan, graph_module, install, layer_plan, uninstall
-from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks
-from lemo_fx.passes.insert_elimination import COMPACT
-from lemo_fx.passes.pipeline import run_passes
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
-from lemo_fx.passes.segment_loss import segment_loss
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import ConfigError, NotTransformedError
+from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
+from lemo_fx.parts import SelectBlocks
+from lemo_fx.plan import make_plans
 from lemo_fx.report import Report, SiteReport
-from lemo_fx.sites import Site, find_sites, is_softmax_attention
+from lemo_fx.sites import causal_model
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
 
-logger = logging.getLogger(__name__)
-
 Model = TypeVar("Model", bound=nn.Module)
-
-PASSED_THROUGH = frozenset({"output_attentions", "use_cache", *ABSENT_IN_TRAINING})
 
 
 @dataclasses.dataclass
@@ -88,14 +74,14 @@ def transform(
     if before is not None:
         revert(model)
     try:
-        after = _plan(model, config, predictors, Path(dump) if dump else None)
-        install(after.plans)
+        plans, notes = make_plans(model, config, predictors, Path(dump) if dump else None)
+        install(plans)
     except BaseException:
         if before is not None:
             install(before.plans)
             vars(_holder(model))[TRANSFORMATION] = before
         raise
-    vars(_holder(model))[TRANSFORMATION] = after
+    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, plans, notes)
     return model
 
 
@@ -166,25 +152,12 @@ def suspended(model: nn.Module) -> Iterator[None]:
             vars(_holder(model))[TRANSFORMATION] = before
 
 
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The causal decoder layers of a model by name, in order: the longest list of layers with causal attention."""
-    best: list[tuple[str, nn.Module]] = []
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) <= len(best):
-            continue
-        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module) and any(
-            is_softmax_attention(m) and getattr(m, "is_causal", False) for layer in module for m in layer.modules()
-        ):
-            best = [(f"{prefix}.{i}", layer) for i, layer in enumerate(module)]
-    return best
-
-
 def _holder(model: nn.Module) -> nn.Module:
     """Where a model's transformation is kept: its base model under any adapter wrapper."""
     for module in model.modules():
         if TRANSFORMATION in vars(module):
             return module
-    head = _causal_model(model)
+    head = causal_model(model)
     return head if head is not None else model
 
 
@@ -199,315 +172,3 @@ def _transformation(model: nn.Module) -> Transformation:
             f"this {type(model).__name__} was not transformed: call lemo_fx.transform(model) first"
         )
     return done
-
-
-def _causal_model(model: nn.Module) -> nn.Module | None:
-    """The transformers model that owns the output projection, under any wrapper."""
-    for module in model.modules():
-        if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
-            head = module.get_output_embeddings()  # type: ignore[operator]
-            if head is not None and any(child is head for child in module.children()):
-                return module
-    return None
-
-
-def _plan(model: nn.Module, config: LemoConfig, predictors: Predictors | None, dump: Path | None) -> Transformation:
-    layers = decoder_layers(model)
-    if not layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
-            "transformers layers with causal softmax attention (encoders and state-space models have none)"
-        )
-    _check_model(model, config, layers)
-    if predictors is not None:
-        holder = _causal_model(model)
-        predictors.check_fits(holder if holder is not None else model)
-    notes: list[str] = []
-    step = runtime.Step()
-    plans = []
-    for index, (name, layer) in enumerate(layers):
-        if config.is_dense(index, len(layers)):
-            notes.append(f"{name}: dense (dense_layers)")
-            if config.dense_layers is not None or index < len(layers) - 1:
-                continue
-            # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
-            # its graph is installed with dense branches, so that its MLP is recomputed in segments.
-        plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
-        if plan is not None:
-            plans.append(plan)
-    sparse_experts = any(row["score_note"] for plan in plans for row in plan.rows)
-    head = _plan_head(model, config, step, sparse_experts, notes, dump)
-    return Transformation(config, predictors, plans + ([head] if head else []), notes)
-
-
-def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, nn.Module]]) -> None:
-    for name, layer in layers:
-        if any(p.device.type == "meta" for p in layer.parameters()):
-            raise UnsupportedModelError(f"{name} is on the meta device: load its weights before lemo_fx.transform")
-        if "forward" in vars(layer):
-            raise UnsupportedModelError(
-                f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
-                "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
-            )
-        for kind in ("attention", "mlp"):
-            site = config.site(kind)  # type: ignore[arg-type]
-            if site is not None:
-                site.at_layer("keep", 0, len(layers))
-                site.at_layer("threshold", 0, len(layers))
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
-            "causal language model that lemo_fx can rewrite"
-        )
-    if config.active == "training" and not any(p.requires_grad for p in model.parameters()):
-        raise UnsupportedModelError(
-            "no parameter of the model is trainable, so there is nothing to fine-tune: add adapters first (PEFT's "
-            "get_peft_model), or study the sparse forward with LemoConfig(active='always')"
-        )
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and config.block_size > longest:
-        raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
-
-
-def _plan_layer(
-    name: str,
-    layer: nn.Module,
-    index: int,
-    count: int,
-    config: LemoConfig,
-    predictors: Predictors | None,
-    step: runtime.Step,
-    dump: Path | None,
-) -> Plan | None:
-    if config.attention is None and config.mlp is None:
-        return None
-    try:
-        graph = capture(layer, ABSENT_IN_TRAINING)
-    except CaptureError as error:
-        raise UnsupportedModelError(f"{name}: {error}. {_MEND}") from error
-    sites, refusals = find_sites(graph)
-    for refusal in refusals:
-        raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
-
-    planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute)
-    rows = []
-    for site in planned:
-        _refuse_unknown_arguments(name, rewrite, site)
-        elimination = config.site(site.site.kind)
-        if elimination is None or config.is_dense(index, count):
-            reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
-            rows.append(_row(site.name, "dense", note=reason))
-            continue
-        rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
-    observe = _dumper(dump, name) if dump else None
-    run_passes(rewrite, observe)
-    return layer_plan(name, rewrite, config, rows)
-
-
-_MEND = (
-    "Leave this layer out with LemoConfig(dense_layers=...), or the whole kind of site with attention=None or mlp=None"
-)
-
-
-def site_name(site: Site, sites: list[Site]) -> str:
-    """Name of a site within its layer: its kind, numbered where a layer has several."""
-    same = [s for s in sites if s.kind == site.kind]
-    return site.kind if len(same) == 1 else f"{site.kind}_{same.index(site)}"
-
-
-def site_names(layer: nn.Module) -> list[tuple[str, SiteKind]]:
-    """(name, kind) of a decoder layer's sites."""
-    sites, _ = find_sites(capture(layer, ABSENT_IN_TRAINING))
-    return [(site_name(site, sites), site.kind) for site in sites]
-
-
-def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
-    return {
-        "site": site,
-        "eliminated": eliminated,
-        "score": score,
-        "budget": budget,
-        "note": note,
-        "score_note": "",
-        "tokens_of": site,
-    }
-
-
-def _plan_site(
-    layer_name: str,
-    rewrite: LayerRewrite,
-    planned: PlannedSite,
-    elimination: Elimination,
-    index: int,
-    count: int,
-    config: LemoConfig,
-    predictors: Predictors | None,
-    step: runtime.Step,
-) -> dict[str, Any]:
-    """Decide one site and add its parts to the rewrite; returns its row of the report."""
-    mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
-    implementation = str(getattr(getattr(mixer, "config", None), "_attn_implementation", None))
-    if planned.site.kind == "attention" and implementation not in runtime.MASKED_IMPLEMENTATIONS and _window(mixer):
-        raise UnsupportedModelError(
-            f"{layer_name}: {implementation} counts its sliding window in kept tokens, not in original positions; use "
-            f"attn_implementation='sdpa'. {_MEND}"
-        )
-    planned.treatment = elimination.eliminated
-    score = elimination.score
-    if score == "auto":
-        trained = predictors is not None and predictors.has_predictor(index, planned.name)
-        score = "predicted" if trained else "measured"
-    if score == "predicted" and predictors is None:
-        raise PredictorError(
-            f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "
-            f"lemo_fx.transform(model, config, predictors=predictors) ({layer_name}, {planned.name})"
-        )
-    planned.score = score
-    keep = elimination.at_layer("keep", index, count)
-    threshold = elimination.at_layer("threshold", index, count)
-    budget = f"keep {keep:g}" if keep is not None else f"threshold {threshold:g}"
-    row = _row(planned.name, elimination.eliminated, score, budget)
-    salt = 2 * index + (planned.site.kind == "mlp") + 1
-    if score == "measured" and planned.site.kind == "attention":
-        rewrite.modules[f"lemo_{planned.name}_score"] = AttentionScore(mixer, config.block_size)
-    elif score == "measured":
-        part = ActivationScore(mixer, config.block_size)
-        rewrite.modules[f"lemo_{planned.name}_score"] = part
-        row["note"] = part.note
-    elif score == "predicted":
-        assert predictors is not None
-        predictor = predictors.predictor(index, planned.name)
-        if predictor.block_size != config.block_size:
-            raise PredictorError(
-                f"the predictors were trained on blocks of {predictor.block_size} tokens, but the config asks for "
-                f"block_size={config.block_size}: use theirs, or score='measured' ({layer_name}, {planned.name})"
-            )
-        rewrite.modules[f"lemo_{planned.name}_score"] = predictor
-        row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
-    elif score == "random":
-        rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
-    if planned.site.kind == "mlp" and hasattr(mixer, "experts"):
-        row["score_note"] = "experts"
-    if score == "shared":
-        row["tokens_of"] = "attention"
-        if not any(p.site.kind == "attention" and p.treatment for p in rewrite.sites[: rewrite.sites.index(planned)]):
-            raise UnsupportedModelError(
-                f"{layer_name}: score='shared' needs an attention that comes before the MLP in the layer. {_MEND}"
-            )
-    else:
-        select = SelectBlocks(config.block_size, keep, threshold, salt, step, elimination.balance)
-        rewrite.modules[f"lemo_{planned.name}_select"] = select
-    if elimination.eliminated == "stand_in":
-        if predictors is None:
-            raise PredictorError(
-                f"eliminated='stand_in' needs fitted maps: predictors = lemo_fx.fit(model, sequences, config), then "
-                f"lemo_fx.transform(model, config, predictors=predictors) ({layer_name}, {planned.name})"
-            )
-        rewrite.modules[f"lemo_{planned.name}_stand_in"] = predictors.stand_in(index, planned.name)
-    return row
-
-
-def _window(attention: nn.Module) -> int | None:
-    """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[return-value]
-    return getattr(attention.config, "sliding_window", None)
-
-
-def _refuse_unknown_arguments(name: str, rewrite: LayerRewrite, planned: PlannedSite) -> None:
-    """Every layer argument that a branch reads must be one whose shortening to the kept tokens is known."""
-    for node in planned.site.nodes:
-        for argument in node.all_input_nodes:
-            target = str(argument.target)
-            known = argument is rewrite.entry or target in COMPACT or target in PASSED_THROUGH
-            if argument.op == "placeholder" and not known:
-                raise UnsupportedModelError(
-                    f"{name}: node {node.name!r} reads the layer argument {target!r}, and how that follows the kept "
-                    f"tokens is not known. {_MEND}"
-                )
-
-
-def _plan_head(
-    model: nn.Module,
-    config: LemoConfig,
-    step: runtime.Step,
-    sparse_experts: bool,
-    notes: list[str],
-    dump: Path | None,
-) -> Plan | None:
-    head = _causal_model(model)
-    if head is None:
-        notes.append("no loss head: the model has no output projection of its own")
-        return None
-    name = next(n for n, m in model.named_modules() if m is head)
-
-    def observe(stage: str, graph: fx.Graph, functions: dict[str, fx.Graph]) -> None:
-        if dump:
-            _write_dump(dump, f"{name or 'model'}.loss_head", stage, head, graph, functions)
-
-    graph, functions, loss_function, slices_itself, reason = _segmented(head, config, observe)
-    if reason:
-        notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
-        logger.info("loss not segmented: %s", reason)
-    arguments = _argument_names(head)
-    settings = HeadSettings(config, step, arguments, loss_function, slices_itself, sparse_experts)
-    return Plan(name, head, graph, functions, {}, settings)
-
-
-def _argument_names(head: nn.Module) -> tuple[str, ...]:
-    parameters = inspect.signature(type(head).forward).parameters.values()
-    return tuple(p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD)
-
-
-def _segmented(
-    head: nn.Module, config: LemoConfig, observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None]
-) -> tuple[fx.Graph, dict[str, fx.Graph], Any, bool, str]:
-    """(graph, functions, loss function, whether the head slices integers itself, why nothing was done)."""
-    pass_through = fx.Graph()
-    pass_through.output(None)
-    unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
-    if config.loss_segments is None:
-        return *unchanged, "loss_segments=None"
-    globals_of = vars(sys.modules[type(head).__module__])
-    slicer = globals_of.get("slice_logits_to_keep")
-    loss_function: Any = head.loss_function
-    try:
-        graph = capture(
-            head,
-            {"output_router_logits": False},
-            leaf_functions=(slicer,) if slicer else (),
-            properties=("loss_function",),
-        )
-    except CaptureError as error:
-        return *unchanged, str(error)
-    observe("0_captured", graph, {})
-    result = segment_loss(graph, loss_function, config.loss_segments)
-    if result.graph is None or result.logits is None:
-        return *unchanged, result.reason
-    functions = {"lemo_logits": result.logits}
-    observe("1_segment_loss", result.graph, functions)
-    return result.graph, functions, loss_function, slicer is not None, ""
-
-
-def _dumper(folder: Path, name: str):
-    counter = itertools.count()
-
-    def observe(stage: str, rewrite: LayerRewrite) -> None:
-        _write_dump(folder, name, f"{next(counter)}_{stage}", rewrite.layer, rewrite.graph, rewrite.functions)
-
-    return observe
-
-
-def _write_dump(
-    folder: Path, name: str, stage: str, module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = readable(graph, functions, type(module).__name__)
-    (folder / f"{name}.{stage}.py").write_text(text)
-
-
-def readable(graph: fx.Graph, functions: dict[str, fx.Graph], name: str) -> str:
-    """A graph and the functions it calls as Python text, one class per graph."""
-    pieces = [readable_code(graph, name), *(readable_code(body, title) for title, body in functions.items())]
-    return "\n".join(pieces)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lemo_fx.capture import ABSENT_IN_TRAINING, SPLAT, build_module, capture, readable_code
 from lemo_fx.errors import CaptureError
-from lemo_fx.transform import decoder_layers
+from lemo_fx.sites import decoder_layers
 
 
 @pytest.mark.parametrize("lora", [False, True])

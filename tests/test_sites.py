@@ -6,8 +6,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture
-from lemo_fx.sites import find_sites, is_softmax_attention, why_not_token_wise
-from lemo_fx.transform import decoder_layers
+from lemo_fx.sites import decoder_layers, find_sites, is_softmax_attention, why_not_token_wise
 
 PARALLEL = {"gpt_neox": ["mlp", "attention"], "phi": ["attention", "mlp"]}
 

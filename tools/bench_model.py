@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, Predictors
-from lemo_fx.transform import decoder_layers
+from lemo_fx.sites import decoder_layers
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama3-8b": lambda: LlamaConfig(

@@ -55,7 +55,7 @@ def profile(args: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from lemo_fx.fit import _key, _profile, _solve
-    from lemo_fx.transform import decoder_layers
+    from lemo_fx.sites import decoder_layers
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.transform import decoder_layers
+from lemo_fx.sites import decoder_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
