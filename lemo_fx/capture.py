@@ -142,11 +142,19 @@ def capture(
     graph.owning_module = module  # type: ignore[assignment]
     for node in list(graph.nodes):
         _carry_mapping(graph, node)
+    remove_dead_nodes(graph)
+    graph.lint()
+    return graph
+
+
+def remove_dead_nodes(graph: fx.Graph) -> int:
+    """Erase what nobody uses; placeholders stay, since they are the layer's signature."""
+    dead = 0
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
-    graph.lint()
-    return graph
+            dead += 1
+    return dead
 
 
 def _carry_mapping(graph: fx.Graph, node: fx.Node) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -119,28 +120,14 @@ _classes: dict[tuple[type, tuple[str, ...]], type[nn.Module]] = {}
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
     """A GraphModule for reading and calling; it shares the live module's submodules."""
-    root: dict[str, Any] = {}
-    for name, body in functions.items():
-        root[name] = _function(module, body, name)
-    root.update({t: v for t, v in _targets(module, graph).items() if t not in functions})
-    return build_module(root, graph, type(module).__name__)
+    outlined = {name: build_module(_targets(module, body), body, name) for name, body in functions.items()}
+    return build_module({**_targets(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
 
 
-def _function(module: nn.Module, body: fx.Graph, name: str) -> fx.GraphModule:
-    return build_module(_targets(module, body), body, name)
-
-
-def _targets(module: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+def _targets(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What a graph calls or reads on the module, by name, besides the functions that are its own."""
     names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    return {name: functools.reduce(getattr, name.split("."), module) for name in names if _has(module, name)}
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    try:
-        functools.reduce(getattr, name.split("."), module)
-    except AttributeError:
-        return False
-    return True
+    return {name: functools.reduce(getattr, name.split("."), module) for name in names - set(besides)}
 
 
 def rewritten_class(
@@ -222,14 +209,15 @@ class Plan:
 
 def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[dict[str, Any]]) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
-    attentions = [s.site.mixer for s in rewrite.sites if s.site.kind == "attention"]
-    attention_config = rewrite.layer.get_submodule(str(attentions[0].target)).config if attentions else None
+    mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
+    attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
+    attention_config = getattr(attention, "config", None)
     arguments = tuple(
         str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
-    layer_index = getattr(rewrite.layer.get_submodule(str(attentions[0].target)), "layer_idx", 0) if attentions else 0
-    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index or 0)
+    layer_index = getattr(attention, "layer_idx", None) or 0
+    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index)
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
@@ -255,16 +243,12 @@ def _install(plan: Plan) -> None:
     for name, part in plan.parts.items():
         module.add_module(name, part.to(device))
         part.train(module.training)
-    compiled: dict[str, Callable] = {}
-    codes = []
-    for name, graph in plan.functions.items():
-        built = _function(module, graph, name)
-        compiled[name] = type(built).forward
-        codes.append(f"{name}\n{built.code}")
     main = graph_module(module, plan.graph, plan.functions)
-    compiled["forward"] = type(main).forward
+    built = {"forward": main, **{name: main.get_submodule(name) for name in plan.functions}}
+    compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
+    codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
     make = make_layer_forward if isinstance(plan.settings, LayerSettings) else make_head_forward
-    module.__class__ = rewritten_class(original, compiled, (*codes, main.code), make)
+    module.__class__ = rewritten_class(original, compiled, codes, make)
 
 
 def uninstall(module: nn.Module) -> None:

@@ -16,12 +16,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx import prediction, runtime
-from lemo_fx.capture import build_module, capture, module_of
+from lemo_fx.capture import build_module, capture, module_of, remove_dead_nodes
 from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
 from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
+from lemo_fx.sites import holds_matrix
 
 PROBE = "lemo_fx_probe"
 
@@ -134,14 +135,10 @@ def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], 
         graph = capture(mlp)
     except CaptureError:
         return _output, "scored by the magnitude of its output: it has no single intermediate activation"
-    projections = [
-        n for n in graph.nodes if n.op == "call_module" and any(p.dim() >= 2 for p in module_of(graph, n).parameters())
-    ]
+    projections = [n for n in graph.nodes if n.op == "call_module" and holds_matrix(module_of(graph, n))]
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (projections[-1].args[0],)
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
+    remove_dead_nodes(graph)
     built = build_module(mlp, graph, "Activation")
     # One function per distinct code: a compiler guards on it, and layers of one kind must not look different.
     return _activations.setdefault((type(mlp), built.code), type(built).forward), ""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PASSED_THROUGH = frozenset({"output_attentions", "use_cache", *ABSENT_IN_TRAINING})
+PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
 """Layer arguments that a branch may read as they are."""
 
 
@@ -63,12 +63,15 @@ def make_plans(
         plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
         if plan is not None:
             plans.append(plan)
-    sparse_experts = any(row["score_note"] for plan in plans for row in plan.rows)
+    sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
     head = _plan_head(model, config, step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
 
 
 def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, nn.Module]]) -> None:
+    for site in filter(None, (config.attention, config.mlp)):
+        site.at_layer("keep", 0, len(layers))
+        site.at_layer("threshold", 0, len(layers))
     for name, layer in layers:
         if any(p.device.type == "meta" for p in layer.parameters()):
             raise UnsupportedModelError(f"{name} is on the meta device: load its weights before lemo_fx.transform")
@@ -77,11 +80,6 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
                 f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
                 "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
             )
-        for kind in ("attention", "mlp"):
-            site = config.site(kind)  # type: ignore[arg-type]
-            if site is not None:
-                site.at_layer("keep", 0, len(layers))
-                site.at_layer("threshold", 0, len(layers))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
@@ -145,7 +143,7 @@ def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: st
         "score": score,
         "budget": budget,
         "note": note,
-        "score_note": "",
+        "experts": False,
         "tokens_of": site,
     }
 
@@ -203,8 +201,7 @@ def _plan_site(
         row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
-    if planned.site.kind == "mlp" and hasattr(mixer, "experts"):
-        row["score_note"] = "experts"
+    row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
     if score == "shared":
         row["tokens_of"] = "attention"
         if not any(p.site.kind == "attention" and p.treatment for p in rewrite.sites[: rewrite.sites.index(planned)]):

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, module_of
+from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, module_of, remove_dead_nodes
 from lemo_fx.config import SiteKind
 
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -167,7 +167,7 @@ def _classify(
             reason = why_not_token_wise(module, _width(graph))
             if reason:
                 return Refusal(node.name, f"{type(module).__name__} {reason}")
-        elif reason := _why_not_elementwise(node, attentions, region):
+        elif reason := _why_not_elementwise(node, attentions):
             return Refusal(node.name, reason)
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch")
@@ -182,11 +182,14 @@ def _classify(
 def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
     """The last call that is neither a dropout nor a norm: the MLP, or its down projection."""
     for node in reversed(calls):
-        module = module_of(graph, node)
-        matrices = [p for p in module.parameters() if p.dim() >= 2]
-        if matrices:
+        if holds_matrix(module_of(graph, node)):
             return node
     return calls[-1]
+
+
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix: norms, activations and dropouts do not."""
+    return any(p.dim() >= 2 for p in module.parameters())
 
 
 def _width(graph: fx.Graph) -> int:
@@ -253,7 +256,7 @@ def _feeds_from_inner_width(module: nn.Module, width: int) -> int:
     return int(size) if size and size != width else 0
 
 
-def _why_not_elementwise(node: fx.Node, attentions: list[fx.Node], region: tuple[fx.Node, ...]) -> str | None:
+def _why_not_elementwise(node: fx.Node, attentions: list[fx.Node]) -> str | None:
     if node.op == "call_function" and node.target is operator.getitem:
         return None if node.args[0] in attentions else "indexes a value inside the branch"
     if node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS:
@@ -288,9 +291,7 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
     for node, source in pairs:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
+    remove_dead_nodes(graph)
     graph.lint()
     return True
 

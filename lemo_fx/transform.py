@@ -77,9 +77,7 @@ def transform(
         plans, notes = make_plans(model, config, predictors, Path(dump) if dump else None)
         install(plans)
     except BaseException:
-        if before is not None:
-            install(before.plans)
-            vars(_holder(model))[TRANSFORMATION] = before
+        _put_back(model, before)
         raise
     vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, plans, notes)
     return model
@@ -147,9 +145,13 @@ def suspended(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:
-            install(before.plans)
-            vars(_holder(model))[TRANSFORMATION] = before
+        _put_back(model, before)
+
+
+def _put_back(model: nn.Module, before: Transformation | None) -> None:
+    if before is not None:
+        install(before.plans)
+        vars(_holder(model))[TRANSFORMATION] = before
 
 
 def _holder(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ after:   a' = attention(...);  y = restore(x, a', tokens)
 dropped tokens' rows.  Parallel branches are restored one after the other.
 """
 
+import dataclasses
 import operator
 
 from torch import fx
@@ -28,7 +29,7 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
         add.replace_all_uses_with(stream)
         for later in rewrite.sites:
             if later.site.stream is add:
-                _move_stream(later, stream)
+                later.site = dataclasses.replace(later.site, stream=stream)
     return len(adds)
 
 
@@ -45,7 +46,7 @@ def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx
 
 
 def _left_alone(add: fx.Node, planned: list[PlannedSite]) -> list[fx.Node]:
-    """Addends of the residual add that are neither the stream nor a planned branch (refused ones)."""
+    """Addends of the residual add beside the stream and the planned branches; none where all are planned."""
     known = {planned[0].site.stream, *(p.site.branch for p in planned)}
     leaves: list[fx.Node] = []
 
@@ -62,8 +63,3 @@ def _left_alone(add: fx.Node, planned: list[PlannedSite]) -> list[fx.Node]:
 
     visit(add)
     return leaves
-
-
-def _move_stream(planned: PlannedSite, stream: fx.Node) -> None:
-    site = planned.site
-    object.__setattr__(planned, "site", type(site)(site.kind, stream, site.add, site.branch, site.mixer, site.nodes))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from lemo_fx.capture import remove_dead_nodes
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
 from lemo_fx.passes.insert_restoration import insert_restoration
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.outline_branches import outline_branches
-from lemo_fx.passes.rewrite import LayerRewrite, remove_dead_nodes
+from lemo_fx.passes.rewrite import LayerRewrite
 
 logger = logging.getLogger(__name__)
 

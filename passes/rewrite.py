@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from lemo_fx.config import Treatment
-from lemo_fx.sites import Site
+from lemo_fx.sites import Site, holds_matrix
 
 META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""
@@ -114,18 +114,6 @@ def normed_input(rewrite: LayerRewrite, site: Site) -> fx.Node:
 
 def _before_matrices(rewrite: LayerRewrite, site: Site) -> tuple[fx.Node, ...]:
     for index, node in enumerate(site.nodes):
-        if node.op == "call_module":
-            module = rewrite.layer.get_submodule(str(node.target))
-            if any(p.dim() >= 2 for p in module.parameters()):
-                return site.nodes[:index]
+        if node.op == "call_module" and holds_matrix(rewrite.layer.get_submodule(str(node.target))):
+            return site.nodes[:index]
     return ()
-
-
-def remove_dead_nodes(graph: fx.Graph) -> int:
-    """Erase what nobody uses; placeholders stay, since they are the layer's signature."""
-    dead = 0
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
-            dead += 1
-    return dead

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from lemo_fx import loss as segmented
-from lemo_fx.capture import SPLAT
-from lemo_fx.passes.rewrite import call, remove_dead_nodes
+from lemo_fx.capture import SPLAT, remove_dead_nodes
+from lemo_fx.passes.rewrite import call
 
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 

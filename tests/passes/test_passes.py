@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lemo_fx import runtime
-from lemo_fx.capture import capture
+from lemo_fx.capture import capture, remove_dead_nodes
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_op
@@ -17,7 +17,7 @@ from lemo_fx.passes.insert_restoration import insert_restoration
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.outline_branches import outline_branches
 from lemo_fx.passes.pipeline import PASSES, run_passes
-from lemo_fx.passes.rewrite import META, LayerRewrite, PlannedSite, remove_dead_nodes
+from lemo_fx.passes.rewrite import META, LayerRewrite, PlannedSite
 from lemo_fx.sites import find_sites
 
 
