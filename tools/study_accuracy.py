@@ -1,0 +1,611 @@
+"""What elimination costs in quality: long-context LoRA of a base model under many plans, beside simple rivals.
+
+Every run starts from the same base and sees the same tokens in the same order as every other run of its seed. Results
+are appended to a file as runs end, and runs that are in it already are skipped, so the study can be made in pieces:
+
+    python tools/train_small_model.py --corpus corpus --out base --hidden 768 --intermediate 2048 --layers 12 \
+        --heads 12 --kv-heads 4 --vocab-size 16384 --context 2048 --batch 64 --rate 1e-3 --minutes 5
+    python tools/study_accuracy.py run --base base --corpus corpus --out study --plans lora,exact-0.25 --seeds 0,1,2
+    python tools/study_accuracy.py table study/results.jsonl --out benchmarks/accuracy
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import peft
+import rivals
+import torch
+import torch.nn.functional as F
+import transformers
+import typer
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
+from train_small_model import WindowSampler, encode_documents, learning_rate_share, read_documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COLOURS = {"exact": "#2e7d4f", "skip": "#2f6fb0", "lemo": "#2f6fb0", "stand_in": "#b8860b", "truncated": "#a33"}
+DENSE = LemoConfig(attention=None, mlp=None)
+NEEDLE = "The secret number of {name} is {number}. Remember it.\n"
+QUESTION = "\nThe secret number of {name} is"
+NAMES = ("Alder", "Birch", "Cedar", "Hazel", "Maple", "Rowan", "Spruce", "Willow")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to fine-tune.
+
+    Attributes:
+        config: what lemo_fx does in training; None leaves attention and MLP dense.
+        tokens: share of every training window that is used, from its start (truncation).
+        steps: steps of this run as a multiple of the others'.
+        finish: share of the steps, at the end, that run dense.
+        rival: a context that changes the model while it trains, from `rivals`.
+        rate: learning rate as a multiple of the others'.
+    """
+
+    config: LemoConfig | None = None
+    tokens: float = 1.0
+    steps: float = 1.0
+    finish: float = 0.0
+    rival: Callable[[Any], Any] | None = None
+    rate: float = 1.0
+
+
+def both(keep: float, **settings: Any) -> LemoConfig:
+    """One elimination for both kinds of site, in every layer but the first and the last."""
+    depth = {name: settings.pop(name) for name in ("dense_layers",) if name in settings}
+    site = Elimination(keep=keep, **settings)
+    return LemoConfig(attention=site, mlp=site, **depth)
+
+
+def exact(keep: float, score: str = "random", **settings: Any) -> LemoConfig:
+    return both(keep, eliminated="exact", score=score, **settings)
+
+
+def deeper_half(layers: int = 12, **settings: Any) -> LemoConfig:
+    """LeMo as its artifact sets it: attention only, the layers of the upper half, the last one dense."""
+    dense = (*range(layers // 2), layers - 1)
+    return LemoConfig(attention=Elimination(keep=0.4, **settings), mlp=None, dense_layers=dense)
+
+
+PLANS: dict[str, Plan] = {
+    "lora": Plan(),
+    "lora-half-rate": Plan(rate=0.5),
+    "lora-double-rate": Plan(rate=2.0),
+    "truncated-0.5": Plan(tokens=0.5),
+    "truncated-0.375": Plan(tokens=0.375),
+    "truncated-0.25": Plan(tokens=0.25),
+    "longlora": Plan(rival=rivals.shifted_groups),
+    "tokentune-0.25": Plan(exact(0.25), rival=rivals.token_tune),
+    "lemo": Plan(deeper_half(score="measured")),
+    "lemo-random": Plan(deeper_half(score="random")),
+    "lemo-artifact": Plan(deeper_half(score="measured"), rival=rivals.sparse_channels),
+    "lemo-finish": Plan(deeper_half(score="measured"), finish=0.15),
+    "lemo-balanced": Plan(deeper_half(score="measured", balance=True)),
+    "lemo-stand_in": Plan(deeper_half(score="measured", eliminated="stand_in")),
+    "skip-0.5": Plan(both(0.5, score="measured")),
+    "skip-0.5-random": Plan(both(0.5, score="random")),
+    "stand_in-0.5": Plan(both(0.5, score="measured", eliminated="stand_in")),
+    "stand_in-0.5-random": Plan(both(0.5, score="random", eliminated="stand_in")),
+    "exact-0.5": Plan(exact(0.5)),
+    "exact-0.375": Plan(exact(0.375)),
+    "exact-0.25": Plan(exact(0.25)),
+    "exact-0.125": Plan(exact(0.125)),
+    "exact-0.25-measured": Plan(exact(0.25, score="measured")),
+    "exact-0.25-balanced": Plan(exact(0.25, balance=True)),
+    "exact-0.25-one-choice": Plan(exact(0.25), rival=rivals.one_choice),
+    "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),
+    "exact-0.25-full-keys-inverse": Plan(exact(0.25), rival=rivals.together(rivals.full_keys, rivals.inverse_share)),
+    "exact-0.25-inverse": Plan(exact(0.25), rival=rivals.inverse_share),
+    "exact-0.25-finish": Plan(exact(0.25), finish=0.15),
+    "exact-0.25-twice": Plan(exact(0.25), steps=2.0),
+    "exact-0.25-half-more": Plan(exact(0.25), steps=1.5),
+    "exact-0.25-double-rate": Plan(exact(0.25), rate=2.0),
+    "exact-0.25-dense-top": Plan(exact(0.25, dense_layers=(0, 9, 10, 11))),
+    "exact-0.25-dense-bottom": Plan(exact(0.25, dense_layers=(0, 1, 2, 11))),
+    "exact-0.25-attention": Plan(replace(exact(0.25), mlp=None)),
+    "exact-0.25-mlp": Plan(replace(exact(0.25), attention=None)),
+}
+"""Every plan of the study by name."""
+
+
+@dataclass
+class Texts:
+    """Tokens of the study: training windows by seed, held-out windows and retrieval probes of one context."""
+
+    train: list[np.ndarray]
+    heldout: torch.Tensor
+    probes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    separator: int
+
+
+def load_texts(base: Path, corpus: Path, context: int, windows: int, device: torch.device) -> Texts:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    separator = tokenizer.eos_token_id
+    train = encode_documents(tokenizer, read_documents(corpus / "train.txt.xz"))
+    held = [
+        ids for ids in encode_documents(tokenizer, read_documents(corpus / "heldout.txt.xz")) if len(ids) >= context
+    ]
+    cut = [ids[i : i + context] for ids in held for i in range(0, len(ids) - context + 1, context)]
+    order = np.random.default_rng(0).permutation(len(cut))
+    chosen = torch.from_numpy(np.stack([cut[i] for i in order[:windows]]).astype(np.int64)).to(device)
+    filler = [cut[i] for i in order[windows:]] or cut
+    probes = {f"keys-{keys}": make_probes(tokenizer, filler, context, keys, 32, device) for keys in (1, 4)}
+    return Texts(train, chosen, probes, separator)
+
+
+def make_probes(
+    tokenizer: Any, filler: list[np.ndarray], context: int, keys: int, count: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` sequences of real text with `keys` planted sentences, the last words asking for one: (ids, is answer).
+
+    The sentence that is asked for lies in the first half, the others anywhere.
+    """
+    random = np.random.default_rng(keys)
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text, add_special_tokens=False))
+
+    sequences, answers = [], []
+    for probe in range(count):
+        names = random.permutation(NAMES)[:keys]
+        numbers = random.integers(10000, 99999, keys)
+        question = encode(QUESTION.format(name=names[0]))
+        answer = encode(f" {numbers[0]}")
+        needles = [encode(NEEDLE.format(name=n, number=k)) for n, k in zip(names, numbers, strict=True)]
+        body = np.array(filler[probe % len(filler)], dtype=np.int64)
+        body = body[: context - len(question) - len(answer) - sum(map(len, needles))]
+        places = [random.uniform(0.05, 0.5), *random.uniform(0.05, 0.95, keys - 1)]
+        parts, last = [], 0
+        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+            at = int(place * len(body))
+            parts += [body[last:at], needle]
+            last = at
+        ids = np.concatenate([*parts, body[last:], question, answer])
+        sequences.append(ids)
+        answers.append(np.arange(context) >= context - len(answer))
+    return (
+        torch.from_numpy(np.stack(sequences)).to(device),
+        torch.from_numpy(np.stack(answers)).to(device),
+    )
+
+
+def load_model(base: Path, context: int, seed: int, rank: int, device: torch.device) -> torch.nn.Module:
+    """The base with a longer RoPE base and fresh LoRA adapters."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    trained = config.max_position_embeddings
+    theta = config.rope_parameters["rope_theta"] * context / trained
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    config.max_position_embeddings = context
+    config.use_cache = False
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype).to(device)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+
+
+@torch.no_grad()
+def token_losses(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> torch.Tensor:
+    """[N, S] ids -> [N, S - 1] nats of each token but the first."""
+    losses = []
+    for part in ids.split(batch):
+        logits = model(input_ids=part).logits
+        losses += [
+            F.cross_entropy(row[:-1].float(), target[1:], reduction="none")
+            for row, target in zip(logits, part, strict=True)
+        ]
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def retrieval(model: torch.nn.Module, ids: torch.Tensor, answer: torch.Tensor, batch: int) -> dict[str, float]:
+    """Nats per answer token, and the share of probes whose whole answer is the most likely continuation."""
+    nats, right = [], []
+    for part, mask in zip(ids.split(batch), answer.split(batch), strict=True):
+        longest = int(mask.sum(1).max()) + 1
+        logits = model(input_ids=part, logits_to_keep=longest).logits[:, :-1].float()
+        target, counted = part[:, -longest + 1 :], mask[:, -longest + 1 :]
+        loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        nats += loss[counted].tolist()
+        right += ((logits.argmax(-1) == target) | ~counted).all(1).float().tolist()
+    return {"nats": statistics.fmean(nats), "right": statistics.fmean(right)}
+
+
+def evaluate(
+    model: torch.nn.Module, texts: Texts, batch: int, config: LemoConfig | None, predictors: lemo_fx.Predictors | None
+) -> dict[str, Any]:
+    """Held-out figures of the dense model with the trained adapter, and of the sparse forward of `config`."""
+    model.eval()
+    losses = token_losses(model, texts.heldout, batch)
+    result: dict[str, Any] = {
+        "perplexity": math.exp(losses.mean().item()),
+        "perplexity_last_quarter": math.exp(losses[:, -(losses.shape[1] // 4) :].mean().item()),
+        "window_nats": [round(x, 5) for x in losses.mean(1).tolist()],
+    }
+    for name, (ids, answer) in texts.probes.items():
+        result[name] = retrieval(model, ids, answer, batch)
+    if config is not None:
+        sites = (config.attention, config.mlp)
+        if any(site is not None and site.eliminated != "exact" for site in sites):
+            lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
+            result["sparse_perplexity"] = math.exp(token_losses(model, texts.heldout, batch).mean().item())
+    model.train()
+    return result
+
+
+def train(
+    name: str,
+    base: Path,
+    texts: Texts,
+    seed: int,
+    args: Arguments,
+    device: torch.device,
+    fitted: dict[str, lemo_fx.Predictors],
+) -> dict[str, Any]:
+    """One run of a plan, and its figures."""
+    plan = PLANS[name]
+    model = load_model(base, args.context, seed, args.rank, device).train()
+    config = plan.config
+    if "stand_in" in repr(config) and name not in fitted:
+        fitted[name] = fit_stand_ins(model, texts, config, args)
+    predictors = fitted.get(name)
+    lemo_fx.transform(model, config or DENSE, predictors=predictors)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0, fused=device.type == "cuda")
+    sampler = WindowSampler(texts.train, args.context, texts.separator, device, seed)
+    steps = round(args.steps * plan.steps)
+    length = round(args.context * plan.tokens)
+    losses, durations, curve = [], [], []
+    quick = texts.heldout[: max(1, len(texts.heldout) // 4)]
+    with plan.rival(model) if plan.rival else nullcontext():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(steps):
+            if plan.finish and step == round(steps * (1 - plan.finish)):
+                lemo_fx.transform(model, DENSE)
+            for group in optimizer.param_groups:
+                group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
+            ids = sampler.batch(args.batch)[0][:, :length]
+            start = mark(device)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            durations.append((start, mark(device)))
+            if args.curve and (step + 1) % args.curve == 0 and step + 1 < steps:
+                model.eval()
+                curve.append((step + 1, math.exp(token_losses(model, quick, args.batch).mean().item())))
+                model.train()
+    wait(device)
+    values = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, values)):
+        raise RuntimeError(f"{name}: the training loss is not finite")
+    times = sorted(between(*pair) for pair in durations)
+    result = {
+        "plan": name,
+        "context": args.context,
+        "seed": seed,
+        "steps": steps,
+        "tokens_per_step": args.batch * length,
+        "rate": args.rate * plan.rate,
+        "first_loss": round(statistics.fmean(values[:5]), 4),
+        "last_loss": round(statistics.fmean(values[-5:]), 4),
+        "step_ms": round(times[len(times) // 2], 2),
+        "curve": curve,
+        "config": repr(config),
+    }
+    if device.type == "cuda":
+        result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    kept = [row.kept_share for row in lemo_fx.report(model).sites if row.kept_share is not None] if config else []
+    result["kept_share"] = round(statistics.fmean(kept), 4) if kept and not plan.finish else None
+    # The dense model with the adapter: in eval() a transformed model runs its original code.
+    result.update(evaluate(model, texts, args.batch, config, predictors))
+    return result
+
+
+def fit_stand_ins(model: torch.nn.Module, texts: Texts, config: LemoConfig, args: Arguments) -> lemo_fx.Predictors:
+    sampler = WindowSampler(texts.train, args.context, texts.separator, torch.device("cpu"), 1000)
+    sequences = sampler.batch(8)[0]
+    lemo_fx.revert(model)
+    return lemo_fx.fit(model, sequences, config, rank=args.stand_in_rank, progress=False)
+
+
+def mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What all runs of one call share."""
+
+    context: int
+    steps: int
+    batch: int
+    rank: int
+    rate: float
+    curve: int
+    stand_in_rank: int | None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where the figures were made."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "lemo_fx": lemo_fx.__version__,
+    }
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """One dict a run; the part of a line that a killed run left is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    base: Annotated[Path, typer.Option(help="folder of the base model, from train_small_model.py")],
+    corpus: Annotated[Path, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")],
+    out: Annotated[Path, typer.Option(help="folder for results.jsonl")],
+    plans: Annotated[str, typer.Option(help=f"comma-separated, from {', '.join(PLANS)}")] = ",".join(PLANS),
+    seeds: Annotated[str, typer.Option()] = "0",
+    context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,
+    steps: Annotated[int, typer.Option()] = 120,
+    batch: Annotated[int, typer.Option(help="windows of a step")] = 4,
+    rank: Annotated[int, typer.Option(help="of the adapters")] = 16,
+    rate: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
+    windows: Annotated[int, typer.Option(help="held-out windows")] = 32,
+    curve: Annotated[int, typer.Option(help="evaluate on a quarter of the held-out windows every so many steps")] = 0,
+    stand_in_rank: Annotated[int | None, typer.Option(help="of stand_in maps; None is the default of fit")] = None,
+    minutes: Annotated[float, typer.Option(help="start no further run after this long")] = 1e9,
+) -> None:
+    """Make the runs that are not in the results yet, every plan of a seed before the next seed."""
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = set(plans.split(",")) - set(PLANS)
+    if unknown:
+        raise typer.BadParameter(f"no such plan: {', '.join(sorted(unknown))}")
+    out.mkdir(parents=True, exist_ok=True)
+    args = Arguments(context, steps, batch, rank, rate, curve, stand_in_rank)
+    results = out / "results.jsonl"
+    done = {(row["plan"], row["context"], row["seed"]) for row in read_results(results)}
+    texts = load_texts(base, corpus, context, windows, device)
+    print(f"texts ready [{time.perf_counter() - began:.0f} s]", flush=True)
+    # Figures of the base itself, with the longer RoPE base and an adapter that does nothing yet.
+    todo = [(plan, int(seed)) for seed in seeds.split(",") for plan in plans.split(",")]
+    fitted: dict[str, lemo_fx.Predictors] = {}
+    if ("none", context, 0) not in done:
+        model = load_model(base, context, 0, rank, device)
+        write(
+            results,
+            {"plan": "none", "context": context, "seed": 0, **evaluate(model, texts, batch, None, None)},
+            device,
+        )
+        del model
+    for number, (plan, seed) in enumerate(todo):
+        if (plan, context, seed) in done:
+            continue
+        if time.perf_counter() - began > minutes * 60:
+            print(f"out of time: {len(todo) - number} runs are left", flush=True)
+            break
+        start = time.perf_counter()
+        row = train(plan, base, texts, seed, args, device, fitted)
+        row.update(arguments=asdict(args), seconds=round(time.perf_counter() - start, 1))
+        write(results, row, device)
+
+
+def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
+    """Append one line, and say its figures."""
+    with path.open("a") as file:
+        file.write(json.dumps({**row, "environment": environment(device)}) + "\n")
+    shown = (
+        "plan",
+        "context",
+        "seed",
+        "perplexity",
+        "perplexity_last_quarter",
+        "sparse_perplexity",
+        "step_ms",
+        "peak_gb",
+    )
+    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in ("keys-1", "keys-4")]
+    print(
+        *(f"{row[name]:.3f}" if isinstance(row[name], float) else row[name] for name in shown if name in row),
+        *keys,
+        f"{row.get('seconds', 0)} s",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One plan at one context over its seeds; gaps are to plain LoRA of the same seed, in percent of perplexity.
+
+    Attributes:
+        gaps, last_gaps: over all tokens, and over the last quarter of every window; one figure a seed.
+        sparse_gap: of the sparse forward, to plain LoRA's dense one.
+        keys: nats per answer token and share of right answers, by probe.
+        step, memory: shares of plain LoRA's in the same study (eager, not checkpointed).
+        curve: perplexity by step, mean over the seeds.
+    """
+
+    plan: str
+    context: int
+    gaps: list[float]
+    last_gaps: list[float]
+    sparse_gap: float | None
+    keys: dict[str, tuple[float, float]]
+    step: float | None
+    memory: float | None
+    curve: list[tuple[int, float]]
+
+    @property
+    def gap(self) -> float:
+        return statistics.fmean(self.gaps)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.gaps) if len(self.gaps) > 1 else None
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
+    """Every plan and context for which plain LoRA ran with the same seeds."""
+    found = {(row["plan"], row["context"], row["seed"]): row for row in rows}
+    summaries = []
+    for plan, context in dict.fromkeys((row["plan"], row["context"]) for row in rows):
+        mine = [row for row in rows if (row["plan"], row["context"]) == (plan, context)]
+        pairs = [(row, found["lora", context, row["seed"]]) for row in mine if ("lora", context, row["seed"]) in found]
+        if not pairs:
+            continue
+
+        def gaps(name: str, pairs: list = pairs) -> list[float]:
+            return [100 * (row[name] / lora["perplexity" if "sparse" in name else name] - 1) for row, lora in pairs]
+
+        def mean(name: str, pairs: list = pairs) -> float | None:
+            return statistics.fmean(row[name] / lora[name] for row, lora in pairs) if name in pairs[0][0] else None
+
+        keys = {
+            name: tuple(statistics.fmean(row[name][part] for row, _ in pairs) for part in ("nats", "right"))
+            for name in ("keys-1", "keys-4")
+        }
+        steps = [step for step, _ in pairs[0][0].get("curve", [])]
+        curve = [(s, statistics.fmean(row["curve"][i][1] for row, _ in pairs)) for i, s in enumerate(steps)]
+        sparse = statistics.fmean(gaps("sparse_perplexity")) if "sparse_perplexity" in pairs[0][0] else None
+        summaries.append(
+            Summary(
+                plan,
+                context,
+                gaps("perplexity"),
+                gaps("perplexity_last_quarter"),
+                sparse,
+                keys,
+                mean("step_ms"),
+                mean("peak_gb"),
+                curve,
+            )
+        )
+    return sorted(summaries, key=lambda s: (s.context, s.gap))
+
+
+def speeds(bench: Path | None) -> dict[str, tuple[float, float]]:
+    """(times faster, share of the memory) of plans against checkpointed, compiled LoRA, from bench_model's JSON.
+
+    A truncated plan costs what plain LoRA costs at the truncated length.
+    """
+    if bench is None:
+        return {}
+    runs = [run for run in json.loads(bench.read_text())["runs"] if "step_ms" in run]
+    length = max(run["tokens"] for run in runs)
+    times = {(run["variant"], run["tokens"]): (run["step_ms"], run["peak_allocated_gb"]) for run in runs}
+    step, memory = times["lora-checkpointed", length]
+    named = {"skip-0.5": "skip-0.5-checkpointed", "skip-0.5-random": "skip-0.5-checkpointed"}
+    result = {}
+    for name, plan in PLANS.items():
+        variant = named.get(name, f"{name}-checkpointed")
+        if plan.tokens < 1 and plan.config is None:
+            variant = "lora-checkpointed"
+        found = times.get((variant, round(length * plan.tokens)))
+        if found:
+            result[name] = (step / found[0], found[1] / memory)
+    return result
+
+
+@app.command()
+def table(
+    results: Annotated[Path, typer.Argument(help="results.jsonl of `run`")],
+    out: Annotated[Path, typer.Option(help="folder for the table (markdown) and the pictures")],
+    bench: Annotated[Path | None, typer.Option(help="JSON of bench_model at 32K, for speed and memory")] = None,
+) -> None:
+    """The gaps to plain LoRA as a table, and gap against speed as a picture."""
+    summaries = summarise(read_results(results))
+    fast = speeds(bench)
+    head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "1 key", "4 keys", "step", "memory"]
+    head += ["32K, 8B: times faster", "memory"] if fast else []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for s in summaries:
+        spread = "" if s.spread is None else f" ± {s.spread:.2f}"
+        cells = [
+            f"{s.context:,}", s.plan, len(s.gaps), f"{s.gap:+.2f}{spread} %", f"{statistics.fmean(s.last_gaps):+.2f} %",
+            "" if s.sparse_gap is None else f"{s.sparse_gap:+.1f} %",
+            *(f"{nats:.2f} nats, {right:.0%}" for nats, right in s.keys.values()),
+            *("" if share is None else f"{share:.2f}" for share in (s.step, s.memory)),
+        ]  # fmt: skip
+        if fast:
+            cells += [f"{x:.2f}" for x in fast[s.plan]] if s.plan in fast else ["", ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if fast:
+        plot(summaries, fast, out / "pareto.png")
+
+
+def plot(summaries: list[Summary], fast: dict[str, tuple[float, float]], path: Path) -> None:
+    """Perplexity gap against speed; bars are the seeds' standard deviation, the disc's area the memory."""
+    contexts = sorted({s.context for s in summaries})
+    figure = Figure(figsize=(6 * len(contexts), 4.6), layout="constrained")
+    for axes, context in zip(np.atleast_1d(figure.subplots(1, len(contexts))), contexts, strict=True):
+        for s in summaries:
+            if s.context != context or s.plan not in fast:
+                continue
+            faster, memory = fast[s.plan]
+            colour = next((c for prefix, c in COLOURS.items() if s.plan.startswith(prefix)), "#6b7178")
+            axes.errorbar(faster, s.gap, yerr=s.spread or 0, color=colour, capsize=2, lw=1)
+            axes.scatter(faster, s.gap, s=120 * memory**2, color=colour, alpha=0.8)
+            axes.annotate(s.plan, (faster, s.gap), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.axhline(1, color="#999", lw=0.8, ls=":")
+        axes.set(
+            title=f"{context:,} tokens", xlabel="times faster than compiled, checkpointed LoRA (8B, 32K)",
+            ylabel="held-out perplexity, % over LoRA",
+        )  # fmt: skip
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    app()
