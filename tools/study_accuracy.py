@@ -33,6 +33,7 @@ import transformers
 import typer
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from train_small_model import WindowSampler, encode_documents, learning_rate_share, read_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,9 +43,9 @@ from lemo_fx import Elimination, LemoConfig
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COLOURS = {"exact": "#2e7d4f", "skip": "#2f6fb0", "lemo": "#2f6fb0", "stand_in": "#b8860b", "truncated": "#a33"}
 DENSE = LemoConfig(attention=None, mlp=None)
-NEEDLE = "The secret number of {name} is {number}. Remember it.\n"
-QUESTION = "\nThe secret number of {name} is"
-NAMES = ("Alder", "Birch", "Cedar", "Hazel", "Maple", "Rowan", "Spruce", "Willow")
+PASSAGE, KEY = 48, 16
+PROBES = (0, 1, 4)
+"""Retrieval: tokens of a planted passage, how many of them ask for the rest, and how many passages are planted."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ PLANS: dict[str, Plan] = {
     "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),
     "exact-0.25-full-keys-inverse": Plan(exact(0.25), rival=rivals.together(rivals.full_keys, rivals.inverse_share)),
     "exact-0.25-inverse": Plan(exact(0.25), rival=rivals.inverse_share),
-    "exact-0.25-finish": Plan(exact(0.25), finish=0.15),
+    "exact-0.25-finish": Plan(exact(0.25), finish=0.25),
+    "exact-0.125-finish": Plan(exact(0.125), finish=0.3),
     "exact-0.25-twice": Plan(exact(0.25), steps=2.0),
     "exact-0.25-half-more": Plan(exact(0.25), steps=1.5),
     "exact-0.25-double-rate": Plan(exact(0.25), rate=2.0),
@@ -147,58 +149,55 @@ def load_texts(base: Path, corpus: Path, context: int, windows: int, device: tor
     order = np.random.default_rng(0).permutation(len(cut))
     chosen = torch.from_numpy(np.stack([cut[i] for i in order[:windows]]).astype(np.int64)).to(device)
     filler = [cut[i] for i in order[windows:]] or cut
-    probes = {f"keys-{keys}": make_probes(tokenizer, filler, context, keys, 32, device) for keys in (1, 4)}
+    # Passages come from the ends of documents, which no window holds.
+    tails = [ids[-PASSAGE:].astype(np.int64) for ids in held if len(ids) % context >= PASSAGE]
+    probes = {f"keys-{keys}": make_probes(filler, tails, context, keys, 24, device) for keys in PROBES}
     return Texts(train, chosen, probes, separator)
 
 
 def make_probes(
-    tokenizer: Any, filler: list[np.ndarray], context: int, keys: int, count: int, device: torch.device
+    filler: list[np.ndarray], passages: list[np.ndarray], context: int, keys: int, count: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` sequences of real text with `keys` planted sentences, the last words asking for one: (ids, is answer).
+    """`count` sequences of real text with `keys` planted passages of other documents: (ids, is answer), [count, S].
 
-    The sentence that is asked for lies in the first half, the others anywhere.
+    A sequence ends with the first tokens of one passage (the key); what followed them there is the answer. The passage
+    that is asked for lies in the first half, the others anywhere; `keys=0` plants none, to show what recall is worth.
     """
     random = np.random.default_rng(keys)
-
-    def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False))
-
-    sequences, answers = [], []
+    sequences = []
     for probe in range(count):
-        names = random.permutation(NAMES)[:keys]
-        numbers = random.integers(10000, 99999, keys)
-        question = encode(QUESTION.format(name=names[0]))
-        answer = encode(f" {numbers[0]}")
-        needles = [encode(NEEDLE.format(name=n, number=k)) for n, k in zip(names, numbers, strict=True)]
-        body = np.array(filler[probe % len(filler)], dtype=np.int64)
-        body = body[: context - len(question) - len(answer) - sum(map(len, needles))]
-        places = [random.uniform(0.05, 0.5), *random.uniform(0.05, 0.95, keys - 1)]
+        chosen = [passages[(probe * 4 + i) % len(passages)] for i in range(max(keys, 1))]
+        planted = chosen[:keys]
+        body = filler[probe % len(filler)][: context - PASSAGE * (keys + 1)].astype(np.int64)
+        places = [random.uniform(0.05, 0.5), *random.uniform(0.05, 0.95, max(keys - 1, 0))]
         parts, last = [], 0
-        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+        for place, passage in sorted(zip(places, planted, strict=False), key=lambda pair: pair[0]):
             at = int(place * len(body))
-            parts += [body[last:at], needle]
+            parts += [body[last:at], passage]
             last = at
-        ids = np.concatenate([*parts, body[last:], question, answer])
-        sequences.append(ids)
-        answers.append(np.arange(context) >= context - len(answer))
-    return (
-        torch.from_numpy(np.stack(sequences)).to(device),
-        torch.from_numpy(np.stack(answers)).to(device),
-    )
+        sequences.append(np.concatenate([*parts, body[last:], chosen[0]]))
+    ids = torch.from_numpy(np.stack(sequences)).to(device)
+    return ids, (torch.arange(context, device=device) >= context - PASSAGE + KEY).expand(ids.shape)
 
 
 def load_model(base: Path, context: int, seed: int, rank: int, device: torch.device) -> torch.nn.Module:
     """The base with a longer RoPE base and fresh LoRA adapters."""
     config = transformers.AutoConfig.from_pretrained(base)
     trained = config.max_position_embeddings
-    theta = config.rope_parameters["rope_theta"] * context / trained
+    # As much longer as Llama's long versions make it (10,000 to 500,000 for eight times the context).
+    theta = config.rope_parameters["rope_theta"] * (context / trained) ** 2
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     config.max_position_embeddings = context
     config.use_cache = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype).to(device)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    # Adapters in float32 whose products autocast makes in half precision; PEFT alone would cast their inputs up.
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 @torch.no_grad()
@@ -206,7 +205,8 @@ def token_losses(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> torch
     """[N, S] ids -> [N, S - 1] nats of each token but the first."""
     losses = []
     for part in ids.split(batch):
-        logits = model(input_ids=part).logits
+        with half_precision(ids.device):
+            logits = model(input_ids=part).logits
         losses += [
             F.cross_entropy(row[:-1].float(), target[1:], reduction="none")
             for row, target in zip(logits, part, strict=True)
@@ -216,15 +216,15 @@ def token_losses(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> torch
 
 @torch.no_grad()
 def retrieval(model: torch.nn.Module, ids: torch.Tensor, answer: torch.Tensor, batch: int) -> dict[str, float]:
-    """Nats per answer token, and the share of probes whose whole answer is the most likely continuation."""
+    """Nats per answer token, and the share of answer tokens that are the most likely ones."""
     nats, right = [], []
     for part, mask in zip(ids.split(batch), answer.split(batch), strict=True):
-        longest = int(mask.sum(1).max()) + 1
-        logits = model(input_ids=part, logits_to_keep=longest).logits[:, :-1].float()
-        target, counted = part[:, -longest + 1 :], mask[:, -longest + 1 :]
+        with half_precision(ids.device):
+            logits = model(input_ids=part, logits_to_keep=PASSAGE + 1).logits[:, :-1].float()
+        target, counted = part[:, -PASSAGE:], mask[:, -PASSAGE:]
         loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
         nats += loss[counted].tolist()
-        right += ((logits.argmax(-1) == target) | ~counted).all(1).float().tolist()
+        right += (logits.argmax(-1) == target)[counted].float().tolist()
     return {"nats": statistics.fmean(nats), "right": statistics.fmean(right)}
 
 
@@ -284,7 +284,8 @@ def train(
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
             ids = sampler.batch(args.batch)[0][:, :length]
             start = mark(device)
-            loss = model(input_ids=ids, labels=ids).loss
+            with half_precision(device):
+                loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -327,6 +328,10 @@ def fit_stand_ins(model: torch.nn.Module, texts: Texts, config: LemoConfig, args
     sequences = sampler.batch(8)[0]
     lemo_fx.revert(model)
     return lemo_fx.fit(model, sequences, config, rank=args.stand_in_rank, progress=False)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def mark(device: torch.device) -> Any:
@@ -452,7 +457,7 @@ def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
         "step_ms",
         "peak_gb",
     )
-    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in ("keys-1", "keys-4")]
+    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in (f"keys-{keys}" for keys in PROBES)]
     print(
         *(f"{row[name]:.3f}" if isinstance(row[name], float) else row[name] for name in shown if name in row),
         *keys,
@@ -511,7 +516,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
 
         keys = {
             name: tuple(statistics.fmean(row[name][part] for row, _ in pairs) for part in ("nats", "right"))
-            for name in ("keys-1", "keys-4")
+            for name in (f"keys-{keys}" for keys in PROBES)
         }
         steps = [step for step, _ in pairs[0][0].get("curve", [])]
         curve = [(s, statistics.fmean(row["curve"][i][1] for row, _ in pairs)) for i, s in enumerate(steps)]
@@ -564,7 +569,19 @@ def table(
     """The gaps to plain LoRA as a table, and gap against speed as a picture."""
     summaries = summarise(read_results(results))
     fast = speeds(bench)
-    head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "1 key", "4 keys", "step", "memory"]
+    head = [
+        "context",
+        "plan",
+        "seeds",
+        "gap",
+        "last quarter",
+        "sparse forward",
+        "no key",
+        "1 key",
+        "4 keys",
+        "step",
+        "memory",
+    ]
     head += ["32K, 8B: times faster", "memory"] if fast else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in summaries:
