@@ -9,7 +9,7 @@ from typing import Literal
 from lemo_fx.errors import ConfigError
 
 Treatment = Literal["skip", "stand_in", "exact"]
-Score = Literal["auto", "predicted", "measured", "random", "shared"]
+Score = Literal["auto", "predicted", "measured", "random", "step", "shared"]
 SiteKind = Literal["attention", "mlp"]
 
 DEFAULT_KEEP = 0.5
@@ -38,7 +38,8 @@ class Elimination:
             the branch is computed for them without saving anything, and the gradient flows through the kept ones only.
         score: what ranks the blocks. `"measured"`: LeMo's block informativeness from Q and K, or the intermediate
             activations of the MLP. `"predicted"`: pattern predictors. `"random"`: a stateless hash of the layer's
-            input. `"shared"` (MLP only): the blocks that the attention of the same layer kept. `"auto"`: predicted
+            input. `"step"`: one such hash for the whole step, so that all sites keep the same blocks: with `exact`,
+            a kept token's gradient then passes every layer (TokenTune, arXiv 2501.18824). `"shared"` (MLP only): the blocks that the attention of the same layer kept. `"auto"`: predicted
             where predictors were given, else measured.
         balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
             score sums over the rows that see a block, so without this the early blocks win and late ones starve.
@@ -70,7 +71,7 @@ class Elimination:
         if self.keep == () or self.threshold == ():
             raise ConfigError("keep and threshold take one number, or one per decoder layer: an empty list is neither")
         _choice("eliminated", self.eliminated, ("skip", "stand_in", "exact"))
-        _choice("score", self.score, ("auto", "predicted", "measured", "random", "shared"))
+        _choice("score", self.score, ("auto", "predicted", "measured", "random", "step", "shared"))
 
     def at_layer(self, name: str, layer: int, layers: int) -> float | None:
         """The value of `name` ("keep" or "threshold") for one decoder layer.

@@ -189,7 +189,7 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
                 given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
             return graph_forward(self, **given)
         finally:
-            settings.step.labels = None
+            settings.step.labels = settings.step.scores = None
 
     return forward
 

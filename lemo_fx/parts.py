@@ -199,6 +199,28 @@ class RandomScore(nn.Module):
         return random_scores(stream, self.salt, self.block_size)
 
 
+class StepScore(RandomScore):
+    """Random scores that the first site of a step draws and all others take.
+
+    Args:
+        leads: whether this is the first site.
+    """
+
+    def __init__(self, block_size: int, step: runtime.Step, leads: bool) -> None:
+        super().__init__(0, block_size)
+        self.step = step
+        self.leads = leads
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, n], the same for all sites of the step."""
+        scores = self.step.scores
+        # A layer that is called by itself has nobody to follow.
+        if self.leads or scores is None or scores.shape != (stream.shape[0], -(-stream.shape[1] // self.block_size)):
+            scores = super().forward(stream)
+            self.step.scores = scores
+        return scores.to(stream.device)
+
+
 class SelectBlocks(nn.Module):
     """The tokens of a site's kept blocks, by budget or by threshold.
 

@@ -17,7 +17,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
-from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks
+from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks, StepScore
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
@@ -201,6 +201,9 @@ def _plan_site(
         row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
+    elif score == "step":
+        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step, leads=not step.led)
+        step.led = True
     row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
     if score == "shared":
         row["tokens_of"] = "attention"

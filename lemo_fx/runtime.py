@@ -22,9 +22,17 @@ or restarting position_ids instead, which therefore must count kept tokens."""
 
 @dataclass
 class Step:
-    """What a step's layers need to know of the batch beyond their own arguments; set by the loss head."""
+    """What a step's layers need to know beyond their own arguments.
+
+    Attributes:
+        labels: of the batch, set by the loss head.
+        scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
+        led: whether such a first site was planned.
+    """
 
     labels: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    led: bool = False
 
 
 ATTENTION_OPS = frozenset(

@@ -27,7 +27,7 @@ def insert_scores(rewrite: LayerRewrite) -> int:
 def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     target, name = f"lemo_{planned.name}_score", f"{planned.name}_scores"
     region = Region(f"lemo_{planned.name}_scores", gradient=False)
-    if planned.score == "random":
+    if planned.score in ("random", "step"):
         return call(rewrite.graph, target, (rewrite.entry,), name)
     if planned.score == "predicted":
         return call(rewrite.graph, target, (planned.site.stream, rewrite.placeholder("attention_mask")), name)

@@ -39,7 +39,7 @@ class PlannedSite:
         site: where it is in the captured graph.
         treatment: of the eliminated tokens; None leaves the branch dense (it still becomes a function, so that
             activation checkpointing covers it).
-        score: node-producing kind: "measured", "predicted", "random" or "shared".
+        score: node-producing kind: "measured", "predicted", "random", "step" or "shared".
         tokens, dropped, rows, output, rest: filled in by the passes as they go.
     """
 

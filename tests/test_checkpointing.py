@@ -24,7 +24,7 @@ def enable(model):
         model.enable_input_require_grads()
 
 
-@pytest.mark.parametrize("score", ["measured", "random"])
+@pytest.mark.parametrize("score", ["measured", "random", "step"])
 @pytest.mark.parametrize("treatment", ["skip", "exact"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bit_for_bit(architecture, treatment, score):

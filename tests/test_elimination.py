@@ -431,3 +431,36 @@ def test_a_mask_of_unknown_shape_is_an_error(score, shape):
     rope = model.model.rotary_emb(x, torch.arange(32)[None])
     with pytest.raises(lemo_fx.InputError, match="attention_mask of shape"):
         layer(x, attention_mask=torch.zeros(shape), position_embeddings=rope)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt"])
+def test_one_choice_for_the_whole_step(architecture):
+    model = tiny(architecture, 4)
+    keep = [1.0, 0.5, 0.25, 0.5]
+    site = lemo_fx.Elimination(keep=keep, eliminated="exact", score="step")
+    lemo_fx.transform(model, lemo_fx.LemoConfig(site, site, block_size=4, dense_layers=(0,)))
+    steps = []
+    for inputs in (batch(2, 64), batch(2, 64, seed=1)):
+        with Recorder(model) as recorder:
+            step(model, inputs)
+        layers = [[t for (t,) in (recorder.tokens[n] for n in recorder.tokens if f".{i}." in n)] for i in (1, 2, 3)]
+        assert [len(tokens) for tokens in layers] == [2, 2, 2]
+        for attention, mlp in layers:
+            assert torch.equal(attention, mlp)
+        assert torch.equal(layers[0][0], layers[2][0])
+        for sample in range(2):
+            assert set(layers[1][0][sample].tolist()) < set(layers[0][0][sample].tolist())
+        steps.append(layers[0][0])
+    assert not torch.equal(*steps)
+
+
+def test_layers_that_are_called_by_themselves_draw_their_own_choice():
+    model = tiny("llama", 3)
+    site = lemo_fx.Elimination(keep=0.5, eliminated="exact", score="step")
+    lemo_fx.transform(model, lemo_fx.LemoConfig(site, site, block_size=4, dense_layers=()))
+    for length in (64, 32):
+        x = torch.randn(1, length, 32, requires_grad=True)
+        rope = model.model.rotary_emb(x, torch.arange(length)[None])
+        with Recorder(model) as recorder:
+            model.model.layers[2](x, position_embeddings=rope).sum().backward()
+        assert {tokens.shape for (tokens,) in recorder.tokens.values()} == {(1, length // 2)}

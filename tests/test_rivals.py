@@ -61,29 +61,6 @@ def test_full_keys_give_kept_rows_the_dense_attention(model):
     torch.testing.assert_close(kept, torch.stack([row[chosen] for row, chosen in zip(full, tokens[0], strict=True)]))
 
 
-def test_inverse_share_divides_the_gradient_by_the_share(model):
-    lemo_fx.transform(model, LemoConfig(attention=None, mlp=exact(0.25).mlp, block_size=8, dense_layers=(0, 1, 2)))
-    name = "model.layers.3.mlp.down_proj.weight"
-    plain = gradients(model)[1][name]
-    with rivals.inverse_share(model):
-        scaled = gradients(model)[1][name]
-    torch.testing.assert_close(scaled, 4 * plain)
-
-
-def test_one_choice_is_the_same_in_all_layers_and_another_every_step(model):
-    lemo_fx.transform(model, exact(0.25))
-    chosen = []
-    for layer in model.model.layers:
-        for select in (layer.lemo_attention_select, layer.lemo_mlp_select):
-            select.register_forward_hook(lambda m, args, tokens: chosen.append(tokens))
-    with rivals.one_choice(model):
-        gradients(model)
-        gradients(model)
-    assert len(chosen) == 16
-    assert all(torch.equal(tokens, chosen[0]) for tokens in chosen[:8])
-    assert not torch.equal(chosen[0], chosen[8])
-
-
 def test_shifted_groups_see_no_future_and_no_other_group(model):
     attention = model.model.layers[0]
     with rivals.shifted_groups(model):

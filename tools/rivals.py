@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lemo_fx.parts import RandomScore
 from lemo_fx.sites import decoder_layers
 
 
@@ -96,30 +95,6 @@ def sparse_channels(model: nn.Module, share: float = 0.2) -> Iterator[None]:
 
 
 @contextmanager
-def one_choice(model: nn.Module) -> Iterator[None]:
-    """One random choice of blocks for the whole model and step, in the place of one for each site."""
-    original = RandomScore.forward
-    step = 0
-
-    def forward(self: RandomScore, stream: torch.Tensor) -> torch.Tensor:
-        blocks = -(-stream.shape[1] // self.block_size)
-        generator = torch.Generator().manual_seed(step)
-        return torch.rand(stream.shape[0], blocks, generator=generator).to(stream.device)
-
-    def count(*_: Any) -> None:
-        nonlocal step
-        step += 1
-
-    handle = model.register_forward_pre_hook(count)
-    RandomScore.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        RandomScore.forward = original  # type: ignore[method-assign]
-        handle.remove()
-
-
-@contextmanager
 def full_keys(model: nn.Module) -> Iterator[None]:
     """Kept queries attend to every token's key and value, as TokenTune's do (arXiv 2501.18824); for `exact` attention.
 
@@ -164,46 +139,3 @@ def full_keys(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def inverse_share(model: nn.Module) -> Iterator[None]:
-    """Gradients of kept rows are divided by the kept share, so that a site's expected gradient is the dense one."""
-
-    def scale(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        rows = output[0] if isinstance(output, tuple) else output
-        if not (module.training and rows.requires_grad and lengths) or rows.shape[1] == lengths[-1]:
-            return output
-        factor = lengths[-1] / rows.shape[1]
-        scaled = rows * factor - (rows * (factor - 1)).detach()
-        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
-
-    lengths: list[int] = []
-    handles = [
-        model.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
-    ]
-    for _, layer in decoder_layers(model):
-        for module in (layer.self_attn, layer.mlp):
-            handles.append(module.register_forward_hook(scale, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def together(*rivals: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """Several rivals at once."""
-
-    @contextmanager
-    def entered(model: nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            for rival in rivals:
-                stack.enter_context(rival(model))
-            yield
-
-    return entered
-
-
-token_tune = together(one_choice, full_keys)
-"""TokenTune (arXiv 2501.18824): one random choice of tokens is trained through in all layers."""

@@ -94,7 +94,7 @@ PLANS: dict[str, Plan] = {
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
     "longlora": Plan(rival=rivals.shifted_groups),
-    "tokentune-0.25": Plan(exact(0.25), rival=rivals.token_tune),
+    "tokentune-0.25": Plan(exact(0.25, score="step"), rival=rivals.full_keys),
     "lemo": Plan(deeper_half(score="measured")),
     "lemo-random": Plan(deeper_half(score="random")),
     "lemo-artifact": Plan(deeper_half(score="measured"), rival=rivals.sparse_channels),
@@ -111,10 +111,13 @@ PLANS: dict[str, Plan] = {
     "exact-0.125": Plan(exact(0.125)),
     "exact-0.25-measured": Plan(exact(0.25, score="measured")),
     "exact-0.25-balanced": Plan(exact(0.25, balance=True)),
-    "exact-0.25-one-choice": Plan(exact(0.25), rival=rivals.one_choice),
+    "step-0.5": Plan(exact(0.5, score="step")),
+    "step-0.375": Plan(exact(0.375, score="step")),
+    "step-0.25": Plan(exact(0.25, score="step")),
+    "step-0.125": Plan(exact(0.125, score="step")),
+    "step-0.25-finish": Plan(exact(0.25, score="step"), finish=0.25),
+    "step-0.125-finish": Plan(exact(0.125, score="step"), finish=0.25),
     "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),
-    "exact-0.25-full-keys-inverse": Plan(exact(0.25), rival=rivals.together(rivals.full_keys, rivals.inverse_share)),
-    "exact-0.25-inverse": Plan(exact(0.25), rival=rivals.inverse_share),
     "exact-0.25-finish": Plan(exact(0.25), finish=0.25),
     "exact-0.125-finish": Plan(exact(0.125), finish=0.3),
     "exact-0.25-twice": Plan(exact(0.25), steps=2.0),
@@ -244,7 +247,8 @@ def evaluate(
     if config is not None:
         sites = (config.attention, config.mlp)
         if any(site is not None and site.eliminated != "exact" for site in sites):
-            lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
+            with half_precision(texts.heldout.device):
+                lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
             result["sparse_perplexity"] = math.exp(token_losses(model, texts.heldout, batch).mean().item())
     model.train()
     return result
@@ -266,7 +270,9 @@ def train(
     if "stand_in" in repr(config) and name not in fitted:
         fitted[name] = fit_stand_ins(model, texts, config, args)
     predictors = fitted.get(name)
-    lemo_fx.transform(model, config or DENSE, predictors=predictors)
+    # Within autocast, since transform tries the model's modules and adapters are in float32 here.
+    with half_precision(device):
+        lemo_fx.transform(model, config or DENSE, predictors=predictors)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0, fused=device.type == "cuda")
     sampler = WindowSampler(texts.train, args.context, texts.separator, device, seed)
