@@ -53,7 +53,8 @@ class Plan:
     """One way to fine-tune.
 
     Attributes:
-        config: what lemo_fx does in training; None leaves attention and MLP dense.
+        config: what lemo_fx does in training, or a function that says so for a number of layers; None leaves attention
+            and MLP dense.
         tokens: share of every training window that is used, from its start (truncation).
         steps: steps of this run as a multiple of the others'.
         finish: share of the steps, at the end, that run dense.
@@ -61,7 +62,7 @@ class Plan:
         rate: learning rate as a multiple of the others'.
     """
 
-    config: LemoConfig | None = None
+    config: LemoConfig | Callable[[int], LemoConfig] | None = None
     tokens: float = 1.0
     steps: float = 1.0
     finish: float = 0.0
@@ -80,14 +81,19 @@ def exact(keep: float, score: str = "random", **settings: Any) -> LemoConfig:
     return both(keep, eliminated="exact", score=score, **settings)
 
 
-def deeper_half(layers: int = 12, **settings: Any) -> LemoConfig:
+def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
     """LeMo as its artifact sets it: attention only, the layers of the upper half, the last one dense."""
-    dense = (*range(layers // 2), layers - 1)
-    return LemoConfig(attention=Elimination(keep=0.4, **settings), mlp=None, dense_layers=dense)
+
+    def config(layers: int) -> LemoConfig:
+        dense = (*range(layers // 2), layers - 1)
+        return LemoConfig(attention=Elimination(keep=0.4, **settings), mlp=None, dense_layers=dense)
+
+    return config
 
 
 PLANS: dict[str, Plan] = {
     "lora": Plan(),
+    "lora-0.5-steps": Plan(steps=0.5),
     "lora-half-rate": Plan(rate=0.5),
     "lora-double-rate": Plan(rate=2.0),
     "truncated-0.5": Plan(tokens=0.5),
@@ -266,7 +272,7 @@ def train(
     """One run of a plan, and its figures."""
     plan = PLANS[name]
     model = load_model(base, args.context, seed, args.rank, device).train()
-    config = plan.config
+    config = plan.config(model.config.num_hidden_layers) if callable(plan.config) else plan.config
     if "stand_in" in repr(config) and name not in fitted:
         fitted[name] = fit_stand_ins(model, texts, config, args)
     predictors = fitted.get(name)
