@@ -161,7 +161,8 @@ def rewritten_class(
 
 def call_offloading(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The `__call__` of a rewritten decoder layer under `LemoConfig(offload=True)`: outside its compiled forward."""
-    with offloading(self, args, kwargs):
+    stream = args[0] if args else kwargs[vars(self)[STATE].settings.arguments[0]]
+    with offloading(self, stream, [*args, *kwargs.values()]):
         return nn.Module.__call__(self, *args, **kwargs)
 
 

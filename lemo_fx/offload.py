@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+
+from lemo_fx.errors import LemoError
 
 DEVICES = {"cuda"}
 """Device types with a memory of their own. On others there is nothing to gain, and nothing is done."""
@@ -39,7 +41,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.module: Any = torch.get_device_module(device)
-        self.stream = self.module.Stream()
+        self.stream = self.module.Stream(device)
         self.free: list[torch.Tensor] = []
         self.leaving: deque[LayerCall] = deque()
 
@@ -54,7 +56,13 @@ class Lane:
             return self.free.pop(min(fitting, key=lambda i: self.free[i].numel()))
         if self.free:
             self.free.pop(max(range(len(self.free)), key=lambda i: self.free[i].numel()))
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        except RuntimeError as error:
+            raise LemoError(
+                f"the host has no {size / 2**20:.0f} MiB of pinned memory left for a layer's saved rows: keep fewer "
+                "blocks, shorten the sequences, or transform with LemoConfig(offload=False)"
+            ) from error
 
 
 class Saved:
@@ -192,20 +200,20 @@ class _Hooks(saved_tensors_hooks):
 _lanes: dict[torch.device, Lane] = {}
 
 
-def offloading(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[object]:
+def offloading(layer: nn.Module, stream: torch.Tensor, others: Iterable[Any]) -> AbstractContextManager[object]:
     """Context for one forward of a layer, in which what it saves goes to the host.
 
     Does nothing unless the layer is recomputed in the backward and its device has a memory of its own. Not for code
     under a compiler: a whole-model torch.compile keeps what it saves on the device.
+
+    Args:
+        stream: the layer's input.
+        others: its other arguments, which all layers share (masks, position embeddings): they stay on the device.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stream.device.type not in DEVICES:
         return nullcontext()
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return nullcontext()
-    tensors = [t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-    device = tensors[0].device
-    if device.type not in DEVICES:
-        return nullcontext()
-    lane = _lanes.get(device) or _lanes.setdefault(device, Lane(device))
-    # All layers share the masks and position embeddings that they are given.
-    return _Hooks(LayerCall(lane, layer, [t for t in tensors if not t.requires_grad]))
+    lane = _lanes.get(stream.device) or _lanes.setdefault(stream.device, Lane(stream.device))
+    shared = [t for t in tree_leaves(list(others)) if isinstance(t, torch.Tensor) and t is not stream]
+    return _Hooks(LayerCall(lane, layer, shared))

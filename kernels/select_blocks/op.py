@@ -114,7 +114,8 @@ def _note_nan(record: SiteRecord, nan: torch.Tensor) -> None:
         logger.warning("NaN among the block scores of a site: the blocks concerned are kept. Is the model diverging?")
 
 
-@torch.library.custom_op("lemo_fx::remember", mutates_args=())
+# What is written down in Python would not be written down when a CUDA graph is replayed.
+@torch.library.custom_op("lemo_fx::remember", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def remember(
     tokens: torch.Tensor, digest: torch.Tensor, nan: torch.Tensor, site: torch.Tensor, length: int, block_size: int
 ) -> torch.Tensor:
@@ -160,7 +161,7 @@ def select_blocks(
     return remember(tokens, _digest(stream, block_size), scores.isnan().any(), site, length, block_size)
 
 
-@torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=())
+@torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def select_by_threshold(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
