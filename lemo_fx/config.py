@@ -104,6 +104,9 @@ class LemoConfig:
         recompute: what activation checkpointing, where the model has it switched on, computes again in the backward.
             `"all"`: a branch keeps its kept rows only. `"projections"`: it keeps the attention's output too, so that
             attention, quadratic in length, is not computed twice.
+        offload: under activation checkpointing on a GPU, what a layer keeps for the backward waits in pinned host
+            memory and comes back while the layer after it is in its backward, so that GPU memory does not grow with
+            the number of layers. Dense layers take part. Changes no number; does nothing on the CPU.
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
@@ -114,6 +117,7 @@ class LemoConfig:
     dense_layers: Sequence[int] | None = None
     loss_segments: int | Literal["auto"] | None = "auto"
     recompute: Literal["all", "projections"] = "all"
+    offload: bool = False
     active: Literal["training", "always"] = "training"
 
     def __post_init__(self) -> None:
@@ -136,6 +140,8 @@ class LemoConfig:
         ):
             raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
         _choice("recompute", self.recompute, ("all", "projections"))
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"offload={self.offload!r} must be True or False")
         _choice("active", self.active, ("training", "always"))
         if self.attention is not None and self.attention.score == "shared":
             raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")

@@ -113,7 +113,8 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         called = module.get_submodule(str(node.target)) if module is not None else None
         if str(node.target).endswith("_select"):
             budget = getattr(called, "threshold", None)
-            share = getattr(called, "keep_numerator", 1) / getattr(called, "keep_denominator", 1)
+            numerator, denominator = getattr(called, "keep", (1, 1))
+            share = numerator / denominator
             rule = f"keep {share:g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
             return Call(_name(node), "select", (rule,))
         return Call(str(node.target), "dense", (type(called).__name__,))

@@ -21,6 +21,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, build_module
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
 from lemo_fx.kernels.select_blocks.op import forget
+from lemo_fx.offload import offloading
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.passes.rewrite import LayerRewrite
 
@@ -115,7 +116,7 @@ class HeadSettings:
         )
 
 
-_classes: dict[tuple[type, tuple[str, ...]], type[nn.Module]] = {}
+_classes: dict[tuple[type, tuple[str, ...], bool], type[nn.Module]] = {}
 
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
@@ -135,14 +136,16 @@ def rewritten_class(
     compiled: dict[str, Callable],
     codes: tuple[str, ...],
     make_forward: Callable[[Callable, Callable], Callable],
+    offload: bool,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs this code: one per distinct code.
 
     Args:
         compiled: "forward" and the functions it calls, by name.
         make_forward: (original forward, graph forward) -> the forward to install.
+        offload: what the module saves for the backward goes to the host.
     """
-    key = (original, codes)
+    key = (original, codes, offload)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
@@ -151,9 +154,16 @@ def rewritten_class(
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
-        subclass.__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]
+
+
+def call_offloading(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The `__call__` of a rewritten decoder layer under `LemoConfig(offload=True)`: outside its compiled forward."""
+    stream = args[0] if args else kwargs[vars(self)[STATE].settings.arguments[0]]
+    with offloading(self, stream, [*args, *kwargs.values()]):
+        return nn.Module.__call__(self, *args, **kwargs)
 
 
 def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
@@ -247,8 +257,9 @@ def _install(plan: Plan) -> None:
     built = {"forward": main, **{name: main.get_submodule(name) for name in plan.functions}}
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
     codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
-    make = make_layer_forward if isinstance(plan.settings, LayerSettings) else make_head_forward
-    module.__class__ = rewritten_class(original, compiled, codes, make)
+    layer = isinstance(plan.settings, LayerSettings)
+    make = make_layer_forward if layer else make_head_forward
+    module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
 
 
 def uninstall(module: nn.Module) -> None:

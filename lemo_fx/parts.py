@@ -246,7 +246,7 @@ class SelectBlocks(nn.Module):
         self.threshold = threshold
         self.balance = balance
         share = Fraction(keep if keep is not None else 1).limit_denominator(4096)
-        self.keep_numerator, self.keep_denominator = share.numerator, share.denominator
+        self.keep = (share.numerator, share.denominator)
         self.step = step
         self.register_buffer("site", torch.tensor([salt]), persistent=False)
 
@@ -261,9 +261,7 @@ class SelectBlocks(nn.Module):
             return select_by_threshold(
                 scores, valid, labelled, stream, self.site, self.block_size, float(self.threshold)
             )
-        return select_blocks(
-            scores, valid, labelled, stream, self.site, self.block_size, self.keep_numerator, self.keep_denominator
-        )
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
         # The record is found by the address of the site's tensor, which changes here.

@@ -56,11 +56,18 @@ def make_plans(
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
-            if config.dense_layers is not None or index < len(layers) - 1:
+            if not config.offload and (config.dense_layers is not None or index < len(layers) - 1):
                 continue
             # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
-            # its graph is installed with dense branches, so that its MLP is recomputed in segments.
-        plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
+            # its graph is installed with dense branches, so that its MLP is recomputed in segments. With offload
+            # every layer's is: what is installed is what offloads.
+        try:
+            plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
+        except UnsupportedModelError as error:
+            if not config.is_dense(index, len(layers)):
+                raise
+            notes.append(f"{name}: neither offloaded nor recomputed in segments: {error}")
+            continue
         if plan is not None:
             plans.append(plan)
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
@@ -105,7 +112,7 @@ def _plan_layer(
     step: runtime.Step,
     dump: Path | None,
 ) -> Plan | None:
-    if config.attention is None and config.mlp is None:
+    if config.attention is None and config.mlp is None and not config.offload:
         return None
     try:
         graph = capture(layer, ABSENT_IN_TRAINING)

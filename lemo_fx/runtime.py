@@ -70,17 +70,21 @@ def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) 
 
 
 SEGMENT = 8192
-"""Tokens of a token-wise branch that are recomputed at a time. The MLP's inner activations are several times as wide as
-the stream; without segments, one long layer's recompute would set the peak of the whole step."""
+MOST_SEGMENTS = 8
+"""Tokens of a token-wise branch that are recomputed at a time, and how many pieces there are at most (a compiler writes
+each of them out). The MLP's inner activations are several times as wide as the stream; without segments, one long
+layer's recompute would set the peak of the whole step."""
 
 
 def token_wise_branch(
     function: Callable, checkpointing: bool, recompute: str, rows: torch.Tensor, *args: Any
 ) -> torch.Tensor:
     """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
-    if not checkpointing or not torch.is_grad_enabled() or rows.shape[1] <= SEGMENT:
+    length = rows.shape[1]
+    if not checkpointing or not torch.is_grad_enabled() or length <= SEGMENT:
         return branch(function, checkpointing, recompute, rows, *args)
-    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(SEGMENT, dim=1)]
+    size = max(SEGMENT, (length + MOST_SEGMENTS - 1) // MOST_SEGMENTS)
+    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(size, dim=1)]
     return torch.cat(parts, dim=1)
 
 

@@ -172,7 +172,7 @@ def test_what_is_remembered_is_small():
     site, scores = torch.tensor([1]), torch.randn(1, 256)
     stream = torch.randn(1, 256 * 64, 16)
     for _ in range(op.REMEMBERED + 5):
-        op.select_blocks(scores, None, None, stream, site, 64, 1, 2)
+        op.select_blocks(scores, None, None, stream, site, 64, (1, 2))
     choices = op.record_of(site).choices
     assert len(choices) == op.REMEMBERED
     assert sum(t.untyped_storage().nbytes() for c in choices for t in (c.blocks, c.digest)) < 64 * 1024

@@ -4,6 +4,9 @@ Weights are random: time and memory do not depend on them, accuracy is another t
 first: with keep=1.0 the rewritten model must compute the original's loss and gradients, or no figure is printed.
 
     python tools/bench_model.py --shape llama3-8b --tokens 8192,32768 --out benchmarks/model
+    python tools/bench_model.py --shape opt-1.3b --tokens 4096,16384,131072 --cap 30 --variants lora-checkpointed,...
+
+A variant or length that fails or does not fit is written down as such, and the run goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import importlib.util
 import json
+import linecache
 import platform
 import statistics
 import sys
@@ -24,7 +29,9 @@ import torch
 import transformers
 import typer
 from peft import LoraConfig, get_peft_model
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, Predictors
@@ -66,24 +73,66 @@ class Variant:
     Attributes:
         config: what lemo_fx does; None runs the model as it is.
         compiled: torch.compile per decoder layer; checkpointed: the model's activation checkpointing.
+        attention: transformers' name of the attention implementation.
+        liger: with Liger's kernels; they cannot be taken out of a model again, so it gets a fresh one.
+        mode: of torch.compile; "reduce-overhead" replays CUDA graphs.
     """
 
     name: str
     config: LemoConfig | None
     compiled: bool = True
     checkpointed: bool = False
+    attention: str = "sdpa"
+    liger: bool = False
+    mode: str = "default"
 
+
+def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """LongLoRA's attention: causal within quarters of the sequence, half of the heads shifted by half a quarter.
+
+    [B, heads, S, D] each, S a multiple of 8 -> [B, S, heads, D]. As published, the group that wraps around sees its
+    other end.
+    """
+    batch, shift = query.shape[0], query.shape[2] // 8
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        plain, shifted = x.chunk(2, dim=1)
+        return torch.cat([plain, shifted.roll(-shift, 2)], 1).unflatten(2, (4, -1)).transpose(1, 2).flatten(0, 1)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        split(query), split(key), split(value), is_causal=True, scale=scaling, enable_gqa=True
+    )
+    plain, shifted = out.unflatten(0, (batch, 4)).transpose(1, 2).flatten(2, 3).chunk(2, dim=1)
+    return torch.cat([plain, shifted.roll(shift, 2)], 1).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
 
 SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
 
 
+OFFLOAD_ONLY = LemoConfig(attention=None, mlp=None, offload=True)
+
+
 def sparse(
-    keep: float, treatment: str = "skip", score: str = "predicted", shared: bool = False, recompute: str = "all"
+    keep: float,
+    treatment: str = "skip",
+    score: str = "predicted",
+    shared: bool = False,
+    recompute: str = "all",
+    offload: bool = False,
 ) -> LemoConfig:
     """Both sites at one keep in every layer but the first and the last."""
     attention = Elimination(keep=keep, eliminated=treatment, score=score)
     mlp = Elimination(keep=keep, eliminated=treatment, score="shared" if shared else score)
-    return LemoConfig(attention=attention, mlp=mlp, recompute=recompute)
+    return LemoConfig(attention=attention, mlp=mlp, recompute=recompute, offload=offload)
+
+
+def offloaded(name: str, keep: float, treatment: str = "skip", recompute: str = "all") -> Variant:
+    """Checkpointed, one selection for both sites (`exact`: one each, random), saved rows on the host."""
+    skips = treatment == "skip"
+    config = sparse(keep, treatment, "predicted" if skips else "random", skips, recompute, True)
+    return Variant(name, config, checkpointed=True)
 
 
 VARIANTS = {
@@ -108,6 +157,21 @@ VARIANTS = {
         Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
         Variant("exact-0.125", sparse(0.125, "exact", "random")),
         Variant("exact-0.125-checkpointed", sparse(0.125, "exact", "random"), checkpointed=True),
+        Variant("lora-checkpointed-offload", OFFLOAD_ONLY, checkpointed=True),
+        offloaded("skip-0.5-shared-offload", 0.5),
+        offloaded("skip-0.5-shared-offload-attention-kept", 0.5, recompute="projections"),
+        offloaded("skip-0.25-shared-offload", 0.25),
+        offloaded("skip-0.125-shared-offload", 0.125),
+        offloaded("exact-0.25-offload", 0.25, "exact"),
+        offloaded("exact-0.125-offload", 0.125, "exact"),
+        # All sites and the backward on one choice per layer is what TokenTune costs.
+        Variant("exact-0.25-shared-checkpointed", sparse(0.25, "exact", "random", True), checkpointed=True),
+        Variant("longlora-compiled", SEGMENTS_ONLY, attention="shifted_sparse"),
+        Variant("longlora-checkpointed", SEGMENTS_ONLY, checkpointed=True, attention="shifted_sparse"),
+        Variant("lora-liger", None, compiled=False, liger=True),
+        Variant("lora-liger-checkpointed", None, compiled=False, checkpointed=True, liger=True),
+        Variant("lora-graphs", SEGMENTS_ONLY, mode="reduce-overhead"),
+        Variant("skip-0.5-shared-graphs", sparse(0.5, shared=True), mode="reduce-overhead"),
     )
 }
 
@@ -154,12 +218,11 @@ def gate(shape: str, device: torch.device, adapters: str) -> dict[str, float]:
     return errors
 
 
-def measure(
-    model: torch.nn.Module, variant: Variant, tokens: int, steps: int, device: torch.device, profile: Path | None = None
-) -> dict:
-    """Median times in ms and peak memory in GB (1e9 bytes) of training steps."""
+def prepare(model: torch.nn.Module, variant: Variant) -> None:
+    """Put a model into a variant's state, whatever state it was in."""
     lemo_fx.revert(model)
     base = model.get_base_model()
+    base.config._attn_implementation = variant.attention
     if variant.config is not None:
         # Of their real size and random weights: they cost what trained ones cost.
         predictors = Predictors.random(base, variant.config) if _predicts(variant.config) else None
@@ -172,14 +235,30 @@ def measure(
     for _, layer in decoder_layers(base):
         layer._compiled_call_impl = None
         if variant.compiled:
-            layer.compile()
+            layer.compile(mode=variant.mode)
+
+
+def measure(
+    model: torch.nn.Module,
+    variant: Variant,
+    tokens: int,
+    steps: int,
+    device: torch.device,
+    profile: Path | None = None,
+    cap: float = 1e9,
+    warm_up: int = 2,
+) -> dict:
+    """Median times in ms and peak memory in GB (1e9 bytes) of training steps; fewer steps than asked after `cap` s."""
+    prepare(model, variant)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
-    for step in range(steps + 2):
-        if step == 1:
+    for step in range(steps + warm_up):
+        if step <= 1:
             _reset_peak(device)
+        if variant.mode != "default":
+            torch.compiler.cudagraph_mark_step_begin()
         marks = [_mark(device)]
         loss = model(input_ids=ids, labels=ids).loss
         marks.append(_mark(device))
@@ -189,8 +268,12 @@ def measure(
         optimizer.zero_grad()
         marks.append(_mark(device))
         _wait(device)
-        if step >= 2:
+        if step == 0:
+            compiled = time.perf_counter() - began
+        if step >= warm_up:
             times.append((_between(*marks[:2]), _between(*marks[1:])))
+        if times and time.perf_counter() - began > cap:
+            break
     forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
     result = {
         "variant": variant.name,
@@ -198,7 +281,10 @@ def measure(
         "forward_ms": round(forward, 1),
         "backward_ms": round(backward, 1),
         "step_ms": round(statistics.median(f + b for f, b in times), 1),
+        "slowest_step_ms": round(max(f + b for f, b in times), 1),
+        "timed_steps": len(times),
         "loss": loss.item(),
+        "first_step_s": round(compiled, 1),
         "compile_and_run_s": round(time.perf_counter() - began, 1),
     }
     if device.type == "cuda":
@@ -207,7 +293,8 @@ def measure(
         result["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["weights_gb"] = round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2)
     if profile is not None:
-        (profile / f"{variant.name}-{tokens}.kernels.txt").write_text(_kernels(model, ids))
+        text = _kernels(model, ids) + (_alive_at_peak(model, ids) if ids.is_cuda else "")
+        (profile / f"{variant.name}-{tokens}.profile.txt").write_text(text)
     del loss, optimizer
     return result
 
@@ -216,17 +303,78 @@ def _predicts(config: LemoConfig) -> bool:
     return any(site is not None and site.score == "predicted" for site in (config.attention, config.mlp))
 
 
-def _kernels(model: torch.nn.Module, ids: torch.Tensor) -> str:
-    """The kernels of one step by device time."""
+def _kernels(model: torch.nn.Module, ids: torch.Tensor, rows: int = 30) -> str:
+    """The kernels of one forward and of one backward by device time, and how long the device had none."""
     activities = [torch.profiler.ProfilerActivity.CPU]
+    kind = DeviceType.CPU
     if ids.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        model(input_ids=ids, labels=ids).loss.backward()
-        _wait(ids.device)
+        kind = DeviceType.CUDA
+    lines: list[str] = []
+
+    def phase(name: str, run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        with torch.profiler.profile(activities=activities) as profiler:
+            result = run()
+            _wait(ids.device)
+        spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == kind)
+        busy, until = 0.0, float("-inf")
+        for start, end in spans:
+            busy += max(0.0, end - max(start, until))
+            until = max(until, end)
+        entries = [e for e in profiler.key_averages() if e.device_type == kind]
+        time_of = {e.key: e.self_device_time_total if ids.is_cuda else e.self_cpu_time_total for e in entries}
+        launches = sum(e.count for e in entries)
+        wall = until - spans[0][0] if spans else 0.0
+        lines.append(f"{name}: {wall / 1e3:.1f} ms from first to last, busy {busy / 1e3:.1f} ms, {launches} launches")
+        for entry in sorted(entries, key=lambda e: -time_of[e.key])[:rows]:
+            lines.append(f"{time_of[entry.key] / 1e3:9.2f} ms {entry.count:6d} x  {entry.key[:110]}")
+        return result
+
+    loss = phase("forward", lambda: model(input_ids=ids, labels=ids).loss)
+    assert loss is not None
+    phase("backward", lambda: loss.backward())
     model.zero_grad()
-    order = "self_cuda_time_total" if ids.is_cuda else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
+    return "\n".join([*lines, ""])
+
+
+def _alive_at_peak(model: torch.nn.Module, ids: torch.Tensor, rows: int = 40) -> str:
+    """What a step allocated and still held when its memory peaked, by the source line that asked for it."""
+    _wait(ids.device)
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
+    model(input_ids=ids, labels=ids).loss.backward()
+    _wait(ids.device)
+    trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    model.zero_grad()
+    held: dict[int, dict] = {}
+    now, peak, at_peak = 0, 0, []
+    for event in trace:
+        if event["action"] == "alloc":
+            held[event["addr"]] = event
+            now += event["size"]
+        elif event["action"] == "free_completed" and event["addr"] in held:
+            now -= held.pop(event["addr"])["size"]
+        if now > 1.001 * peak:
+            peak, at_peak = now, list(held.values())
+    places: dict[str, tuple[int, int]] = {}
+    for event in at_peak:
+        place = _place(event["frames"])
+        size, count = places.get(place, (0, 0))
+        places[place] = (size + event["size"], count + 1)
+    lines = [f"alive at the peak, {peak / 1e9:.2f} GB above what was held before the step:"]
+    for place, (size, count) in sorted(places.items(), key=lambda item: -item[1][0])[:rows]:
+        lines.append(f"{size / 1e9:9.3f} GB {count:5d} x  {place}")
+    return "\n".join([*lines, ""])
+
+
+def _place(frames: list[dict]) -> str:
+    """The innermost frame outside torch, or in compiled code, with its source line."""
+    inner = [f for f in frames if f["filename"].endswith(".py")]
+    frame = next((f for f in inner if "torchinductor" in f["filename"] or "/torch/" not in f["filename"]), None)
+    if frame is None:
+        return inner[0]["filename"] if inner else "?"
+    line = linecache.getline(frame["filename"], frame["line"]).strip()
+    return f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}: {line[:120]}"
 
 
 def _mark(device: torch.device):
@@ -276,38 +424,71 @@ def main(
     ] = "float32",
     steps: Annotated[int, typer.Option(help="timed steps after two warm-up steps")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/model"),
-    profile: Annotated[bool, typer.Option(help="also write each variant's kernels by device time")] = False,
+    profile: Annotated[
+        str, typer.Option(help="variants whose kernels by device time, and what is alive at the peak, are written too")
+    ] = "",
+    tf32: Annotated[bool, typer.Option(help="float32 products (the adapters') in TF32, in every variant")] = False,
     seconds: Annotated[float, typer.Option(help="start no further variant after this long")] = 1e9,
+    cap: Annotated[float, typer.Option(help="seconds per variant after which no further step is timed")] = 1e9,
 ) -> None:
     """Measure one training step of each variant at each length; results are written after every variant."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     result = {
         "environment": environment(device),
         "shape": shape,
         "adapters": adapters,
+        "tf32": tf32,
         "gate": gate(shape, device, adapters),
         "runs": [],
     }
     print("correctness gate:", result["gate"], flush=True)
-    model = build(shape, device, adapters)
+    model = None
     torch._dynamo.config.cache_size_limit = 64
     for length in map(int, tokens.split(",")):
         for name in variants.split(","):
+            variant = VARIANTS[name]
             if time.perf_counter() - began > seconds:
-                result["runs"].append({"variant": name, "tokens": length, "skipped": "out of time"})
-                continue
-            try:
-                run = measure(model, VARIANTS[name], length, steps, device, out if profile else None)
-            except torch.OutOfMemoryError as error:
-                run = {"variant": name, "tokens": length, "out_of_memory": str(error).splitlines()[0]}
-                model.zero_grad()
-                gc.collect()
-                torch.cuda.empty_cache()
+                run = {"variant": name, "tokens": length, "skipped": "out of time"}
+            elif variant.liger and not importlib.util.find_spec("liger_kernel"):
+                run = {"variant": name, "tokens": length, "skipped": "liger-kernel is not installed"}
+            else:
+                if model is None or variant.liger:
+                    model = None
+                    _release(device)
+                    model = build(shape, device, adapters)
+                run = attempt(model, variant, length, steps, device, out if name in profile.split(",") else None, cap)
+                if variant.liger:
+                    model = None
             result["runs"].append(run)
             print(json.dumps(run), flush=True)
             (out / f"{shape}.json").write_text(json.dumps(result, indent=1))
+
+
+def attempt(model: torch.nn.Module, variant: Variant, tokens: int, *rest) -> dict:
+    """`measure`, or in its place what went wrong."""
+    try:
+        if variant.liger:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=model.get_base_model())
+        return measure(model, variant, tokens, *rest)
+    except torch.OutOfMemoryError as error:
+        failure = {"out_of_memory": str(error).splitlines()[0]}
+    except Exception as error:
+        failure = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+    # Outside the handlers: what went wrong holds the tensors of the step.
+    model.zero_grad()
+    _release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {"variant": variant.name, "tokens": tokens, **failure}
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ops that choose blocks: schema, fake, and one choice per step.
+"""Choosing blocks, and one choice per step: schema and fake of `lemo_fx::remember` and `lemo_fx::select_by_threshold`.
 
 A choice made in a forward pass is remembered by site together with a digest of the layer's input. A recompute inside a
 backward pass gets the choice of the nearest digest back and never ranks again: recomputed scores may differ in the last
@@ -62,13 +62,14 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _choose(make, scores, stream, site, block_size) -> torch.Tensor:
-    record, length = record_of(site), stream.shape[1]
-    digest = stream.detach()[:, ::block_size, :16].float().mean(1)
-    if _in_backward():
-        return _recall(record, digest, length, block_size)
-    _note_nan(record, scores)
-    tokens = make()
+def _digest(stream: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[B, S, H] -> [B, 16]: tells one layer input from another."""
+    return stream.detach()[:, ::block_size, :16].float().mean(1)
+
+
+def _remember(
+    record: SiteRecord, tokens: torch.Tensor, digest: torch.Tensor, length: int, block_size: int
+) -> torch.Tensor:
     blocks = (tokens[:, ::block_size] // block_size).int()
     record.choices.append(Choice(blocks, length, tokens.shape[1], digest))
     record.kept_tokens, record.total_tokens = tokens.shape[1], length
@@ -103,17 +104,41 @@ _FORGOTTEN = (
 )
 
 
-def _note_nan(record: SiteRecord, scores: torch.Tensor) -> None:
+def _note_nan(record: SiteRecord, nan: torch.Tensor) -> None:
     """On the CPU warn at once; on an accelerator only mark, since looking would synchronise (`report` looks)."""
     if record.nan_warned:
         return
-    record.nan_seen = scores.isnan().any()
-    if scores.device.type == "cpu" and bool(record.nan_seen):
+    record.nan_seen = nan
+    if nan.device.type == "cpu" and bool(nan):
         record.nan_warned = True
         logger.warning("NaN among the block scores of a site: the blocks concerned are kept. Is the model diverging?")
 
 
-@torch.library.custom_op("lemo_fx::select_blocks", mutates_args=())
+# What is written down in Python would not be written down when a CUDA graph is replayed.
+@torch.library.custom_op("lemo_fx::remember", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def remember(
+    tokens: torch.Tensor, digest: torch.Tensor, nan: torch.Tensor, site: torch.Tensor, length: int, block_size: int
+) -> torch.Tensor:
+    """A forward's choice [B, K] as it was given; in a recompute, what the forward of this input was given.
+
+    Args:
+        digest: [B, 16] of the layer's input; nan: [] bool, whether a score is NaN.
+        site: [1] the site's identity tensor.
+        length: S.
+    """
+    record = record_of(site)
+    if _in_backward():
+        return _recall(record, digest, length, block_size)
+    # A compiler may use the memory of what it passes here again.
+    _note_nan(record, nan.clone())
+    return _remember(record, tokens.clone(), digest.clone(), length, block_size)
+
+
+@remember.register_fake
+def _(tokens, digest, nan, site, length, block_size):
+    return torch.empty_like(tokens)
+
+
 def select_blocks(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
@@ -121,35 +146,22 @@ def select_blocks(
     stream: torch.Tensor,
     site: torch.Tensor,
     block_size: int,
-    keep_numerator: int,
-    keep_denominator: int,
+    keep: tuple[int, int],
 ) -> torch.Tensor:
-    """Tokens kept under a fixed budget, see `reference.select_blocks`.
+    """Tokens kept under a fixed budget, see `reference.select_blocks`; the same again in a recompute.
+
+    Plain torch but for the memory: some fifty small kernels, which a compiler makes a few.
 
     Args:
         stream: [B, S, H] the layer's input; gives the length, and is told from other inputs by a digest.
         site: [1] the site's identity tensor.
     """
     length = stream.shape[1]
-
-    def make() -> torch.Tensor:
-        keep = (keep_numerator, keep_denominator)
-        return reference.select_blocks(scores, valid, labelled, length, block_size, keep)
-
-    return _choose(make, scores, stream, site, block_size)
+    tokens = reference.select_blocks(scores, valid, labelled, length, block_size, keep)
+    return remember(tokens, _digest(stream, block_size), scores.isnan().any(), site, length, block_size)
 
 
-@select_blocks.register_fake
-def _(scores, valid, labelled, stream, site, block_size, keep_numerator, keep_denominator):
-    blocks, length = scores.shape[1], stream.shape[1]
-    count = torch.sym_min(
-        torch.sym_max((blocks * keep_numerator + keep_denominator - 1) // keep_denominator, 2), blocks
-    )
-    kept = count * block_size - (blocks * block_size - length)
-    return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)
-
-
-@torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=())
+@torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def select_by_threshold(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
@@ -160,12 +172,12 @@ def select_by_threshold(
     threshold: float,
 ) -> torch.Tensor:
     """Tokens of every block over a threshold, see `reference.select_by_threshold`; the count depends on the data."""
-    length = stream.shape[1]
-
-    def make() -> torch.Tensor:
-        return reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
-
-    return _choose(make, scores, stream, site, block_size)
+    record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
+    if _in_backward():
+        return _recall(record, digest, length, block_size)
+    _note_nan(record, scores.isnan().any())
+    tokens = reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
+    return _remember(record, tokens, digest, length, block_size)
 
 
 @select_by_threshold.register_fake

@@ -56,6 +56,19 @@ def test_offsets_beyond_32_bits():
     assert restore(stream, taken, tokens)[0, -3:, -1].tolist() == [0.0, 2.0, 4.0]
 
 
+def test_rows_of_a_stream_of_two_billion_elements():
+    """512K tokens of width 4096 are 2^31 elements: there and back, and their gradients."""
+    stream = torch.zeros(1, 1 << 19, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.arange((1 << 19) - 64, 1 << 19, device="cuda")[None]
+    rows = eliminate(stream, tokens)
+    out = restore(stream, rows + 1, tokens)
+    assert out[0, :-64].count_nonzero() == 0
+    assert out[0, -64:].eq(1).all()
+    (gradient,) = torch.autograd.grad(out, stream, torch.ones_like(out))
+    assert gradient[0, -64:].eq(2).all()
+    assert gradient[0, :-64].eq(1).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "group", "length", "width", "block"), [(4, 2, 1000, 64, 64), (8, 1, 300, 80, 16), (2, 2, 513, 128, 48)]

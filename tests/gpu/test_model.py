@@ -80,7 +80,7 @@ def test_recomputed_gradients_equal_saved_ones(score, recompute, compiled):
     assert lemo_fx.report(model).sites[0].kept_share == pytest.approx(0.55, abs=0.05)
 
 
-def test_memory_under_checkpointing_follows_the_kept_rows():
+def long_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512,
@@ -95,7 +95,11 @@ def test_memory_under_checkpointing_follows_the_kept_rows():
         model = LlamaForCausalLM(config).bfloat16()
     model = get_peft_model(model, LoraConfig(r=4)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(0, 100, (1, 32768), device="cuda")
+    return model, torch.randint(0, 100, (1, 32768), device="cuda")
+
+
+def test_memory_under_checkpointing_follows_the_kept_rows():
+    model, ids = long_model()
     stream = ids.numel() * 512 * 2
 
     def held() -> int:
@@ -117,3 +121,57 @@ def test_memory_under_checkpointing_follows_the_kept_rows():
     assert dense >= 16 * stream
     # What remains beside the rows does not shrink: embeddings, the last stream, the loss's gradient.
     assert dense - sparse >= 0.35 * 16 * stream
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
+    model, ids = long_model()
+    stream = ids.numel() * 512 * 2
+    attention = Elimination(keep=0.5, score="random")
+    found = []
+    for offload in (False, True):
+        config = LemoConfig(attention, Elimination(keep=0.5, score="shared"), dense_layers=(), offload=offload)
+        lemo_fx.transform(model, config)
+        torch._dynamo.reset()
+        for _, layer in decoder_layers(model):
+            layer._compiled_call_impl = None
+            if compiled:
+                layer.compile()
+        for _ in range(3):
+            model.zero_grad()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            during = torch.cuda.memory_allocated() - before
+            loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((during, loss.detach(), gradient))
+    (kept, loss, gradient), (left, new_loss, new_gradient) = found
+    # Of 16 layers' rows (half a stream each), two stay.
+    assert kept - left >= 0.8 * 14 * stream / 2
+    torch.testing.assert_close(new_loss, loss, rtol=1e-5, atol=0)
+    assert float((new_gradient - gradient).float().norm() / gradient.float().norm()) < 1e-3
+
+
+@pytest.mark.parametrize("eliminated", [None, "skip"])
+def test_cuda_graphs(eliminated):
+    """`layer.compile(mode="reduce-overhead")`: the same loss and gradients, also on new data of the same shape."""
+    model, _ = model_and_batch()
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 1000, (4, 1, 640), device="cuda")]
+    if eliminated is not None:
+        lemo_fx.transform(model, both(keep=0.5, eliminated=eliminated, score="measured"))
+    found = []
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        for _, layer in decoder_layers(model):
+            layer._compiled_call_impl = None
+            layer.compile(mode=mode)
+        results = []
+        for each in batches:
+            torch.compiler.cudagraph_mark_step_begin()
+            loss, gradient = step(model, each)
+            results.append((loss.clone(), gradient.clone()))
+        found.append(results)
+    for (loss, gradient), (new_loss, new_gradient) in zip(*found, strict=True):
+        torch.testing.assert_close(new_loss, loss, rtol=1e-4, atol=0)
+        assert float((new_gradient - gradient).norm() / gradient.norm()) < 1e-2

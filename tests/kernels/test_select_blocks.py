@@ -168,8 +168,9 @@ def site():
 def test_opcheck(site):
     scores, stream = torch.randn(2, 5), torch.randn(2, 18, 4)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    tokens, digest, nan = select_blocks(scores, None, None, 18, 4, (1, 2)), torch.randn(2, 16), torch.tensor(False)
+    torch.library.opcheck(op.remember, (tokens, digest, nan, site, 18, 4), test_utils=utilities)
     for x in (stream, stream.transpose(0, 1).contiguous().transpose(0, 1)):
-        torch.library.opcheck(op.select_blocks, (scores, None, None, x, site, 4, 1, 2))
         torch.library.opcheck(op.select_by_threshold, (scores, None, None, x, site, 4, 0.5), test_utils=utilities)
 
 
@@ -179,10 +180,10 @@ def test_the_fake_knows_the_count(length, keep, site):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     scores, stream = torch.randn(2, -(-length // 4)), torch.randn(2, length, 4)
-    real = op.select_blocks(scores, None, None, stream, site, 4, *keep)
+    real = op.select_blocks(scores, None, None, stream, site, 4, keep)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         arguments = [mode.from_tensor(t) for t in (scores, stream, site)]
-        fake = op.select_blocks(arguments[0], None, None, *arguments[1:], 4, *keep)
+        fake = op.select_blocks(arguments[0], None, None, *arguments[1:], 4, keep)
     assert fake.shape == real.shape
 
 
@@ -190,7 +191,7 @@ def test_nan_warns_once(site, caplog):
     scores, stream = torch.tensor([[0.0, float("nan"), 1, 2, 3]]), torch.randn(1, 20, 4)
     with caplog.at_level(logging.WARNING, logger="lemo_fx"):
         for _ in range(3):
-            tokens = op.select_blocks(scores, None, None, stream, site, 4, 1, 2)
+            tokens = op.select_blocks(scores, None, None, stream, site, 4, (1, 2))
     assert blocks_of(tokens, 4) == [[0, 1, 4]]
     assert len([r for r in caplog.records if "NaN" in r.message]) == 1
 
@@ -203,7 +204,7 @@ def test_a_recompute_that_no_forward_made_is_an_error(site):
 
         @staticmethod
         def backward(ctx, grad):
-            op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), site, 4, 1, 2)
+            op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), site, 4, (1, 2))
             return grad
 
     with pytest.raises(SelectionError, match="did not record"):
