@@ -107,6 +107,9 @@ class LemoConfig:
         offload: under activation checkpointing on a GPU, what a layer keeps for the backward waits in pinned host
             memory and comes back while the layer after it is in its backward, so that GPU memory does not grow with
             the number of layers. Dense layers take part. Changes no number; does nothing on the CPU.
+        forward: precision of the forward without gradient that `exact` runs. `"model"`: the model's own. `"float8"`:
+            the products of frozen linear layers in float8, rounded with one scale a token and one an output channel,
+            where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own).
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
@@ -118,6 +121,7 @@ class LemoConfig:
     loss_segments: int | Literal["auto"] | None = "auto"
     recompute: Literal["all", "projections"] = "all"
     offload: bool = False
+    forward: Literal["model", "float8"] = "model"
     active: Literal["training", "always"] = "training"
 
     def __post_init__(self) -> None:
@@ -142,6 +146,7 @@ class LemoConfig:
         _choice("recompute", self.recompute, ("all", "projections"))
         if not isinstance(self.offload, bool):
             raise ConfigError(f"offload={self.offload!r} must be True or False")
+        _choice("forward", self.forward, ("model", "float8"))
         _choice("active", self.active, ("training", "always"))
         if self.attention is not None and self.attention.score == "shared":
             raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")

@@ -120,7 +120,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return Call(str(node.target), "dense", (type(called).__name__,))
     if node.op != "call_function":
         return None
-    if node.target in (runtime.branch, runtime.token_wise_branch, runtime.without_gradient):
+    if node.target in (runtime.branch, runtime.token_wise_branch, runtime.without_gradient, runtime.forward_in_float8):
         return _outlined(node, module)
     name = str(node.target)
     if "eliminate" in name:

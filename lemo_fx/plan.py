@@ -123,7 +123,7 @@ def _plan_layer(
         raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
 
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute)
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
     rows = []
     for site in planned:
         _refuse_unknown_arguments(name, rewrite, site)

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lemo_fx.errors import InputError
+from lemo_fx.kernels.float8_linear.op import Float8Forward
 from lemo_fx.kernels.select_blocks import reference as selection
 
 MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -91,6 +92,12 @@ def token_wise_branch(
 def without_gradient(function: Callable, *args: Any) -> torch.Tensor:
     """Run a function for its values only; nothing is saved for the backward."""
     with torch.no_grad():
+        return function(*args)
+
+
+def forward_in_float8(function: Callable, *args: Any) -> torch.Tensor:
+    """`without_gradient` with the frozen linear layers' products in float8."""
+    with torch.no_grad(), Float8Forward():
         return function(*args)
 
 

@@ -78,12 +78,14 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
 def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     graph, site, name = rewrite.graph, planned.site, planned.name
     if planned.treatment == "exact" and site.kind == "attention":
-        region = Region(f"lemo_{name}_forward", gradient=False)
+        region = Region(f"lemo_{name}_forward", gradient=False, float8=rewrite.forward == "float8")
         return clone(graph, site.nodes, {}, region, "forward")[site.branch]
     planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
-    region = Region(f"lemo_{name}_{'forward' if planned.treatment == 'exact' else 'approximation'}", gradient=False)
+    exact = planned.treatment == "exact"
+    kind = "forward" if exact else "approximation"
+    region = Region(f"lemo_{name}_{kind}", gradient=False, float8=exact and rewrite.forward == "float8")
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
-    if planned.treatment == "exact":
+    if exact:
         return clone(graph, site.nodes, {site.stream: rows}, region, "forward")[site.branch]
     source = normed_input(rewrite, site)
     before = site.nodes[: site.nodes.index(source) + 1] if source is not site.stream else ()

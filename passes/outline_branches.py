@@ -47,7 +47,8 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
             run = runtime.token_wise_branch if region.token_wise else runtime.branch
             result = call(rewrite.graph, run, (function, switch, rewrite.recompute, *inputs), name)
         else:
-            result = call(rewrite.graph, runtime.without_gradient, (function, *inputs), name)
+            quiet = runtime.forward_in_float8 if region.float8 else runtime.without_gradient
+            result = call(rewrite.graph, quiet, (function, *inputs), name)
     outputs[0].replace_all_uses_with(result)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import TOLERANCE, Recorder, batch, gradients, packed, selections, step, tiny
+from tiny import TOLERANCE, Recorder, batch, fix_choice, gradients, packed, selections, step, tiny
 from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -192,13 +192,6 @@ def test_measured_scores_are_the_papers(architecture, inputs):
     activation = (functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)).abs().mean(-1)
     expected = torch.stack([activation[:, s : s + 8].amax(1) for s in range(0, x.shape[1], 8)], 1)
     torch.testing.assert_close(scores, expected, **TOLERANCE["fp32"])
-
-
-def fix_choice(model, blocks):
-    """Every site keeps these blocks (of 8 tokens), whatever the scores say."""
-    tokens = torch.cat([torch.arange(8 * b, 8 * b + 8) for b in blocks])
-    for module in selections(model).values():
-        module.register_forward_hook(lambda _, __, out: tokens.expand(out.shape[0], -1).contiguous())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

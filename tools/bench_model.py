@@ -157,6 +157,18 @@ VARIANTS = {
         Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
         Variant("exact-0.125", sparse(0.125, "exact", "random")),
         Variant("exact-0.125-checkpointed", sparse(0.125, "exact", "random"), checkpointed=True),
+        *(
+            Variant(f"step-{keep}-checkpointed", sparse(keep, "exact", "step"), checkpointed=True)
+            for keep in (0.5, 0.375, 0.25, 0.125)
+        ),
+        *(
+            Variant(
+                f"step-{keep}-float8-checkpointed",
+                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8"),
+                checkpointed=True,
+            )
+            for keep in (0.5, 0.375, 0.25)
+        ),
         Variant("lora-checkpointed-offload", OFFLOAD_ONLY, checkpointed=True),
         offloaded("skip-0.5-shared-offload", 0.5),
         offloaded("skip-0.5-shared-offload-attention-kept", 0.5, recompute="projections"),

@@ -121,6 +121,8 @@ PLANS: dict[str, Plan] = {
     "step-0.375": Plan(exact(0.375, score="step")),
     "step-0.25": Plan(exact(0.25, score="step")),
     "step-0.125": Plan(exact(0.125, score="step")),
+    "step-0.375-float8": Plan(replace(exact(0.375, score="step"), forward="float8")),
+    "step-0.25-float8": Plan(replace(exact(0.25, score="step"), forward="float8")),
     "step-0.25-finish": Plan(exact(0.25, score="step"), finish=0.25),
     "step-0.125-finish": Plan(exact(0.125, score="step"), finish=0.25),
     "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),

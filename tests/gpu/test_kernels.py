@@ -108,3 +108,17 @@ def test_segmented_cross_entropy(dtype, softcap, vocabulary):
     )
     for value, reference in zip(got[:3], expected[:3], strict=True):
         close(value, reference, torch.bfloat16 if dtype != torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 64), (2, 130, 4096), (7, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float8_linear(shape, dtype):
+    from lemo_fx.kernels.float8_linear import op, reference
+
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    weight = torch.randn(48, shape[-1], device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+    bias = torch.randn(48, device="cuda", dtype=dtype)
+    # The same rounding on both sides: what is left is the order of the sum and the bf16 result.
+    torch.testing.assert_close(
+        op.float8_linear(x, weight, bias), reference.float8_linear(x, weight, bias), rtol=2e-2, atol=2e-2
+    )

@@ -147,6 +147,13 @@ def selections(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ == "SelectBlocks"}
 
 
+def fix_choice(model, blocks):
+    """Every site keeps these blocks (of 8 tokens), whatever the scores say."""
+    tokens = torch.cat([torch.arange(8 * b, 8 * b + 8) for b in blocks])
+    for module in selections(model).values():
+        module.register_forward_hook(lambda _, __, out: tokens.expand(out.shape[0], -1).contiguous())
+
+
 class Recorder:
     """Collects the tokens that every selection of a transformed model returns while it is active."""
 

@@ -1,0 +1,20 @@
+"""Plain torch for `float8_linear`: both operands rounded to float8, one scale a row, multiplied in float32."""
+
+import torch
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> (float8 [N, K], float32 scales [N, 1]); the largest magnitude of a row becomes float8's largest."""
+    scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / LARGEST
+    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype."""
+    rows, row_scale = quantise(x.flatten(0, -2))
+    columns, column_scale = quantise(weight)
+    out = (rows.float() @ columns.float().T) * row_scale * column_scale.T
+    out = out.to(x.dtype).unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias

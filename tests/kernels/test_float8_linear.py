@@ -1,0 +1,81 @@
+"""Linear layers in float8: the rounding, what is left alone, and the forward of `exact` in a whole model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import batch, fix_choice, step, tiny, with_lora
+from torch import nn
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.kernels.float8_linear.op import Float8Forward, float8_linear
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 7, 32), (1, 1, 32)])
+def test_the_error_is_that_of_the_rounding(shape):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape) * 30, torch.randn(48, 32) / 100, torch.randn(48)
+    found, exact = reference.float8_linear(x, weight, bias), F.linear(x, weight, bias)
+    assert found.shape == exact.shape
+    # float8_e4m3 keeps 3 bits after the leading one: each operand errs by at most 1/16, and errors add up in squares.
+    bound = (x.abs() @ weight.abs().T) * (2 / 16 + 1 / 256)
+    assert ((found - exact).abs() <= bound + 1e-6).all()
+    assert 0.001 < (found - exact).norm() / exact.norm() < 0.06
+
+
+def test_zero_rows_and_huge_ones_stay_finite():
+    x = torch.stack([torch.zeros(16), torch.full((16,), 1e30), torch.full((16,), 1e-30)])
+    found = float8_linear(x, torch.eye(16))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:2], x[:2], rtol=1e-3, atol=0)
+
+
+def test_only_frozen_layers_with_fitting_sides_change():
+    torch.manual_seed(0)
+    x = torch.randn(3, 32)
+    trained, frozen, odd = nn.Linear(32, 32), nn.Linear(32, 32).requires_grad_(False), nn.Linear(32, 9)
+    odd.requires_grad_(False)
+    for layer, changes in ((trained, False), (frozen, True), (odd, False)):
+        with torch.no_grad(), Float8Forward():
+            found = layer(x)
+        assert torch.equal(found, layer(x)) != changes
+
+
+def config(forward):
+    site = Elimination(keep=0.5, eliminated="exact", score="random")
+    return LemoConfig(site, site, block_size=8, dense_layers=(), forward=forward)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "phi3", "gpt2"])
+def test_forward_of_exact_in_a_model(architecture):
+    """The loss moves by float8's rounding, gradients point where they did, and the frozen model is not touched."""
+    model = with_lora(tiny(architecture, 3))
+    inputs = batch(2, 64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    lemo_fx.transform(model, config("model"))
+    fix_choice(model, [0, 2, 3, 7])
+    loss, gradients = step(model, inputs)
+    lemo_fx.transform(model, config("float8"))
+    fix_choice(model, [0, 2, 3, 7])
+    rounded_loss, rounded = step(model, inputs)
+    # GPT-2 has no linear layer of torch's: its Conv1D computes as always.
+    assert (rounded_loss != loss) == (architecture != "gpt2")
+    assert abs(rounded_loss - loss) < 0.05 * loss
+    flat, flat_rounded = (torch.cat([g.flatten() for g in found.values()]) for found in (gradients, rounded))
+    assert F.cosine_similarity(flat, flat_rounded, dim=0) > 0.9
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_compiled_without_a_break():
+    model = with_lora(tiny("llama", 2))
+    lemo_fx.transform(model, config("float8"))
+    inputs = batch(2, 64)
+    loss, gradients = step(model, inputs)
+    torch._dynamo.reset()
+    for layer in model.base_model.model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    compiled_loss, compiled = step(model, inputs)
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient)
