@@ -196,7 +196,7 @@ class RandomScore(nn.Module):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n]."""
-        return random_scores(stream, self.salt, self.block_size)
+        return random_scores(stream.detach(), self.salt, self.block_size)
 
 
 class StepScore(RandomScore):
