@@ -147,7 +147,8 @@ def fit(
 
     Raises:
         InputError: no sequence, or not token ids.
-        UnsupportedModelError: as for `transform`.
+        UnsupportedModelError: as for `transform`; or the model is already wrapped by DDP or FSDP.
+        ConfigError: a rank other than 0 was given a folder.
     """
     config = LemoConfig() if config is None else config
     parallel.refuse_wrapped(model)

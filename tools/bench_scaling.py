@@ -300,6 +300,7 @@ def main(
                 else:
                     count = max(samples // world, 1)
                     run = measure(shape, kind, VARIANTS[name], length, count, steps, device, adapters)
+                    torch._dynamo.reset()
                     gc.collect()
                     if device.type == "cuda":
                         torch.cuda.empty_cache()

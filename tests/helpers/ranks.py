@@ -32,6 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
+from lemo_fx.sites import decoder_layers
 from lemo_fx.transform import suspended
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,17 @@ def losses_and_gradients_equal_those_of_one_process():
                 shard(model)
                 for _ in range(2):
                     assert_equal_steps(expected, together(model, inputs), f"FSDP2, {label}")
+
+
+@check
+def other_architectures():
+    inputs = batches()
+    for architecture in ("opt", "gemma3", "gpt_neox", "mixtral"):
+        model = lemo_fx.transform(tiny(architecture), config())
+        expected = alone(model, inputs)
+        for _, layer in decoder_layers(model):
+            fully_shard(layer)
+        assert_equal_steps(expected, together(fully_shard(model), inputs), architecture)
 
 
 @check
