@@ -153,7 +153,8 @@ def fit(
     config = LemoConfig() if config is None else config
     parallel.refuse_wrapped(model)
     parallel.refuse_collective(model, "lemo_fx.fit")
-    parallel.refuse_parallelism(model)
+    parallel.refuse_process(model)
+    parallel.refuse_cut_weights(model)
     if folder is not None and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         raise ConfigError(
             f"folder={str(folder)!r} on rank {torch.distributed.get_rank()}: several ranks must not write one folder; "

@@ -94,16 +94,20 @@ class HeadSettings:
     loss_function: Callable | None
     slices_itself: bool
     sparse_experts: bool
+    weights_checked: bool = False
 
     def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Raise where the rewritten layers would be shown parts, or the router's auxiliary loss the wrong tokens."""
         alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
         if not alone and (model.training or self.config.active == "always") and not torch.compiler.is_compiling():
-            # In every step: models are sharded, and contexts entered, after the transform.
-            parallel.refuse_parallelism(model)
-            for name, module in model.named_modules():
-                if STATE in vars(module) and module is not model:
-                    parallel.refuse_finer_units(name, module)
+            parallel.refuse_process(model)
+            if not self.weights_checked:
+                # At the first step, since models are sharded after the transform; a walk through all modules.
+                parallel.refuse_cut_weights(model)
+                for name, module in model.named_modules():
+                    if STATE in vars(module) and module is not model:
+                        parallel.refuse_finer_units(name, module)
+                self.weights_checked = True
         asked = kwargs.get("output_router_logits")
         wanted = asked if asked is not None else getattr(model.config, "output_router_logits", False)
         if wanted and model.training and self.sparse_experts:

@@ -34,12 +34,8 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def refuse_parallelism(model: nn.Module) -> None:
-    """Raise if weights or sequences are cut into pieces: tensor, context or sequence parallelism, or DataParallel.
-
-    Raises:
-        UnsupportedModelError: names the kind of parallelism, and the module where there is one.
-    """
+def refuse_process(model: nn.Module) -> None:
+    """Raise if the process is set up for tensor, context or sequence parallelism, or this is DataParallel's replica."""
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
             "torch.nn.DataParallel runs one model in several threads, which would share one step's labels: start one "
@@ -56,6 +52,10 @@ def refuse_parallelism(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"torch's context_parallel is active: context parallelism is not supported; {_MEND}"
         )
+
+
+def refuse_cut_weights(model: nn.Module) -> None:
+    """Raise if weights are cut into pieces for tensor or sequence parallelism."""
     for name, module in model.named_modules():
         if (getattr(module, "_tp_size", None) or 1) > 1:
             raise UnsupportedModelError(

@@ -40,7 +40,8 @@ def make_plans(
     Nothing of the model is changed. Raises as `transform`.
     """
     parallel.refuse_wrapped(model)
-    parallel.refuse_parallelism(model)
+    parallel.refuse_process(model)
+    parallel.refuse_cut_weights(model)
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(
