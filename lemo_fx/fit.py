@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lemo_fx import install as installing
-from lemo_fx import prediction
+from lemo_fx import parallel, prediction
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
@@ -147,9 +147,19 @@ def fit(
 
     Raises:
         InputError: no sequence, or not token ids.
-        UnsupportedModelError: as for `transform`.
+        UnsupportedModelError: as for `transform`; or the model is already wrapped by DDP or FSDP.
+        ConfigError: a rank other than 0 was given a folder.
     """
     config = LemoConfig() if config is None else config
+    parallel.refuse_wrapped(model)
+    parallel.refuse_collective(model, "lemo_fx.fit")
+    parallel.refuse_process(model)
+    parallel.refuse_cut_weights(model)
+    if folder is not None and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        raise ConfigError(
+            f"folder={str(folder)!r} on rank {torch.distributed.get_rank()}: several ranks must not write one folder; "
+            "call lemo_fx.fit on rank 0, then torch.distributed.barrier(), then Predictors.load(folder) on all ranks"
+        )
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")

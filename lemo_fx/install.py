@@ -16,11 +16,12 @@ import torch
 from torch import fx, nn
 from transformers.utils.generic import can_return_tuple
 
-from lemo_fx import runtime
+from lemo_fx import parallel, runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, build_module
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
 from lemo_fx.kernels.select_blocks.op import forget
+from lemo_fx.loss import segmentable
 from lemo_fx.offload import offloading
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.passes.rewrite import LayerRewrite
@@ -93,9 +94,20 @@ class HeadSettings:
     loss_function: Callable | None
     slices_itself: bool
     sparse_experts: bool
+    weights_checked: bool = False
 
     def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """Raise where a sparse MLP would make the router's auxiliary loss count the wrong tokens."""
+        """Raise where the rewritten layers would be shown parts, or the router's auxiliary loss the wrong tokens."""
+        alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
+        if not alone and (model.training or self.config.active == "always") and not torch.compiler.is_compiling():
+            parallel.refuse_process(model)
+            if not self.weights_checked:
+                # At the first step, since models are sharded after the transform; a walk through all modules.
+                parallel.refuse_cut_weights(model)
+                for name, module in model.named_modules():
+                    if STATE in vars(module) and module is not model:
+                        parallel.refuse_finer_units(name, module)
+                self.weights_checked = True
         asked = kwargs.get("output_router_logits")
         wanted = asked if asked is not None else getattr(model.config, "output_router_logits", False)
         if wanted and model.training and self.sparse_experts:
@@ -113,7 +125,19 @@ class HeadSettings:
             and model.loss_function is self.loss_function
             and not kwargs.get("output_router_logits")
             and not kwargs.get("return_logits")
+            and segmentable(model.get_output_embeddings())  # type: ignore[operator]
         )
+
+
+class RewrittenClass(type):
+    """Class of rewritten classes: what passes for the original class passes for each of them.
+
+    Sharding policies look up the class of one layer and ask `isinstance` of the others, dense or rewritten otherwise.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        original = vars(cls).get("_lemo_fx_original")
+        return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
 
 
 _classes: dict[tuple[type, tuple[str, ...], bool], type[nn.Module]] = {}
@@ -148,9 +172,12 @@ def rewritten_class(
     key = (original, codes, offload)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
+        # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
+        namespace["__init_subclass__"] = classmethod(lambda cls, **_: None)
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
-        metaclass: Callable[..., type[nn.Module]] = type(original)
-        subclass = metaclass(original.__name__, (original,), namespace)
+        namespace["_lemo_fx_original"] = original
+        metaclass: Any = RewrittenClass if type(original) is type else type(original)
+        subclass: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
@@ -271,11 +298,17 @@ def uninstall(module: nn.Module) -> None:
     record: Installed | None = vars(module).get(STATE)
     if record is None:
         return
-    if type(module) not in (record.original, *_classes.values()):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} was wrapped by another library (FSDP?) after lemo_fx.transform: undo that first"
-        )
-    module.__class__ = record.original
+    present = type(module)
+    if present in (record.original, *_classes.values()):
+        module.__class__ = record.original
+    else:
+        below = present.__bases__[-1] if present.__bases__[-1] in _classes.values() else None
+        restored = parallel.under_fsdp(present, record.original) if below else None
+        if restored is None:
+            raise UnsupportedModelError(
+                f"{present.__name__} was put on top by another library after lemo_fx.transform: undo that first"
+            )
+        module.__class__ = restored
     for name in record.parts:
         part = module._modules.pop(name, None)
         if isinstance(part, SelectBlocks):

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import TypeIs
 
+from lemo_fx import parallel
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
 
@@ -62,23 +64,44 @@ def segmented_loss(
             f"{rows.shape[0]} hidden states meet {targets.shape[0]} labels: with logits_to_keep, pass shift_labels "
             "for the positions that are kept"
         )
-    if not isinstance(softcap, str) and _is_plain_linear(head):
-        total = _fused(head, rows, targets, softcap, segments, ignore_index)
-    else:
-        total = _recomputed(logits_of, rows, targets, segments, ignore_index)
-    if num_items_in_batch is None:
-        return total / (targets != ignore_index).sum()
-    divisor = num_items_in_batch
-    return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        if not isinstance(softcap, str) and _is_plain_linear(head):
+            total = _fused(head, rows, targets, softcap, segments, ignore_index)
+        else:
+            total = _recomputed(logits_of, rows, targets, segments, ignore_index)
+        if num_items_in_batch is None:
+            return total / (targets != ignore_index).sum()
+        divisor = num_items_in_batch
+        return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+
+    return parallel.call_once(head, loss, rows) if isinstance(head, FSDPModule) else loss(rows)
+
+
+def segmentable(head: nn.Module) -> bool:
+    """Whether the loss may be computed in segments: not if each of them would gather a sharded head's weights anew.
+
+    A plain linear gathers them once for all segments. Ranks with batches of different length must call a sharded
+    module equally often.
+    """
+    return _is_linear(head) or not any(
+        isinstance(module, FSDPModule | FullyShardedDataParallel) for module in head.modules()
+    )
+
+
+def _is_linear(module: nn.Module) -> TypeIs[nn.Linear]:
+    """A linear layer and no subclass of it but FSDP2's."""
+    kind = type(module)
+    return (kind.__bases__[-1] if issubclass(kind, FSDPModule) else kind) is nn.Linear
 
 
 def _is_plain_linear(head: nn.Module) -> TypeIs[nn.Linear]:
     """Whether calling the head is F.linear and nothing else: no adapter, quantisation, sharding or hook."""
-    return (
-        type(head) is nn.Linear
-        and type(head.weight.data) is torch.Tensor
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
-    )
+    if not _is_linear(head) or type(head.weight.data) is not torch.Tensor:
+        return False
+    # Inside FSDP2's hooks the gathered weight is the whole of it.
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head)
+    return isinstance(head, FSDPModule) or not hooks
 
 
 def _fused(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from lemo_fx import runtime
+from lemo_fx import parallel, runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
@@ -40,6 +39,9 @@ def make_plans(
 
     Nothing of the model is changed. Raises as `transform`.
     """
+    parallel.refuse_wrapped(model)
+    parallel.refuse_process(model)
+    parallel.refuse_cut_weights(model)
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(
@@ -61,8 +63,10 @@ def make_plans(
             # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
             # its graph is installed with dense branches, so that its MLP is recomputed in segments. With offload
             # every layer's is: what is installed is what offloads.
+        parallel.refuse_finer_units(name, layer)
         try:
-            plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
+            with parallel.gathered(layer):
+                plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
         except UnsupportedModelError as error:
             if not config.is_dense(index, len(layers)):
                 raise
@@ -292,7 +296,7 @@ def _segmented(
     unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
     if config.loss_segments is None:
         return *unchanged, "loss_segments=None"
-    globals_of = vars(sys.modules[type(head).__module__])
+    globals_of = vars(inspect.getmodule(inspect.unwrap(type(head).forward)))
     slicer = globals_of.get("slice_logits_to_keep")
     loss_function: Any = head.loss_function
     try:

@@ -1,6 +1,7 @@
-"""Draw the committed results of the model benchmark: time against memory, one picture per file.
+"""Draw committed results: time against memory of each model benchmark; throughput by GPUs of a shape's scaling runs.
 
 python tools/plot_benchmarks.py benchmarks/model/*.json
+python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
 """
 
 from __future__ import annotations
@@ -37,10 +38,45 @@ def draw(path: Path) -> Path:
     return out
 
 
+def draw_scaling(paths: list[Path]) -> Path:
+    """Tokens per second by number of GPUs, one panel per sample length, from one file per number of GPUs."""
+    results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["processes"])
+    runs = [{**run, "gpus": result["processes"]} for result in results for run in result["runs"] if "step_ms" in run]
+    lengths = sorted({run["tokens"] for run in runs})
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    figure = Figure(figsize=(5.2 * len(lengths), 4.6), layout="constrained")
+    for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+        for number, variant in enumerate(variants):
+            for wrap, line in (("ddp", "-"), ("fsdp2", "--")):
+                points = [r for r in runs if (r["tokens"], r["variant"]) == (length, variant)]
+                points = [r for r in points if r["wrap"] in (wrap, "none")]
+                gpus, rates = [r["gpus"] for r in points], [r["tokens_per_s"] for r in points]
+                label = f"{variant}, {wrap}" if length == lengths[0] else None
+                axes.plot(gpus, rates, ls=line, marker="o", ms=4, color=f"C{number}", label=label)
+                if gpus and gpus[0] == 1:
+                    axes.plot(gpus, [rates[0] * n for n in gpus], color="#b8b8b8", lw=1, ls=":")
+        axes.set(xlabel="GPUs (dotted: linear)", ylabel="tokens per second", title=f"{length} tokens a sample")
+        axes.set_xticks(sorted({run["gpus"] for run in runs}))
+        axes.set_ylim(0, None)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{results[0]['shape']}, {results[0]['environment']['device']}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    out = paths[0].with_name(f"{results[0]['shape']}.png")
+    figure.savefig(out, dpi=150)
+    return out
+
+
 def main(results: list[Path]) -> None:
-    """Draw each result file beside itself."""
+    """Draw each result file beside itself; scaling runs of one shape together."""
+    shapes: dict[str, list[Path]] = {}
     for path in results:
-        print(draw(path))
+        result = json.loads(path.read_text())
+        if "processes" in result:
+            shapes.setdefault(result["shape"], []).append(path)
+        else:
+            print(draw(path))
+    for paths in shapes.values():
+        print(draw_scaling(paths))
 
 
 if __name__ == "__main__":

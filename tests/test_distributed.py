@@ -1,0 +1,138 @@
+"""Several processes: DDP, FSDP2 and FSDP1 train as one process does, and everything else is refused by name."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from peft import PeftModel
+from tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import lemo_fx
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    """See tests/helpers/ranks.py for what the ranks check; the Trainer's results meet one process's here."""
+    port, *ports = free_ports(3)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+    }
+    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
+    processes = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), *ports]
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as file:
+            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    try:
+        losses, model = ranks.train(tmp_path / "alone", 2)
+        codes = [process.wait(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n\n".join(log.read_text()[-6000:] for log in logs)
+
+    several = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses) == 4
+    for name, found in several.items():
+        torch.testing.assert_close(found, losses, **TOLERANCE["fp32"], msg=lambda text, name=name: f"{name}: {text}")
+    ids = batch(1, 40)["input_ids"]
+    logits = lemo_fx.revert(model).eval()(ids).logits
+    for folder in ("ddp", "fsdp2", "ram"):
+        loaded = PeftModel.from_pretrained(tiny("llama", 3), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(ids).logits, logits, **TOLERANCE["compiled"])
+    assert (tmp_path / "example" / "adapter_model.safetensors").stat().st_size > 1000
+
+    scaling = json.loads((tmp_path / "scaling" / "tiny-2.json").read_text())
+    assert [run["wrap"] for run in scaling["runs"]] == ["ddp", "fsdp2"]
+    for run in scaling["runs"]:
+        assert run["loss"] == pytest.approx(run["loss_one_process"], rel=1e-6)
+        assert run["samples"] == 4
+        assert 0 < run["communication_share"] < 1
+    assert drawn(tmp_path / "scaling" / "tiny-2.json").exists()
+
+
+def tool(name: str):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def drawn(path: Path) -> Path:
+    return tool("plot_benchmarks").draw_scaling([path])
+
+
+def test_share_of_communication(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    overlap = tool("bench_scaling").overlap
+    assert overlap([], [(0, 5)]) == (0.0, 0.0)
+    assert overlap([(0, 4), (2, 6)], [(5, 10)]) == (0.6, pytest.approx(1 / 6))
+    assert overlap([(0, 1)], [(1, 4)]) == (0.25, 0.0)
+    assert overlap([(1, 2)], [(0, 4), (0, 3)]) == (0.25, 1.0)
+
+
+def test_data_parallel_threads_are_refused():
+    model = lemo_fx.transform(tiny("llama"), ranks.config())
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(lemo_fx.LemoError, match="one process per GPU"):
+        replica(**batch(2, 48))
+
+
+def test_checkpoint_wrappers_go_on_top():
+    inputs = batch(2, 48)
+    wrappable = {"check_fn": lambda module: isinstance(module, GradientCheckpointingLayer)}
+    model = lemo_fx.transform(with_lora(tiny("llama")), ranks.config())
+    expected = step(model, inputs)
+    apply_activation_checkpointing(model, **wrappable)
+    loss, found = step(model, inputs)
+    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
+    assert_same_step((loss, found), expected, "fp32")
+
+    wrapped = with_lora(tiny("llama"))
+    apply_activation_checkpointing(wrapped, **wrappable)
+    with pytest.raises(lemo_fx.LemoError, match=r"layers\.0 is a CheckpointWrapper"):
+        lemo_fx.transform(wrapped, ranks.config())
+
+
+def test_classes_put_on_top_by_others_are_left_alone():
+    model = lemo_fx.transform(tiny("llama"), ranks.config())
+    layer = model.model.layers[0]
+    layer.__class__ = type("Other", (type(layer),), {})
+    with pytest.raises(lemo_fx.LemoError, match="Other was put on top by another library"):
+        lemo_fx.revert(model)
+
+
+def test_any_rewritten_class_stands_for_the_original():
+    """Sharding policies take the class of the first layer of a name and ask isinstance of the others."""
+    model = lemo_fx.transform(tiny("llama", 3), ranks.config(dense_layers=(1,)))
+    rewritten, dense, _ = model.model.layers
+    assert type(rewritten) is not type(dense)
+    assert isinstance(dense, type(rewritten))
+    assert isinstance(rewritten, type(dense))
+    assert not isinstance(model.lm_head, type(rewritten))

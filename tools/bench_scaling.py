@@ -1,0 +1,315 @@
+"""Strong scaling on the GPUs of one host (LeMo, Figure 21): one LoRA training step under DDP and FSDP2.
+
+Models and variants are those of tools/bench_model.py: random weights, adapters of rank 8, compiled per layer, loss in
+segments. A correctness gate comes first: losses and gradients of the wrapped model must be those of one process that
+runs the samples of all ranks one after another. On a CPU the same runs over gloo.
+
+    for n in 1 2 4 8; do torchrun --nproc-per-node $n tools/bench_scaling.py --shape llama3-8b; done
+    python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
+
+Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. A run
+that does not fit ends the command (other ranks would wait for it for ever); what was measured before is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+# Multicast over NVLink can put GPUs that are shared between machines out of service; read when NCCL starts.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+import torch
+import torch.distributed as dist
+import typer
+from bench_model import SHAPES, VARIANTS, Variant, build, environment, prepare, sparse
+from torch.autograd import DeviceType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lemo_fx.sites import decoder_layers
+
+PICKED = (
+    "lora-checkpointed",
+    "skip-0.5-shared-checkpointed",
+    "skip-0.5-shared-checkpointed-attention-kept",
+    "exact-0.25-checkpointed",
+)
+
+
+def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn.Module:
+    """The model under "none", "ddp", or "fsdp2" (a unit per decoder layer, then the root)."""
+    if wrap == "ddp":
+        # The only buffers are constants: rotary frequencies, predictors, sites.
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if wrap == "fsdp2":
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for _, layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """torch.compile of each layer's forward: FSDP2's hooks, and in older transformers the checkpoint, stay outside."""
+    for _, layer in decoder_layers(model):
+        layer._compiled_call_impl = None
+        layer.forward = torch.compile(layer.forward)
+
+
+def run_step(model: torch.nn.Module, samples: list[torch.Tensor]) -> torch.Tensor:
+    """Forward and backward of this rank's samples, one at a time; gradients travel with the last. Mean loss []."""
+    total = torch.zeros((), device=samples[0].device)
+    for index, ids in enumerate(samples):
+        last = index == len(samples) - 1
+        waiting: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        elif isinstance(model, DistributedDataParallel) and not last:
+            waiting = model.no_sync()
+        with waiting:
+            loss = model(input_ids=ids, labels=ids).loss / len(samples)
+            loss.backward()
+        total += loss.detach().float()
+    return total
+
+
+def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str, float]:
+    """Relative errors of loss and gradients against one process, on a model cut to four layers.
+
+    Raises:
+        SystemExit: they differ by more than the rounding of the dtype.
+    """
+    worst = {"loss": 0.0, "gradient": 0.0}
+    for config in (None, sparse(0.5, score="measured"), sparse(0.25, "exact", "random")):
+        model = build(shape, device, adapters, layers=4)
+        prepare(model, Variant("gate", config, compiled=False, checkpointed=True))
+        samples = make_samples(model, 1000, 1, device)
+        loss = run_step(model, samples)
+        gradient = _gradient(model)
+        dist.all_reduce(loss)
+        dist.all_reduce(gradient)
+        model.zero_grad(set_to_none=True)
+        model = wrapped(model, wrap, device)
+        found = run_step(model, samples)
+        dist.all_reduce(found)
+        count = dist.get_world_size()
+        worst["loss"] = max(worst["loss"], abs(float((found - loss) / loss)))
+        error = (_gradient(model) - gradient / count).norm() / (gradient / count).norm()
+        worst["gradient"] = max(worst["gradient"], float(error))
+    bound = {"loss": 1e-3, "gradient": 3e-2} if device.type == "cuda" else {"loss": 1e-6, "gradient": 1e-4}
+    if any(not worst[name] <= bound[name] for name in bound):
+        sys.exit(f"correctness gate failed under {wrap}: relative errors {worst}, allowed {bound}")
+    return worst
+
+
+def _gradient(model: torch.nn.Module) -> torch.Tensor:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).float().flatten() for g in grads])
+
+
+def make_samples(model: torch.nn.Module, tokens: int, count: int, device: torch.device) -> list[torch.Tensor]:
+    """This rank's share of the step's samples, [1, tokens] each."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    vocabulary = model.config.vocab_size
+    return [torch.randint(0, vocabulary, (1, tokens), generator=generator).to(device) for _ in range(count)]
+
+
+def measure(
+    shape: str, wrap: str, variant: Variant, tokens: int, count: int, steps: int, device: torch.device, adapters: str
+) -> dict:
+    """Step time, throughput, memory and communication of one way to run the step; on every rank the same.
+
+    Args:
+        count: samples per rank and step.
+    """
+    model = build(shape, device, adapters)
+    prepare(model, variant)
+    samples = make_samples(model, tokens, count, device)
+    alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
+    model = wrapped(model, wrap, device)
+    if variant.compiled:
+        # After sharding: a method bound before it would belong to the class without FSDP2.
+        compile_layers(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    losses, times = [], []
+    for step in range(steps + 2):
+        if device.type == "cuda" and step == 1:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        _together(device)
+        began = time.perf_counter()
+        losses.append(run_step(model, samples))
+        optimizer.step()
+        optimizer.zero_grad()
+        _together(device)
+        times.append((time.perf_counter() - began) * 1e3)
+    share, hidden = communication(model, samples, device)
+    figures = torch.tensor([float(losses[0]), alone], device=device)
+    dist.all_reduce(figures)
+    loss, alone = (figures / dist.get_world_size()).tolist()
+    step_ms = statistics.median(times[2:])
+    result = {
+        "wrap": wrap,
+        "variant": variant.name,
+        "tokens": tokens,
+        "samples": count * dist.get_world_size(),
+        "step_ms": round(step_ms, 1),
+        "tokens_per_s": round(tokens * count * dist.get_world_size() / step_ms * 1e3),
+        "loss": loss,
+        "loss_one_process": alone,
+        "communication_share": round(share, 4),
+        "communication_overlapped": round(hidden, 4),
+    }
+    if device.type == "cuda":
+        held = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        result["peak_allocated_gb"], result["peak_reserved_gb"] = (round(b / 1e9, 2) for b in held.tolist())
+    return result
+
+
+@torch.no_grad()
+def _loss_alone(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The loss before anything is wrapped, layers not compiled."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    compiled = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    loss = model(input_ids=ids, labels=ids).loss
+    for layer, call in zip(layers, compiled, strict=True):
+        layer._compiled_call_impl = call
+    return float(loss)
+
+
+def _together(device: torch.device) -> None:
+    """All ranks have done what they were told; a step takes as long as its slowest rank."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def communication(model: torch.nn.Module, samples: list[torch.Tensor], device: torch.device) -> tuple[float, float]:
+    """(share of one profiled step in which collectives run, share of that time in which other work runs as well).
+
+    On GPUs the time of NCCL's kernels, which includes waiting for the slowest rank; else that of gloo's operations.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    _together(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run_step(model, samples)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    model.zero_grad()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if device.type == "cuda":
+            # Annotated ranges hold others, and the gaps between them.
+            wanted = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+            collective = "nccl" in event.name.lower()
+        else:
+            collective = event.name.startswith("gloo:")
+            wanted = collective or event.name.startswith("aten::")
+        if wanted:
+            spans[collective].append((event.time_range.start, event.time_range.end))
+    return overlap(spans[True], spans[False])
+
+
+def overlap(collectives: list[tuple[float, float]], work: list[tuple[float, float]]) -> tuple[float, float]:
+    """(collectives' share of the time from first to last, share of theirs in which work runs too) of [start, end)."""
+    if not collectives:
+        return 0.0, 0.0
+    everything = collectives + work
+    span = max(end for _, end in everything) - min(start for start, _ in everything)
+    busy = _covered(collectives)
+    return busy / span, (busy + _covered(work) - _covered(everything)) / busy
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
+    tokens: Annotated[str, typer.Option(help="tokens of a sample, comma-separated")] = "8192,32768",
+    variants: Annotated[str, typer.Option(help="comma-separated, from tools/bench_model.py")] = ",".join(PICKED),
+    wraps: Annotated[str, typer.Option(help="ddp, fsdp2; a single process runs unwrapped")] = "ddp,fsdp2",
+    samples: Annotated[int, typer.Option(help="samples of a step over all ranks; 0 for one on each")] = 0,
+    adapters: Annotated[str, typer.Option(help="dtype of the adapters: float32 or bfloat16")] = "float32",
+    steps: Annotated[int, typer.Option(help="timed steps after two warm-up steps")] = 5,
+    out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/scaling"),
+    seconds: Annotated[float, typer.Option(help="start no further run after this long")] = 1e9,
+) -> None:
+    """Measure every variant, length and wrapper on the processes that torchrun started; rank 0 writes the results."""
+    began = time.perf_counter()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    more = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, rank=rank, world_size=world, **more)
+    if samples % world:
+        raise typer.BadParameter(f"--samples {samples} cannot be shared out to {world} processes")
+    # Layers are compiled one by one: there is nothing to split at DDP's buckets, and it cannot split checkpoints.
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.cache_size_limit = 64
+    kinds = wraps.split(",") if world > 1 else ["none"]
+    result = {
+        "environment": {
+            **environment(device),
+            "command": " ".join(["torchrun", "--nproc-per-node", str(world), *sys.argv]),
+            "backend": backend,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
+            "nccl_nvls_enable": os.environ["NCCL_NVLS_ENABLE"],
+        },
+        "shape": shape,
+        "adapters": adapters,
+        "processes": world,
+        "gate": {kind: gate(shape, device, adapters, kind) for kind in kinds},
+        "runs": [],
+    }
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        print("correctness gate:", result["gate"], flush=True)
+    for length in map(int, tokens.split(",")):
+        for name in variants.split(","):
+            for kind in kinds:
+                late = torch.tensor(float(time.perf_counter() - began > seconds), device=device)
+                dist.all_reduce(late, dist.ReduceOp.MAX)
+                if late:
+                    run = {"wrap": kind, "variant": name, "tokens": length, "skipped": "out of time"}
+                else:
+                    count = max(samples // world, 1)
+                    run = measure(shape, kind, VARIANTS[name], length, count, steps, device, adapters)
+                    torch._dynamo.reset()
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                result["runs"].append(run)
+                if rank == 0:
+                    print(json.dumps(run), flush=True)
+                    (out / f"{shape}-{world}.json").write_text(json.dumps(result, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    typer.run(main)
