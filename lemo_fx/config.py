@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from lemo_fx.errors import ConfigError
 
@@ -41,7 +41,7 @@ class Elimination:
             input. `"step"`: one such hash for the whole step, so that all sites keep the same blocks; with `exact`,
             the gradient of a kept token then passes every layer (TokenTune, arXiv 2501.18824). `"shared"` (MLP only):
             the blocks that the attention of the same layer kept. `"auto"`: predicted where predictors were given, else
-            measured.
+            "step" for `exact` (a backward wants unbiased blocks) and measured for the others.
         balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
             score sums over the rows that see a block, so without this the early blocks win and late ones starve.
     """
@@ -88,13 +88,19 @@ class Elimination:
         return value[layer]
 
 
+DEFAULT_SITE = Elimination(keep=0.375, eliminated="exact")
+"""What both kinds of site do unless told otherwise: of what was measured, the fastest that lost about half a percent
+(docs/accuracy.md). LeMo's own rule is `Elimination()`."""
+
+
 @dataclass(frozen=True)
 class LemoConfig:
     """The whole plan of a transform.
 
     Args:
-        attention: elimination around attention; `None` leaves attention dense.
-        mlp: elimination around the MLP; `None` leaves it dense.
+        attention: elimination around attention; `None` leaves attention dense. Unless given, the forward is the
+            original's and the gradient flows through three eighths of the tokens, drawn anew every step.
+        mlp: elimination around the MLP; as attention.
         block_size: tokens per block (LeMo uses 64).
         dense_layers: decoder layers, by index, that are left alone. `()` makes every layer sparse; `None` is the
             default depth plan: first and last layer dense in models of more than three layers (the last one's MLP is
@@ -114,8 +120,8 @@ class LemoConfig:
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
 
-    attention: Elimination | None = field(default_factory=Elimination)
-    mlp: Elimination | None = field(default_factory=Elimination)
+    attention: Elimination | None = DEFAULT_SITE
+    mlp: Elimination | None = DEFAULT_SITE
     block_size: int = 64
     dense_layers: Sequence[int] | None = None
     loss_segments: int | Literal["auto"] | None = "auto"
@@ -157,6 +163,16 @@ class LemoConfig:
             if budgets[0] != budgets[1]:
                 raise ConfigError("mlp score='shared' keeps what the attention kept: give both the same keep")
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LemoConfig:
+        """One of the measured plans in `PRESETS`, with other fields changed: `LemoConfig.preset("fast", offload=True)`.
+
+        Raises:
+            ConfigError: there is no preset of this name.
+        """
+        _choice("preset", name, tuple(PRESETS))
+        return replace(PRESETS[name], **changes)
+
     def site(self, kind: SiteKind) -> Elimination | None:
         """The elimination of one kind of site."""
         return self.attention if kind == "attention" else self.mlp
@@ -173,3 +189,12 @@ class LemoConfig:
         if bad:
             raise ConfigError(f"dense_layers names {bad}, but the model has {layers} decoder layers")
         return layer in {i % layers for i in self.dense_layers}
+
+
+_QUARTER = replace(DEFAULT_SITE, keep=0.25)
+PRESETS = {
+    "careful": LemoConfig(),
+    "balanced": LemoConfig(forward="float8"),
+    "fast": LemoConfig(attention=_QUARTER, mlp=_QUARTER),
+}
+"""Plans whose speed, memory and loss in quality were measured side by side (docs/accuracy.md)."""

@@ -182,7 +182,8 @@ def _plan_site(
     score = elimination.score
     if score == "auto":
         trained = predictors is not None and predictors.has_predictor(index, planned.name)
-        score = "predicted" if trained else "measured"
+        untrained = "step" if elimination.eliminated == "exact" else "measured"
+        score = "predicted" if trained else untrained
     if score == "predicted" and predictors is None:
         raise PredictorError(
             f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "

@@ -127,7 +127,8 @@ def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
 def test_auto_measures_where_nothing_was_trained():
     model = with_lora(tiny("llama"))
     predictors = Predictors.random(model, LemoConfig(attention=CONFIG.attention, mlp=None, dense_layers=()))
-    lemo_fx.transform(model, LemoConfig(dense_layers=(), block_size=64), predictors=predictors)
+    config = LemoConfig(attention=Elimination(), mlp=Elimination(), dense_layers=(), block_size=64)
+    lemo_fx.transform(model, config, predictors=predictors)
     assert {(s.site, s.score) for s in lemo_fx.report(model).sites} >= {("attention", "predicted"), ("mlp", "measured")}
 
 

@@ -41,7 +41,14 @@ import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-COLOURS = {"exact": "#2e7d4f", "skip": "#2f6fb0", "lemo": "#2f6fb0", "stand_in": "#b8860b", "truncated": "#a33"}
+COLOURS = {
+    "exact": "#2e7d4f",
+    "step": "#7a3f9d",
+    "skip": "#2f6fb0",
+    "lemo": "#2f6fb0",
+    "stand_in": "#b8860b",
+    "truncated": "#a33",
+}
 DENSE = LemoConfig(attention=None, mlp=None)
 PASSAGE, KEY = 48, 16
 PROBES = (0, 1, 4)
@@ -553,26 +560,26 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
     return sorted(summaries, key=lambda s: (s.context, s.gap))
 
 
-def speeds(bench: Path | None) -> dict[str, tuple[float, float]]:
-    """(times faster, share of the memory) of plans against checkpointed, compiled LoRA, from bench_model's JSON.
+def speeds(benches: list[Path]) -> dict[str, tuple[float, float]]:
+    """(times faster, share of the memory) of plans against checkpointed, compiled LoRA, from bench_model's JSON files.
 
-    A truncated plan costs what plain LoRA costs at the truncated length.
+    Of the whole training: a plan of half the steps is twice as fast. What ends dense needs what dense steps need.
     """
-    if bench is None:
-        return {}
-    runs = [run for run in json.loads(bench.read_text())["runs"] if "step_ms" in run]
-    length = max(run["tokens"] for run in runs)
-    times = {(run["variant"], run["tokens"]): (run["step_ms"], run["peak_allocated_gb"]) for run in runs}
-    step, memory = times["lora-checkpointed", length]
-    named = {"skip-0.5": "skip-0.5-checkpointed", "skip-0.5-random": "skip-0.5-checkpointed"}
+    measured: dict[str, tuple[float, float]] = {"lora": (1.0, 1.0)}
+    for bench in benches:
+        runs = [run for run in json.loads(bench.read_text())["runs"] if "step_ms" in run]
+        lora = next(run for run in runs if run["variant"] == "lora-checkpointed")
+        for run in runs:
+            name = run["variant"].removesuffix("-checkpointed")
+            memory = run["peak_allocated_gb"] / lora["peak_allocated_gb"]
+            measured.setdefault(name, (lora["step_ms"] / run["step_ms"], memory))
     result = {}
     for name, plan in PLANS.items():
-        variant = named.get(name, f"{name}-checkpointed")
-        if plan.tokens < 1 and plan.config is None:
-            variant = "lora-checkpointed"
-        found = times.get((variant, round(length * plan.tokens)))
-        if found:
-            result[name] = (step / found[0], found[1] / memory)
+        base = "lora" if plan.config is None and plan.rival is None and plan.tokens == 1 else name
+        faster, memory = measured.get(base.removesuffix("-finish"), (None, None))
+        if faster is not None and memory is not None:
+            share = (1 - plan.finish) / faster + plan.finish
+            result[name] = (1 / (plan.steps * share), max(memory, 1.0 if plan.finish else 0.0))
     return result
 
 
@@ -580,11 +587,11 @@ def speeds(bench: Path | None) -> dict[str, tuple[float, float]]:
 def table(
     results: Annotated[Path, typer.Argument(help="results.jsonl of `run`")],
     out: Annotated[Path, typer.Option(help="folder for the table (markdown) and the pictures")],
-    bench: Annotated[Path | None, typer.Option(help="JSON of bench_model at 32K, for speed and memory")] = None,
+    bench: Annotated[str, typer.Option(help="JSON files of bench_model at 32K, for speed and memory; commas")] = "",
 ) -> None:
     """The gaps to plain LoRA as a table, and gap against speed as a picture."""
     summaries = summarise(read_results(results))
-    fast = speeds(bench)
+    fast = speeds([Path(name) for name in bench.split(",") if name])
     head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "no key", "1 key", "4 keys"]
     head += ["step", "memory"]
     head += ["32K, 8B: times faster", "memory"] if fast else []
@@ -601,10 +608,10 @@ def table(
             cells += [f"{x:.2f}" for x in fast[s.plan]] if s.plan in fast else ["", ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (out / f"{results.stem}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if fast:
-        plot(summaries, fast, out / "pareto.png")
+        plot(summaries, fast, out / f"{results.stem}.png")
 
 
 def plot(summaries: list[Summary], fast: dict[str, tuple[float, float]], path: Path) -> None:
