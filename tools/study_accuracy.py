@@ -53,6 +53,7 @@ DENSE = LemoConfig(attention=None, mlp=None)
 PASSAGE, KEY = 48, 16
 PROBES = (0, 1, 4)
 """Retrieval: tokens of a planted passage, how many of them ask for the rest, and how many passages are planted."""
+KEYS = tuple(f"keys-{keys}" for keys in PROBES)
 
 
 @dataclass(frozen=True)
@@ -480,7 +481,7 @@ def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
         "step_ms",
         "peak_gb",
     )
-    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in (f"keys-{keys}" for keys in PROBES)]
+    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in KEYS]
     print(
         *(f"{row[name]:.3f}" if isinstance(row[name], float) else row[name] for name in shown if name in row),
         *keys,
@@ -539,7 +540,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
 
         keys = {
             name: tuple(statistics.fmean(row[name][part] for row, _ in pairs) for part in ("nats", "right"))
-            for name in (f"keys-{keys}" for keys in PROBES)
+            for name in KEYS
+            if all(name in row for row, _ in pairs)
         }
         steps = [step for step, _ in pairs[0][0].get("curve", [])]
         curve = [(s, statistics.fmean(row["curve"][i][1] for row, _ in pairs)) for i, s in enumerate(steps)]
@@ -576,7 +578,10 @@ def speeds(benches: list[Path]) -> dict[str, tuple[float, float]]:
     result = {}
     for name, plan in PLANS.items():
         base = "lora" if plan.config is None and plan.rival is None and plan.tokens == 1 else name
-        faster, memory = measured.get(base.removesuffix("-finish"), (None, None))
+        variant = base.removesuffix("-finish")
+        # One choice a site or one a step: the cost is the same.
+        twin = variant.replace("exact-", "step-")
+        faster, memory = measured.get(variant, measured.get(twin, (None, None)))
         if faster is not None and memory is not None:
             share = (1 - plan.finish) / faster + plan.finish
             result[name] = (1 / (plan.steps * share), max(memory, 1.0 if plan.finish else 0.0))
@@ -601,7 +606,7 @@ def table(
         cells = [
             f"{s.context:,}", s.plan, len(s.gaps), f"{s.gap:+.2f}{spread} %", f"{statistics.fmean(s.last_gaps):+.2f} %",
             "" if s.sparse_gap is None else f"{s.sparse_gap:+.1f} %",
-            *(f"{nats:.2f} nats, {right:.0%}" for nats, right in s.keys.values()),
+            *(f"{s.keys[k][0]:.2f} nats, {s.keys[k][1]:.0%}" if k in s.keys else "" for k in KEYS),
             *("" if share is None else f"{share:.2f}" for share in (s.step, s.memory)),
         ]  # fmt: skip
         if fast:
