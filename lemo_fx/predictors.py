@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +30,10 @@ TENSORS = "predictors.safetensors"
 RECORD = "predictors.json"
 DTYPES = ("F32", "BF16", "F16", "I8")
 NAME = re.compile(r"layers\.\d+\.\w+\.(stand_in\.(down|up|bias)|predictor\.\w+)")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+"""What huggingface_hub raises: OSErrors, ValueErrors, and for a broken connection the error of its HTTP library, which
+differs by version and is a base of its own."""
 IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -163,14 +169,55 @@ class Predictors:
             for name in (TENSORS, RECORD):
                 os.replace(Path(scratch) / name, folder / name)
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, message: str = "Upload predictors"
+    ) -> str:
+        """Upload both files to a repository of the Hugging Face Hub, made if need be; returns the commit's URL.
+
+        Raises:
+            PredictorError: the hub refused, or cannot be reached.
+        """
+        api = HfApi(token=token)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            with tempfile.TemporaryDirectory() as scratch:
+                self.save(scratch)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message=message))
+        except HUB_ERRORS as error:
+            raise PredictorError(f"cannot push predictors to {repo_id}: {error}") from error
+
     @classmethod
-    def load(cls, folder: str | Path) -> Predictors:
-        """Read both files.
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Predictors:
+        """Read both files from a folder, or, if there is none of this name, from a repository "owner/name" of the hub.
+
+        Args:
+            revision, token, cache_dir, local_files_only: as for `huggingface_hub.snapshot_download`. With the last, or
+                HF_HUB_OFFLINE=1, only the local cache is looked into.
 
         Raises:
             PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists;
                 found out from the header, before any tensor is read.
         """
+        if not Path(folder).exists() and REPOSITORY.fullmatch(str(folder)):
+            try:
+                folder = snapshot_download(
+                    str(folder),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=[TENSORS, RECORD],
+                )
+            except HUB_ERRORS as error:
+                raise PredictorError(f"{folder} is neither a folder nor found on the hub: {error}") from error
         folder = Path(folder)
         try:
             record = json.loads((folder / RECORD).read_text())

@@ -2,9 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -332,6 +335,41 @@ def test_save_and_load(tmp_path):
     assert all(torch.equal(loaded.tensors[n], t) for n, t in predictors.tensors.items())
     assert loaded.record == predictors.record
     assert sum(loaded.predictor_bytes.values()) == sum(t.nbytes for t in predictors.tensors.values())
+
+
+def test_hub_push_and_load(tmp_path, monkeypatch):
+    """Against a local folder in the hub's place; no network."""
+    predictors = Predictors.random(tiny("llama"), CONFIG)
+    commit = "0" * 40
+    hub = tmp_path / "models--someone--predictors"
+
+    def upload(self, repo_id, folder_path, commit_message):
+        assert repo_id == "someone/predictors"
+        (hub / "refs").mkdir(parents=True)
+        (hub / "refs/main").write_text(commit)
+        shutil.copytree(folder_path, hub / "snapshots" / commit)
+        return f"https://huggingface.co/{repo_id}/commit/{commit}"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, private, exist_ok: RepoUrl(f"models/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert commit in predictors.push_to_hub("someone/predictors")
+    loaded = Predictors.load("someone/predictors", cache_dir=tmp_path, local_files_only=True)
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in predictors.tensors.items())
+    assert loaded.record == predictors.record
+
+
+def test_hub_errors_are_typed(tmp_path, monkeypatch):
+    with pytest.raises(PredictorError, match="neither a folder nor found"):
+        Predictors.load("someone/nothing", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(PredictorError, match="missing"):
+        Predictors.load(tmp_path / "nowhere")
+
+    def unreachable(*args, **kwargs):
+        raise HfHubHTTPError.__bases__[0]("no route")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    with pytest.raises(PredictorError, match="no route"):
+        Predictors.random(tiny("llama"), CONFIG).push_to_hub("someone/predictors")
 
 
 def edit_record(folder, **changes):
