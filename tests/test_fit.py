@@ -1,7 +1,9 @@
 """fit: true scores as targets, weights untouched, memory bounded, resumable."""
 
-import json
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ import torch
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, Predictors
 from lemo_fx.predictor_training import Recipe
-from tests.helpers.tiny import VOCABULARY, tiny, with_lora
+from tests.helpers.tiny import TOLERANCE, VOCABULARY, tiny, with_lora
 
+ROOT = Path(__file__).parent.parent
 CONFIG = LemoConfig(block_size=8, dense_layers=())
-RECIPE = Recipe(width=4, epochs=20)
+RECIPE = Recipe(width=4, mlp_width=4, epochs=7)
 
 
 def texts(count=12, length=64):
@@ -38,7 +41,7 @@ def test_fit_changes_no_weight_and_leaves_nothing_behind():
     assert all(predictors.has_predictor(i, "mlp") for i in range(2))
     record = predictors.record["training"]["layers.0.attention"]
     assert 0 <= record["recall"] <= 1
-    assert len(record["losses"]) == 20
+    assert len(record["losses"]) == 21
     assert record["heldout_losses"]
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     assert {s.score for s in lemo_fx.report(model).sites if s.eliminated != "dense"} == {"predicted"}
@@ -47,7 +50,7 @@ def test_fit_changes_no_weight_and_leaves_nothing_behind():
 @pytest.mark.parametrize("architecture", ["gpt_neox", "opt", "gemma3", "mixtral"])
 def test_fit_and_transform_other_architectures(architecture):
     model = with_lora(tiny(architecture))
-    predictors = fit(model, texts(3), recipe=Recipe(width=4, epochs=2))
+    predictors = fit(model, texts(3), recipe=Recipe(width=4, mlp_width=4, epochs=2))
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     model(input_ids=texts(1), labels=texts(1)).loss.backward()
 
@@ -58,17 +61,21 @@ def test_targets_are_the_true_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(fit_function_module(), "_trained", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sequences, folder=tmp_path)
-    profile = fit_function_module().Profile
     work = tmp_path / "unfinished"
-    found = profile(**json.loads((work / "profile.json").read_text())).blocks(work, "layers.0.attention", 32)
-    seen = []
-    config = LemoConfig(attention=Elimination(keep=1.0), mlp=None, block_size=8, dense_layers=(), active="always")
+    profile = fit_function_module().Profile.read(work, 0)
+    keep_all = Elimination(keep=1.0)
+    config = LemoConfig(attention=keep_all, mlp=keep_all, block_size=8, dense_layers=(), active="always")
     lemo_fx.transform(model, config)
-    part = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_score"))
-    part.register_forward_hook(lambda _, __, out: seen.append(out))
+    seen = {}
+    for kind in ("attention", "mlp"):
+        part = next(m for n, m in model.named_modules() if n.endswith(f"layers.1.lemo_{kind}_score"))
+        part.register_forward_hook(lambda _, __, out, kind=kind: seen.update({kind: out}))
     with torch.no_grad():
         model.eval()(input_ids=sequences)
-    torch.testing.assert_close(found.scores, seen[0], rtol=1e-4, atol=1e-5)
+    for kind, scores in seen.items():
+        found = profile.blocks(work, f"layers.1.{kind}", 8)
+        torch.testing.assert_close(found.block_scores, scores, **TOLERANCE["fp32"])
+        torch.testing.assert_close(found.stream.float().square().mean(-1), torch.ones(3, 64), **TOLERANCE["compiled"])
 
 
 def fit_function_module():
@@ -79,29 +86,55 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+DYING = """
+import os, signal, sys, torch
+import lemo_fx
+from lemo_fx.predictor_training import Recipe
+from tests.test_fit import CONFIG, RECIPE, fit_function_module
+from tests.helpers.tiny import tiny
+
+module, (victim, calls) = fit_function_module(), sys.argv[2:]
+real, left = getattr(module, victim), [int(calls)]
+
+def dying(*args, **kwargs):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return real(*args, **kwargs)
+
+setattr(module, victim, dying)
+sequences = torch.load(sys.argv[1] + "/sequences.pt")
+lemo_fx.fit(tiny("llama"), sequences, CONFIG, recipe=RECIPE, folder=sys.argv[1], progress=False)
+"""
+
+
 def test_a_killed_run_goes_on_from_its_last_finished_layer(tmp_path, monkeypatch):
+    """Killed by the system in the profiling pass, then again while training: no handler of Python's runs."""
     module = fit_function_module()
-    model, sequences = tiny("llama"), texts()
-    whole = fit(model, sequences)
-    trained, real = [], module.train
-
-    def dies_at_the_third(*args, **kwargs):
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        trained.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, "train", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, sequences, folder=tmp_path)
-    rest = []
+    sequences = texts()
+    torch.save(sequences, tmp_path / "sequences.pt")
+    whole = fit(tiny("llama"), sequences)
+    for victim, calls in (("_append", 9), ("train", 2)):
+        done = subprocess.run([sys.executable, "-c", DYING, tmp_path, victim, str(calls)], cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+    rest, real = [], module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: rest.append(1) or real(*a, **k))
-    monkeypatch.setattr(module, "_profile", stop)
-    again = fit(model, sequences, folder=tmp_path)
+    monkeypatch.setattr(module, "run_probes", stop)
+    again = fit(tiny("llama"), sequences, folder=tmp_path)
     assert len(rest) == 2
     assert all(torch.equal(again.tensors[name], value) for name, value in whole.tensors.items())
     assert not (tmp_path / "unfinished").exists()
     assert Predictors.load(tmp_path).tensors.keys() == whole.tensors.keys()
+
+
+def test_layers_in_groups_give_the_same(monkeypatch):
+    whole = fit(tiny("llama"), texts := torch.randint(3, VOCABULARY, (4, 64)))
+    monkeypatch.setattr(fit_function_module(), "SCRATCH", 1)
+    passes, real = [], fit_function_module().run_probes
+    monkeypatch.setattr(fit_function_module(), "run_probes", lambda *a: passes.append(a[2]) or real(*a))
+    parts = fit(tiny("llama"), texts)
+    assert passes == [[0], [1]]
+    assert all(torch.equal(parts.tensors[name], value) for name, value in whole.tensors.items())
 
 
 def test_other_arguments_do_not_resume(tmp_path, monkeypatch):
