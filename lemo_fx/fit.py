@@ -25,20 +25,13 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lemo_fx import install as installing
 from lemo_fx import parallel
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
-from lemo_fx.parts import ActivationScore, AttentionScore
-from lemo_fx.passes.checker import check
-from lemo_fx.passes.insert_probes import insert_probes
-from lemo_fx.passes.insert_scores import insert_scores
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
-from lemo_fx.sites import decoder_layers, find_sites, site_name
-from lemo_fx.transform import suspended
+from lemo_fx.probing import probe
+from lemo_fx.sites import decoder_layers
 
 SCRATCH = 16 << 30
 """Bytes of token streams that may lie in the folder at a time; those of one layer always may."""
@@ -72,6 +65,7 @@ class BranchStatistics(nn.Module):
         output: torch.Tensor,
         stream: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
+        mask: Any = None,
     ) -> None:
         """Note one forward pass: source [B, S, H] the branch's normed input, output [B, S, H] what it adds.
 
@@ -292,28 +286,29 @@ Track = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
 def run_probes(
     model: nn.Module, batches: list[torch.Tensor], layers: list[int], config: LemoConfig, work: Path, track: Track
 ) -> dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]]:
-    """Run the base model over the sequences with probes in some of its layers; the model is left as it was.
+    """Profile some of the base model's layers.
 
     Returns:
         By site: its probe, its kind where a predictor is to be trained (else None), and the sequences' lengths.
     """
     device = next(model.parameters()).device
-    was_training = [(module, module.training) for module in model.modules()]
-    lengths = [ids.shape[1] for ids in batches]
-    with suspended(model):
-        plans, probes = _probe_plans(model, layers, config, device, work, max(lengths))
-        installing.install(plans)
-        try:
-            model.eval()
-            with torch.no_grad():
-                for ids in track(batches):
-                    model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
-        finally:
-            for plan in plans:
-                installing.uninstall(plan.module)
-            for module, training in was_training:
-                module.training = training
-    return {site: (probe, kind, lengths) for site, (probe, kind) in probes.items()}
+    hidden, lengths = hidden_size(model), [ids.shape[1] for ids in batches]
+    probes: dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]] = {}
+
+    def choose(index: int, name: str, kind: SiteKind) -> tuple[nn.Module, int | None] | None:
+        elimination = config.site(kind)
+        if elimination is None:
+            return None
+        scored = elimination.score in ("auto", "predicted")
+        # An MLP's score is a maximum over tokens, whose own scores teach a predictor more.
+        per_score = config.block_size if kind == "attention" else 1
+        site = f"layers.{index}.{name}"
+        statistics = BranchStatistics(hidden, device, work / site, max(lengths), per_score)
+        probes[site] = (statistics, kind if scored else None, lengths)
+        return statistics, per_score if scored else None
+
+    probe(model, ({"input_ids": ids.to(device)} for ids in track(batches)), layers, choose)
+    return probes
 
 
 def _solve(
@@ -326,10 +321,10 @@ def _solve(
     """Solve the stand-ins and mark the profile as finished."""
     tensors: dict[str, torch.Tensor] = {}
     profile = Profile([], {})
-    for site, (probe, kind, lengths) in probes.items():
-        if probe.count == 0:
+    for site, (statistics, kind, lengths) in probes.items():
+        if statistics.count == 0:
             raise PredictorError(f"{site} saw no token: did the model run another path than its decoder layers?")
-        parts, share = probe.solve(rank, ridge)
+        parts, share = statistics.solve(rank, ridge)
         tensors.update({f"{site}.stand_in.{name}": value for name, value in parts.items()})
         profile.explained[site] = round(share, 4)
         profile.kinds[site] = kind
@@ -373,37 +368,3 @@ def _batches(sequences: Any) -> Iterator[torch.Tensor]:
         if tensor.dim() != 1 or tensor.is_floating_point() or tensor.numel() == 0:
             raise InputError("sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'")
         yield tensor.long()[None]
-
-
-def _probe_plans(
-    model: nn.Module, indices: list[int], config: LemoConfig, device: torch.device, work: Path, longest: int
-) -> tuple[list[installing.Plan], dict[str, tuple[BranchStatistics, SiteKind | None]]]:
-    plans, probes = [], {}
-    observing = LemoConfig(block_size=1, active="always")
-    layers = decoder_layers(model)
-    for index in indices:
-        name, layer = layers[index]
-        graph = capture(layer, ABSENT_IN_TRAINING)
-        sites, _ = find_sites(graph)
-        planned = [PlannedSite(site_name(s, sites), s, None) for s in sites if config.site(s.kind) is not None]
-        rewrite = LayerRewrite(layer, graph, planned)
-        for site in planned:
-            kind = site.site.kind
-            elimination = config.site(kind)
-            scored = elimination is not None and elimination.score in ("auto", "predicted")
-            # An MLP's score is a maximum over tokens, whose own scores teach a predictor more.
-            per_score = config.block_size if kind == "attention" else 1
-            key = f"layers.{index}.{site.name}"
-            probe = BranchStatistics(hidden_size(model), device, work / key, longest, per_score)
-            probes[key] = (probe, kind if scored else None)
-            rewrite.modules[f"lemo_{site.name}_probe"] = probe
-            if scored:
-                mixer = layer.get_submodule(str(site.site.mixer.target))
-                score = AttentionScore if kind == "attention" else ActivationScore
-                rewrite.modules[f"lemo_{site.name}_score"] = score(mixer, per_score)
-                site.treatment, site.score = "skip", "measured"
-        insert_scores(rewrite)
-        insert_probes(rewrite)
-        check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, []))
-    return plans, probes

@@ -23,6 +23,7 @@ class SiteReport:
         score: what ranks the blocks; budget: keep or threshold in force.
         kept_tokens, total_tokens: of the last forward pass that ran the rewritten graph; None before the first.
         note: what a reader should know.
+        recall: of a predicted score, where it was asked for: share of the blocks that the measured score keeps.
     """
 
     module: str
@@ -33,6 +34,7 @@ class SiteReport:
     kept_tokens: int | None
     total_tokens: int | None
     note: str
+    recall: float | None = None
 
     @property
     def kept_share(self) -> float | None:
@@ -55,10 +57,16 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("layer", "site", "eliminated tokens", "score", "budget", "kept in last step", "note")
+        judged = any(site.recall is not None for site in self.sites)
+        if judged:
+            table.add_column("recall")
         for site in self.sites:
             share = site.kept_share
             kept = "" if share is None else f"{site.kept_tokens} of {site.total_tokens} ({share:.0%})"
-            table.add_row(site.module, site.site, site.eliminated, site.score, site.budget, kept, site.note)
+            cells = [site.module, site.site, site.eliminated, site.score, site.budget, kept, site.note]
+            if judged:
+                cells.append("" if site.recall is None else f"{site.recall:.0%}")
+            table.add_row(*cells)
         yield table
         yield from self.notes
 

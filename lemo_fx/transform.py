@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
 
@@ -111,8 +111,13 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return found
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, recall: Mapping[str, Any] | None = None) -> Report:
     """What was rewritten, layer by layer, and what the last step kept.
+
+    Args:
+        recall: a batch, as `model(**recall)` takes it, on which predicted choices are compared with measured ones. It
+            costs a forward pass without elimination that measures the true scores of every predicted site, and what
+            the last step kept is then forgotten.
 
     Raises:
         NotTransformedError: the model was not transformed.
@@ -136,6 +141,11 @@ def report(model: nn.Module) -> Report:
                     note="; ".join(filter(None, [row["note"], "NaN among the last scores" if nan else ""])),
                 )
             )
+    if recall is not None:
+        from lemo_fx.probing import recalls  # it needs this module
+
+        found = recalls(model, recall)
+        rows = [dataclasses.replace(row, recall=found.get((row.module, row.site))) for row in rows]
     return Report(config=done.config, sites=rows, notes=list(done.notes))
 
 
