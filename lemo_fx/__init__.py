@@ -11,6 +11,7 @@ from lemo_fx.errors import (
     NotTransformedError,
     PredictorError,
     SelectionError,
+    StorageError,
     UnsupportedModelError,
 )
 from lemo_fx.fit import fit
@@ -31,6 +32,7 @@ __all__ = [
     "Predictors",
     "Report",
     "SelectionError",
+    "StorageError",
     "UnsupportedModelError",
     "__version__",
     "fit",
