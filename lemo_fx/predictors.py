@@ -279,7 +279,7 @@ class Predictors:
                 if digest is not None and _digest(path) != digest:
                     raise PredictorError(f"{path} is damaged, or not the one that {RECORD} was saved with")
                 return cls({name: file.get_tensor(name) for name in shapes}, record)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             if isinstance(error, PredictorError):
                 raise
             raise PredictorError(f"{path} is missing or damaged: {error}") from error
