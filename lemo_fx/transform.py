@@ -51,6 +51,9 @@ def transform(
     adapters, and before DDP or FSDP2's `fully_shard` or after them; after `fully_shard` every rank must call it, since
     planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing.
 
+    Threads: several may transform, run and revert models at a time, each its own. One model in two threads is not safe:
+    a step leaves its labels and choices on the model for its own layers and for the recompute in its backward.
+
     Args:
         model: a transformers causal language model, with or without PEFT adapters.
         config: what to eliminate; `LemoConfig()` if None.
