@@ -26,6 +26,8 @@ from lemo_fx.offload import offloading
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.passes.rewrite import LayerRewrite
 
+NO_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
+
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
@@ -57,6 +59,7 @@ class LayerSettings:
     attention_config: Any
     implementation: str | None
     layer_index: int
+    step: runtime.Step
 
     def _holds_a_past(self, cache: Any, length: int) -> bool:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
@@ -64,7 +67,7 @@ class LayerSettings:
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
-        if not (layer.training or self.config.active == "always"):
+        if self.step.dense or not (layer.training or self.config.active == "always"):
             return False
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
@@ -145,11 +148,11 @@ _classes: dict[tuple[type, tuple[str, ...], bool], type[nn.Module]] = {}
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
     """A GraphModule for reading and calling; it shares the live module's submodules."""
-    outlined = {name: build_module(_targets(module, body), body, name) for name, body in functions.items()}
-    return build_module({**_targets(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
+    outlined = {name: build_module(targets_of(module, body), body, name) for name, body in functions.items()}
+    return build_module({**targets_of(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
 
 
-def _targets(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def targets_of(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """What a graph calls or reads on the module, by name, besides the functions that are its own."""
     names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     return {name: functools.reduce(getattr, name.split("."), module) for name in names - set(besides)}
@@ -200,6 +203,11 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if vars(self)[STATE].settings.applies(self, args, kwargs):
             return graph_forward(self, *args, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
+            # the cache away from it.
+            kwargs.update({name: value for name, value in NO_CACHE.items() if name in kwargs})
+            return self._gradient_checkpointing_func(functools.partial(original, self, **kwargs), *args)
         return original(self, *args, **kwargs)
 
     return forward
@@ -244,7 +252,9 @@ class Plan:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[dict[str, Any]]) -> Plan:
+def layer_plan(
+    name: str, rewrite: LayerRewrite, config: LemoConfig, step: runtime.Step, rows: list[dict[str, Any]]
+) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
@@ -254,7 +264,7 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
     layer_index = getattr(attention, "layer_idx", None) or 0
-    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index)
+    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index, step)
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 

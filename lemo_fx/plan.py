@@ -139,7 +139,7 @@ def _plan_layer(
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
-    return layer_plan(name, rewrite, config, rows)
+    return layer_plan(name, rewrite, config, step, rows)
 
 
 _MEND = (
