@@ -162,7 +162,7 @@ def rewritten_class(
     original: type[nn.Module],
     compiled: dict[str, Callable],
     codes: tuple[str, ...],
-    make_forward: Callable[[Callable, Callable], Callable],
+    make_forward: Callable[[Callable, Callable], Any],
     offload: bool,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs this code: one per distinct code.
@@ -196,12 +196,21 @@ def call_offloading(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
 
 
+def settings_of(module: nn.Module) -> Any:
+    """A rewritten module's settings; None after `revert`, which a wrapper of its forward (accelerate's) may outlive."""
+    record: Installed | None = vars(module).get(STATE)
+    return None if record is None else record.settings
+
+
 def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     """The forward of a rewritten decoder layer."""
 
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if vars(self)[STATE].settings.applies(self, args, kwargs):
+        settings = settings_of(self)
+        if settings is None:
+            return original(self, *args, **kwargs)
+        if settings.applies(self, args, kwargs):
             return graph_forward(self, *args, **kwargs)
         if self.gradient_checkpointing and self.training:
             # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
@@ -213,30 +222,76 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     return forward
 
 
-def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
-    """The forward of a causal model with rewritten layers: tells them the labels, computes the loss in segments."""
+def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForward:
+    """The forward of a causal model with rewritten layers: computes the loss in segments."""
     graph_forward = can_return_tuple(graph_forward)
 
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        settings: HeadSettings = vars(self)[STATE].settings
+        settings = settings_of(self)
+        if settings is None:
+            return original(self, *args, **kwargs)
         settings.check(self, kwargs)
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        labels = given.get("labels")
-        settings.step.labels = labels
-        try:
-            if not settings.segments(self, labels, given):
-                return original(self, *args, **kwargs)
-            # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
-            if given.get("use_cache") is None and given.get("past_key_values") is None:
-                given["use_cache"] = False
-            if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
-                given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
-            return graph_forward(self, **given)
-        finally:
-            settings.step.labels = settings.step.scores = None
+        if not settings.segments(self, given.get("labels"), given):
+            return original(self, *args, **kwargs)
+        # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
+        if given.get("use_cache") is None and given.get("past_key_values") is None:
+            given["use_cache"] = False
+        if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
+            given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
+        return graph_forward(self, **given)
 
-    return forward
+    return HeadForward(forward)
+
+
+class HeadForward:
+    """The `forward` of a causal model's class, whose layers it tells the labels, whatever forward then runs.
+
+    Libraries put a forward of their own on the instance (TRL its fused head, accelerate its autocast), before or after
+    `transform`; an attribute of the class that takes precedence over the instance's sees to those calls as well.
+    """
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = telling_labels(forward)
+
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable:
+        if model is None:
+            return self.forward
+        own = vars(model).get("forward")
+        return (self.forward if own is None else telling_labels(_unbound(own))).__get__(model)
+
+    def __set__(self, model: nn.Module, forward: Callable) -> None:
+        vars(model)["forward"] = forward
+
+    def __delete__(self, model: nn.Module) -> None:
+        if vars(model).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+def _unbound(forward: Callable) -> Callable:
+    """A function of an instance's dict as one that takes the instance."""
+    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
+
+
+def telling_labels(forward: Callable) -> Callable:
+    """A causal model's forward whose rewritten layers know the batch's labels while it runs."""
+
+    @functools.wraps(forward)
+    def told(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None:
+            return forward(self, *args, **kwargs)
+        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        before = settings.step.labels
+        if given.get("labels") is not None:
+            settings.step.labels = given["labels"]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            settings.step.labels, settings.step.scores = before, None
+
+    return told
 
 
 @dataclass
@@ -295,7 +350,7 @@ def _install(plan: Plan) -> None:
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
     codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
     layer = isinstance(plan.settings, LayerSettings)
-    make = make_layer_forward if layer else make_head_forward
+    make: Callable = make_layer_forward if layer else make_head_forward
     module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
 
 

@@ -270,8 +270,7 @@ class SelectBlocks(nn.Module):
         if self.threshold is not None:
             tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
         else:
-            keep = (self.keep_numerator, self.keep_denominator)
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, keep)
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
 

@@ -47,12 +47,13 @@ def arguments(folder, **settings):
     return transformers.TrainingArguments(**(given | settings))
 
 
-def run(model, folder, config=None, resume=None, callbacks=(), data=None, **settings):
+def run(model, folder, config=None, resume=None, callbacks=(), data=None, collator=None, **settings):
     """Train a model, transformed by `config` unless that is None; returns the Trainer."""
     if config is not None:
         lemo_fx.transform(model, config)
     data = data or Rows()
-    trainer = transformers.Trainer(model, arguments(folder, **settings), train_dataset=data, eval_dataset=data)
+    given = arguments(folder, **settings)
+    trainer = transformers.Trainer(model, given, collator, train_dataset=data, eval_dataset=data)
     for callback in callbacks:
         trainer.add_callback(callback(trainer))
     trainer.train(resume_from_checkpoint=resume)
