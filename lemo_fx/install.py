@@ -143,7 +143,7 @@ class RewrittenClass(type):
         return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
 
 
-_classes: dict[tuple[type, tuple[str, ...], bool], type[nn.Module]] = {}
+_classes: dict[tuple[type, Callable, tuple[str, ...], bool], type[nn.Module]] = {}
 
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
@@ -172,7 +172,8 @@ def rewritten_class(
         make_forward: (original forward, graph forward) -> the forward to install.
         offload: what the module saves for the backward goes to the host.
     """
-    key = (original, codes, offload)
+    # Another library may give a class another forward between two transforms (Liger does).
+    key = (original, original.forward, codes, offload)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
@@ -231,7 +232,6 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
         settings = settings_of(self)
         if settings is None:
             return original(self, *args, **kwargs)
-        settings.check(self, kwargs)
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
         if not settings.segments(self, given.get("labels"), given):
             return original(self, *args, **kwargs)
@@ -246,7 +246,7 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
 
 
 class HeadForward:
-    """The `forward` of a causal model's class, whose layers it tells the labels, whatever forward then runs.
+    """The `forward` of a causal model's class: checks each call and tells the layers its labels, whatever then runs.
 
     Libraries put a forward of their own on the instance (TRL its fused head, accelerate its autocast), before or after
     `transform`; an attribute of the class that takes precedence over the instance's sees to those calls as well.
@@ -275,13 +275,14 @@ def _unbound(forward: Callable) -> Callable:
 
 
 def telling_labels(forward: Callable) -> Callable:
-    """A causal model's forward whose rewritten layers know the batch's labels while it runs."""
+    """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
 
     @functools.wraps(forward)
     def told(self, *args: Any, **kwargs: Any) -> Any:
         settings = settings_of(self)
         if settings is None:
             return forward(self, *args, **kwargs)
+        settings.check(self, kwargs)
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
         before = settings.step.labels
         if given.get("labels") is not None:

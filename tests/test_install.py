@@ -254,3 +254,12 @@ def test_a_forward_on_the_instance_does_not_hide_the_labels(lora, before):
     assert model(**inputs).logits is not None
     del head.forward
     assert model(**inputs).loss is not None
+
+
+def test_a_forward_that_its_class_got_since_is_the_one_that_runs(monkeypatch):
+    """Liger gives a class another forward; a model that was rewritten before must not hide it from the next."""
+    config = LemoConfig(attention=None, mlp=None, loss_segments=None)
+    lemo_fx.transform(tiny("llama"), config)
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: "another")
+    assert lemo_fx.transform(model, config)() == "another"
