@@ -1,5 +1,7 @@
 """Long-context fine-tuning with less memory and less time: LeMo's contextual token sparsity as torch.fx passes."""
 
+from typing import TYPE_CHECKING, Any
+
 from lemo_fx._version import __version__
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import (
@@ -16,14 +18,19 @@ from lemo_fx.errors import (
 from lemo_fx.fit import fit
 from lemo_fx.predictors import Predictors
 from lemo_fx.report import Report
-from lemo_fx.transform import graphs, report, revert, transform
+from lemo_fx.transform import graphs, report, revert, set_dense, transform
+
+if TYPE_CHECKING:
+    from lemo_fx.callback import DenseFinish, LemoCallback
 
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "DenseFinish",
     "Elimination",
     "GraphCheckError",
     "InputError",
+    "LemoCallback",
     "LemoConfig",
     "LemoError",
     "NotTransformedError",
@@ -37,5 +44,15 @@ __all__ = [
     "graphs",
     "report",
     "revert",
+    "set_dense",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer is slow to import, and not everyone trains with it.
+    if name in ("DenseFinish", "LemoCallback"):
+        from lemo_fx import callback
+
+        return getattr(callback, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,6 +37,7 @@ from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.predictor_training import Blocks, Recipe, recall, train
 from lemo_fx.predictors import Predictors, identity, predictor_width
+from lemo_fx.runtime import Step
 from lemo_fx.sites import decoder_layers, find_sites, site_name
 from lemo_fx.transform import suspended
 
@@ -377,5 +378,5 @@ def _probe_plans(
         insert_scores(rewrite)
         insert_probes(rewrite)
         check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, []))
+        plans.append(installing.layer_plan(name, rewrite, observing, Step(), []))
     return plans, probes

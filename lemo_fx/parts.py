@@ -263,6 +263,17 @@ class SelectBlocks(nn.Module):
             )
         return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
 
+    def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
+        scores = selection.balanced(scores) if self.balance else scores
+        labelled, length = runtime.labelled_tokens(self.step.labels, stream), stream.shape[1]
+        if self.threshold is not None:
+            tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
+        else:
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
+        kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
+        return kept.scatter_(1, tokens, True)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
         # The record is found by the address of the site's tensor, which changes here.
         forget(self.site)

@@ -139,7 +139,7 @@ def _plan_layer(
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
-    return layer_plan(name, rewrite, config, rows)
+    return layer_plan(name, rewrite, config, step, rows)
 
 
 _MEND = (
@@ -297,6 +297,8 @@ def _segmented(
     unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
     if config.loss_segments is None:
         return *unchanged, "loss_segments=None"
+    if "forward" in vars(head):
+        return *unchanged, "another library (TRL, Liger, accelerate) put a forward of its own on the model"
     globals_of = vars(inspect.getmodule(inspect.unwrap(type(head).forward)))
     slicer = globals_of.get("slice_logits_to_keep")
     loss_function: Any = head.loss_function

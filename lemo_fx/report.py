@@ -22,6 +22,7 @@ class SiteReport:
         eliminated: treatment of the eliminated tokens, or "dense".
         score: what ranks the blocks; budget: keep or threshold in force.
         kept_tokens, total_tokens: of the last forward pass that ran the rewritten graph; None before the first.
+        recall: share of the tokens that the measured scores would keep and the predictor keeps; None unless asked for.
         note: what a reader should know.
     """
 
@@ -32,6 +33,7 @@ class SiteReport:
     budget: str
     kept_tokens: int | None
     total_tokens: int | None
+    recall: float | None
     note: str
 
     @property
@@ -42,24 +44,34 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a transformed model, the plan, and what was refused or left alone, with the reason."""
+    """All sites of a transformed model, the plan, and what was refused or left alone, with the reason.
+
+    Attributes:
+        dense: whether every layer runs its original code for now, see `lemo_fx.set_dense`.
+    """
 
     config: LemoConfig
     sites: list[SiteReport]
     notes: list[str]
+    dense: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types throughout, ready for JSON."""
         sites = [{**dataclasses.asdict(site), "kept_share": site.kept_share} for site in self.sites]
-        return {"config": dataclasses.asdict(self.config), "sites": sites, "notes": self.notes}
+        return {"config": dataclasses.asdict(self.config), "sites": sites, "notes": self.notes, "dense": self.dense}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("layer", "site", "eliminated tokens", "score", "budget", "kept in last step", "note")
+        asked = any(site.recall is not None for site in self.sites)
+        columns = ["layer", "site", "eliminated tokens", "score", "budget", "kept in last step"]
+        table = Table(*columns, *(["recall"] if asked else []), "note")
         for site in self.sites:
             share = site.kept_share
             kept = "" if share is None else f"{site.kept_tokens} of {site.total_tokens} ({share:.0%})"
-            table.add_row(site.module, site.site, site.eliminated, site.score, site.budget, kept, site.note)
+            recall = ["" if site.recall is None else f"{site.recall:.0%}"] if asked else []
+            table.add_row(site.module, site.site, site.eliminated, site.score, site.budget, kept, *recall, site.note)
         yield table
+        if self.dense:
+            yield "every layer runs its original code for now (set_dense)"
         yield from self.notes
 
     def __str__(self) -> str:

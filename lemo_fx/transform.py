@@ -1,12 +1,12 @@
-"""The public verbs: `transform`, `revert`, `graphs`, `report`."""
+"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
 
@@ -15,6 +15,7 @@ from lemo_fx.errors import ConfigError, NotTransformedError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.plan import make_plans
+from lemo_fx.recall import measure_recall
 from lemo_fx.report import Report, SiteReport
 from lemo_fx.sites import causal_model
 
@@ -111,13 +112,19 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return found
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> Report:
     """What was rewritten, layer by layer, and what the last step kept.
+
+    Args:
+        recall_on: a batch (keyword arguments of the model) on which to measure, too, how many of the blocks that the
+            true scores would keep the predictors keep, see `lemo_fx.recall`. Costs a forward.
 
     Raises:
         NotTransformedError: the model was not transformed.
     """
     done = _transformation(model)
+    layers = {plan.name: plan.module for plan in done.plans}
+    recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
     for plan in done.plans:
         for row in plan.rows:
@@ -133,10 +140,26 @@ def report(model: nn.Module) -> Report:
                     budget=row["budget"],
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
+                    recall=recalls.get((plan.name, row["site"])),
                     note="; ".join(filter(None, [row["note"], "NaN among the last scores" if nan else ""])),
                 )
             )
-    return Report(config=done.config, sites=rows, notes=list(done.notes))
+    dense = any(plan.settings.step.dense for plan in done.plans)
+    return Report(config=done.config, sites=rows, notes=list(done.notes), dense=dense)
+
+
+def set_dense(model: Model, dense: bool = True) -> Model:
+    """Let the layers run their original code in training too, until told otherwise; the loss stays segmented.
+
+    Call it between steps: `lemo_fx.set_dense(model, step >= 0.85 * steps)` trains the last 15 % densely.
+    `lemo_fx.transform` with another plan starts sparse again.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+    """
+    for plan in _transformation(model).plans:
+        plan.settings.step.dense = dense
+    return model
 
 
 @contextmanager
