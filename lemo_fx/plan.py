@@ -181,9 +181,11 @@ def _plan_site(
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":
-        trained = predictors is not None and predictors.has_predictor(index, planned.name)
-        untrained = "step" if elimination.eliminated == "exact" else "measured"
-        score = "predicted" if trained else untrained
+        if predictors is not None and predictors.has_predictor(index, planned.name):
+            score = "predicted"
+        else:
+            # A threshold is one on informativeness.
+            score = "step" if elimination.eliminated == "exact" and elimination.threshold is None else "measured"
     if score == "predicted" and predictors is None:
         raise PredictorError(
             f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "

@@ -93,10 +93,10 @@ def test_nothing_to_log_is_an_error(tmp_path):
 def test_recall_equals_the_overlap_of_two_models_choices(predictors, keep, padding):
     """`exact` leaves the stream as it is, so that a second model's measured choices are the true ones."""
     inputs = batch(2, 125, padding=padding)
-    config = plan(**({"keep": None} | keep), eliminated="exact")
-    model = lemo_fx.transform(tiny("llama"), config, predictors=predictors)
+    settings = {"keep": None} | keep | {"eliminated": "exact"}
+    model = lemo_fx.transform(tiny("llama"), plan(**settings), predictors=predictors)
     chosen = []
-    for one in (model, lemo_fx.transform(tiny("llama"), config)):
+    for one in (model, lemo_fx.transform(tiny("llama"), plan(**settings, score="measured"))):
         with Recorder(one) as seen:
             one(**inputs)
         chosen.append([set_of(tokens[0], inputs.get("attention_mask")) for tokens in seen.tokens.values()])
