@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.parts import PredictedScore, StandIn
 from lemo_fx.predictor_training import Recipe, random_weights
@@ -100,6 +100,31 @@ class Predictors:
                 "and its score is 'auto' or 'predicted'"
             )
         return PredictedScore(weights, int(self.record["block_size"]))
+
+    def thresholds(self, kind: SiteKind) -> tuple[float, ...]:
+        """One threshold per decoder layer, for `Elimination(threshold=...)`; 0 in layers that were dense.
+
+        They are of predicted scores of sequences as long as `record["tuning"]["length"]`.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "threshold", 0.0)
+
+    def budgets(self, kind: SiteKind) -> tuple[float, ...]:
+        """One kept share per decoder layer, for `Elimination(keep=...)`; 1 in layers that were dense.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "keep", 1.0)
+
+    def _tuned(self, kind: SiteKind, name: str, otherwise: float) -> tuple[float, ...]:
+        sites = self.record.get("tuning", {}).get("sites", {})
+        found = {int(site.split(".")[1]): facts[name] for site, facts in sites.items() if site.endswith(f".{kind}")}
+        if not found:
+            raise PredictorError(f"no thresholds were set for {kind}: lemo_fx.fit(model, sequences, thresholds=True)")
+        return tuple(found.get(layer, otherwise) for layer in range(int(self.record["layers"])))
 
     @property
     def predictor_bytes(self) -> dict[str, int]:
