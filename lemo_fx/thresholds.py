@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class Tuning:
                 hook.remove()
         return {key: torch.cat(scores).sort().values for key, scores in seen.items()}
 
-    def loss(self, thresholds: dict[Key, float]) -> tuple[float, dict[Key, float]]:
-        """(held-out loss, kept share by layer and kind) of the sparse forward under thresholds."""
+    def loss(self, thresholds: Mapping[Key, float | None]) -> tuple[float, dict[Key, float]]:
+        """(held-out loss, kept share by layer and kind) of the sparse forward under thresholds; None for a budget."""
         for key, parts in self.selects.items():
             for part in parts:
                 part.threshold = thresholds[key]
