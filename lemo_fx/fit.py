@@ -1,65 +1,64 @@
 """Offline fitting on the frozen base model: a profiling pass over sequences, then a solution per site.
 
-Stand-ins are solved in closed form from second moments; pattern predictors are trained on pooled blocks and true scores
-that the profiling pass leaves in a folder, one site at a time.
+Stand-ins are solved in closed form from second moments; pattern predictors are trained on token streams and true scores
+that the profiling pass leaves in a folder, one site at a time. Layers are profiled in groups whose streams fit in
+`SCRATCH` bytes of disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lemo_fx import install as installing
-from lemo_fx import parallel, prediction
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx import parallel
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
-from lemo_fx.parts import ActivationScore, AttentionScore
-from lemo_fx.passes.checker import check
-from lemo_fx.passes.insert_probes import insert_probes
-from lemo_fx.passes.insert_scores import insert_scores
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
-from lemo_fx.predictor_training import Blocks, Recipe, recall, train
-from lemo_fx.predictors import Predictors, identity, predictor_width
-from lemo_fx.runtime import Step
-from lemo_fx.sites import decoder_layers, find_sites, site_name
-from lemo_fx.transform import suspended
+from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
+from lemo_fx.predictors import Predictors, hidden_size, identity
+from lemo_fx.probing import probe
+from lemo_fx.sites import decoder_layers
+from lemo_fx.thresholds import tune
+
+SCRATCH = 16 << 30
+"""Bytes of token streams that may lie in the folder at a time; those of one layer always may."""
 
 
 class BranchStatistics(nn.Module):
-    """A probe: sums up second moments of a branch's input and output, and writes scored blocks to a file.
+    """A probe: sums up second moments of a branch's input and output, and writes scored streams to files.
 
-    Memory is that of two [H, H] matrices, whatever the length of the sequences. Per block of tokens the files get the
-    representative embedding in half precision and the true score.
+    Memory is that of two [H, H] matrices, whatever the length of the sequences. The files get every token of the stream
+    in half precision, scaled to unit mean square, and the true scores; both padded to the longest sequence.
 
     Args:
         path: of the files, without their endings; written to where the probe is given scores.
+        longest: tokens of the longest sequence; per_score: tokens that one score is for.
     """
 
-    def __init__(self, hidden: int, device: torch.device, path: Path, block_size: int) -> None:
+    def __init__(self, hidden: int, device: torch.device, path: Path, longest: int, per_score: int) -> None:
         super().__init__()
-        self.path = path
-        self.block_size = block_size
+        self.stream_file, self.score_file = _files(path)
+        self.longest, self.per_score = longest, per_score
         self.count = 0
         self.sums = [torch.zeros(hidden, dtype=torch.float64, device=device) for _ in range(2)]
         self.products = [torch.zeros(hidden, hidden, dtype=torch.float32, device=device) for _ in range(2)]
         self.square = torch.zeros((), dtype=torch.float64, device=device)
+        for file in _files(path):
+            file.unlink(missing_ok=True)
 
     def forward(
         self,
@@ -67,6 +66,7 @@ class BranchStatistics(nn.Module):
         output: torch.Tensor,
         stream: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
+        mask: Any = None,
     ) -> None:
         """Note one forward pass: source [B, S, H] the branch's normed input, output [B, S, H] what it adds.
 
@@ -74,9 +74,10 @@ class BranchStatistics(nn.Module):
             stream: [1, S, H] the residual stream that the branch reads; scores: [1, n] true informativeness.
         """
         if stream is not None and scores is not None:
-            blocks = prediction.represent(stream, None, self.block_size)[0].half().cpu()
-            _append(self.path.with_name(self.path.name + ".blocks"), blocks)
-            _append(self.path.with_name(self.path.name + ".scores"), scores[0].float().cpu())
+            tokens = stream[0].float()
+            tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6)
+            _append(self.stream_file, tokens.half().cpu(), self.longest)
+            _append(self.score_file, scores[0].float().cpu(), -(-self.longest // self.per_score))
         x, y = source.detach().flatten(0, -2).float(), output.detach().flatten(0, -2).float()
         self.count += x.shape[0]
         self.sums[0] += x.sum(0)
@@ -112,9 +113,16 @@ class BranchStatistics(nn.Module):
         return {name: value.float().contiguous().cpu() for name, value in parts.items()}, explained
 
 
-def _append(path: Path, values: torch.Tensor) -> None:
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(path.name + ".stream"), path.with_name(path.name + ".scores")
+
+
+def _append(path: Path, values: torch.Tensor, rows: int) -> None:
+    """Write values, followed by zeros up to a number of rows."""
+    padded = values.new_zeros(rows, *values.shape[1:])
+    padded[: len(values)] = values
     with path.open("ab") as file:
-        values.contiguous().numpy().tofile(file)
+        padded.numpy().tofile(file)
 
 
 def fit(
@@ -125,6 +133,7 @@ def fit(
     rank: int | None = None,
     ridge: float = 1e-3,
     recipe: Recipe | None = None,
+    thresholds: bool = False,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Predictors:
@@ -141,9 +150,13 @@ def fit(
         config: which sites are sparse; `LemoConfig()` if None.
         rank: of the stand-in maps; an eighth of the hidden size if None.
         ridge: regularisation of the maps, as a share of the mean variance of the input.
-        recipe: how predictors are trained; `Recipe(width=predictor_width(hidden))` if None.
-        folder: keep intermediate results here, about 2 H bytes per block and site: a killed run that is started again
-            with the same arguments goes on after its last finished layer. The result is saved here too.
+        recipe: how predictors are trained; `Recipe()` if None.
+        thresholds: also run LeMo's Algorithm 1 on the sequences that are kept from training: a threshold and a budget
+            for every layer, for `Predictors.thresholds` and `.budgets`, at the mean share that the config's `keep`
+            gives. Costs six sparse forward passes of these sequences per sparse site.
+        folder: keep intermediate results here: a killed run that is started again with the same arguments goes on after
+            its last finished layer. The result is saved here too. Without one, a temporary folder is used. It needs up
+            to `SCRATCH` bytes, or 4 H bytes a token if that is more.
         progress: show a progress bar.
 
     Raises:
@@ -166,81 +179,99 @@ def fit(
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank} must be at least 1")
-    hidden = _hidden_size(model)
-    recipe = Recipe(width=predictor_width(hidden)) if recipe is None else recipe
+    recipe = Recipe() if recipe is None else recipe
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    hidden = hidden_size(model)
     with contextlib.ExitStack() as stack, Progress(disable=not progress, transient=True) as bar:
         scratch = Path(folder) if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work = scratch / "unfinished"
-        key = _key(model, batches, config, rank, ridge)
-        profile = Profile.read(work, key)
-        if profile is None:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            probes = _profile(model, batches, layers, config, work, bar)
-            profile = _solve(probes, work, key, rank or max(1, hidden // 8), ridge)
-        tensors = dict(load_file(work / "stand_ins.safetensors"))
+        _prepare(work, _key(model, batches, config, rank, ridge, recipe))
+        sparse = [i for i in range(len(layers)) if not config.is_dense(i, len(layers))]
+        longest = max(ids.shape[1] for ids in batches)
+        at_a_time = max(1, SCRATCH // (4 * hidden * longest * len(batches)))
+        groups = [sparse[start : start + at_a_time] for start in range(0, len(sparse), at_a_time)]
+        tensors: dict[str, torch.Tensor] = {}
         training: dict[str, Any] = {}
-        names = [site for site, kind in profile.kinds.items() if kind]
-        for site in bar.track(names, description="training predictors"):
-            weights, facts = _trained(work, site, profile, hidden, recipe)
-            tensors.update({f"{site}.predictor.{name}": value for name, value in weights.items()})
-            training[site] = facts
+        explained: dict[str, float] = {}
+        for number, group in enumerate(groups):
+            profile = Profile.read(work, group[0])
+            if profile is None:
+                what = f"profiling the base model, part {number + 1} of {len(groups)}"
+                track = functools.partial(bar.track, description=what)
+                probes = run_probes(model, batches, group, config, work, track)
+                profile = _solve(probes, work, group[0], rank or max(1, hidden // 8), ridge)
+            tensors.update(load_file(work / f"stand_ins.{group[0]}.safetensors"))
+            explained.update(profile.explained)
+            names = [site for site, kind in profile.kinds.items() if kind]
+            for site in bar.track(names, description=f"training predictors, part {number + 1} of {len(groups)}"):
+                weights, facts = _trained(work, site, profile, config.block_size, recipe, model)
+                tensors.update({f"{site}.predictor.{name}": value for name, value in weights.items()})
+                training[site] = facts
         record = {
-            **identity(base, hidden, len(layers), config.block_size),
+            **identity(model, len(layers), config.block_size),
             "tokens": sum(ids.numel() for ids in batches),
             "ridge": ridge,
-            "explained_variance": profile.explained,
+            "explained_variance": explained,
             "recipe": vars(recipe),
             "training": training,
             "date": datetime.date.today().isoformat(),
         }
         predictors = Predictors(tensors, record)
+        if thresholds:
+            # Any one sequence where none was kept from training.
+            heldout = batches[len(batches) - max(1, len(batches) // 10) :]
+            done = bar.add_task("setting thresholds", total=None)
+            tuned = tune(model, heldout, config, predictors, lambda: bar.advance(done))
+            predictors = Predictors(tensors, {**record, "tuning": tuned})
         if folder:
             predictors.save(folder)
             shutil.rmtree(work)
     return predictors
 
 
+def _prepare(work: Path, key: str) -> None:
+    """An empty folder, or the one that a killed run with the same key left."""
+    note = work / "key"
+    if note.exists() and note.read_text() == key:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    _write_text(note, key)
+
+
 @dataclass
 class Profile:
-    """What a finished profiling pass left in its folder.
+    """What a finished profiling pass over a group of layers left in its folder.
 
     Attributes:
-        key: of the arguments it was made from.
-        lengths: blocks per sequence.
+        lengths: tokens of each sequence.
         kinds: by site ("layers.<index>.<site>"): its kind where a predictor is to be trained, else None.
         explained: share of each branch's variance that its stand-in explains.
     """
 
-    key: str
     lengths: list[int]
     kinds: dict[str, SiteKind | None]
     explained: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, work: Path, key: str) -> Profile | None:
-        """The profile in this folder; None where there is none, or it was made from other arguments."""
+    def read(cls, work: Path, first: int) -> Profile | None:
+        """The profile of the group that begins with this layer; None where it was not finished."""
         try:
-            found = cls(**json.loads((work / "profile.json").read_text()))
+            return cls(**json.loads((work / f"profile.{first}.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
-        return found if found.key == key else None
 
-    def blocks(self, work: Path, site: str, hidden: int) -> Blocks:
-        """A site's scored blocks."""
-        embeddings = torch.from_numpy(np.fromfile(work / f"{site}.blocks", np.float16)).view(-1, hidden)
-        scores = torch.from_numpy(np.fromfile(work / f"{site}.scores", np.float32))
-        longest = max(self.lengths)
-        real = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
-        padded = Blocks(
-            torch.zeros(len(self.lengths), longest, hidden, dtype=torch.float16), torch.zeros(real.shape), real
+    def blocks(self, work: Path, site: str, block_size: int) -> Blocks:
+        """A site's scored streams, mapped from their files."""
+        stream, scores = (
+            torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)
+            for file, dtype in zip(_files(work / site), (torch.float16, torch.float32), strict=True)
         )
-        padded.representations[real], padded.scores[real] = embeddings, scores
-        return padded
+        count, longest = len(self.lengths), max(self.lengths)
+        valid = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
+        return Blocks(stream.view(count, longest, -1), scores.view(count, -1), valid, block_size)
 
 
 def _key(model: nn.Module, batches: list[torch.Tensor], config: LemoConfig, *settings: Any) -> str:
@@ -260,83 +291,83 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _profile(
-    model: nn.Module,
-    batches: list[torch.Tensor],
-    layers: list[tuple[str, nn.Module]],
-    config: LemoConfig,
-    work: Path,
-    bar: Progress,
+Track = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+
+
+def run_probes(
+    model: nn.Module, batches: list[torch.Tensor], layers: list[int], config: LemoConfig, work: Path, track: Track
 ) -> dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]]:
+    """Profile some of the base model's layers.
+
+    Returns:
+        By site: its probe, its kind where a predictor is to be trained (else None), and the sequences' lengths.
+    """
     device = next(model.parameters()).device
-    was_training = [(module, module.training) for module in model.modules()]
-    with suspended(model):
-        plans, probes = _probe_plans(model, layers, config, device, work)
-        installing.install(plans)
-        try:
-            model.eval()
-            with torch.no_grad():
-                for ids in bar.track(batches, description="profiling the base model"):
-                    model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
-        finally:
-            for plan in plans:
-                installing.uninstall(plan.module)
-            for module, training in was_training:
-                module.training = training
-    lengths = [math.ceil(ids.shape[1] / config.block_size) for ids in batches]
-    return {site: (probe, kind, lengths) for site, (probe, kind) in probes.items()}
+    hidden, lengths = hidden_size(model), [ids.shape[1] for ids in batches]
+    probes: dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]] = {}
+
+    def choose(index: int, name: str, kind: SiteKind) -> tuple[nn.Module, int | None] | None:
+        elimination = config.site(kind)
+        if elimination is None:
+            return None
+        scored = elimination.score in ("auto", "predicted")
+        # An MLP's score is a maximum over tokens, whose own scores teach a predictor more.
+        per_score = config.block_size if kind == "attention" else 1
+        site = f"layers.{index}.{name}"
+        statistics = BranchStatistics(hidden, device, work / site, max(lengths), per_score)
+        probes[site] = (statistics, kind if scored else None, lengths)
+        return statistics, per_score if scored else None
+
+    probe(model, ({"input_ids": ids.to(device)} for ids in track(batches)), layers, choose)
+    return probes
 
 
 def _solve(
     probes: dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]],
     work: Path,
-    key: str,
+    first: int,
     rank: int,
     ridge: float,
 ) -> Profile:
     """Solve the stand-ins and mark the profile as finished."""
     tensors: dict[str, torch.Tensor] = {}
-    profile = Profile(key, [], {})
-    for site, (probe, kind, lengths) in probes.items():
-        if probe.count == 0:
+    profile = Profile([], {})
+    for site, (statistics, kind, lengths) in probes.items():
+        if statistics.count == 0:
             raise PredictorError(f"{site} saw no token: did the model run another path than its decoder layers?")
-        parts, share = probe.solve(rank, ridge)
+        parts, share = statistics.solve(rank, ridge)
         tensors.update({f"{site}.stand_in.{name}": value for name, value in parts.items()})
         profile.explained[site] = round(share, 4)
         profile.kinds[site] = kind
         profile.lengths = lengths
-    save_file(tensors, work / "stand_ins.safetensors")
-    _write_text(work / "profile.json", json.dumps(vars(profile)))
+    save_file(tensors, work / f"stand_ins.{first}.safetensors")
+    _write_text(work / f"profile.{first}.json", json.dumps(vars(profile)))
     return profile
 
 
 def _trained(
-    work: Path, site: str, profile: Profile, hidden: int, recipe: Recipe
+    work: Path, site: str, profile: Profile, block_size: int, recipe: Recipe, model: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A site's predictor: read back where an earlier run finished it, else trained and written."""
     kind = profile.kinds[site]
     assert kind is not None
     weights_file, record_file = work / f"{site}.safetensors", work / f"{site}.json"
     if record_file.exists():
-        found = json.loads(record_file.read_text())
-        if found["recipe"] == vars(recipe):
-            return load_file(weights_file), found["facts"]
-    blocks = profile.blocks(work, site, hidden)
+        return load_file(weights_file), json.loads(record_file.read_text())
+    blocks = profile.blocks(work, site, block_size)
     count = len(blocks) // 10
     heldout = blocks[len(blocks) - count :] if count else None
-    trained = train(kind, blocks[: len(blocks) - count], recipe, heldout)
+    device = next(model.parameters()).device
+    trained = train(kind, blocks[: len(blocks) - count], recipe, heldout, device)
     facts = trained.record
     if heldout is not None:
-        predicted = prediction.scores(trained.weights, heldout.representations.float(), heldout.real)
-        facts["recall"] = round(recall(predicted, heldout.scores, heldout.real, 0.4), 4)
+        predicted = predict(trained.weights, heldout, device)
+        facts["recall"] = round(recall(predicted, heldout.block_scores, heldout.real, 0.4), 4)
     save_file(trained.weights, weights_file)
-    _write_text(record_file, json.dumps({"recipe": vars(recipe), "facts": facts}))
+    _write_text(record_file, json.dumps(facts))
+    for file in _files(work / site):
+        file.unlink()
     return trained.weights, facts
-
-
-def _hidden_size(model: nn.Module) -> int:
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.weight.shape[1])
 
 
 def _batches(sequences: Any) -> Iterator[torch.Tensor]:
@@ -348,35 +379,3 @@ def _batches(sequences: Any) -> Iterator[torch.Tensor]:
         if tensor.dim() != 1 or tensor.is_floating_point() or tensor.numel() == 0:
             raise InputError("sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'")
         yield tensor.long()[None]
-
-
-def _probe_plans(
-    model: nn.Module, layers: list[tuple[str, nn.Module]], config: LemoConfig, device: torch.device, work: Path
-) -> tuple[list[installing.Plan], dict[str, tuple[BranchStatistics, SiteKind | None]]]:
-    plans, probes = [], {}
-    observing = LemoConfig(block_size=1, active="always")
-    for index, (name, layer) in enumerate(layers):
-        if config.is_dense(index, len(layers)):
-            continue
-        graph = capture(layer, ABSENT_IN_TRAINING)
-        sites, _ = find_sites(graph)
-        planned = [PlannedSite(site_name(s, sites), s, None) for s in sites if config.site(s.kind) is not None]
-        rewrite = LayerRewrite(layer, graph, planned)
-        for site in planned:
-            kind = site.site.kind
-            elimination = config.site(kind)
-            scored = elimination is not None and elimination.score in ("auto", "predicted")
-            key = f"layers.{index}.{site.name}"
-            probe = BranchStatistics(_hidden_size(model), device, work / key, config.block_size)
-            probes[key] = (probe, kind if scored else None)
-            rewrite.modules[f"lemo_{site.name}_probe"] = probe
-            if scored:
-                mixer = layer.get_submodule(str(site.site.mixer.target))
-                score = AttentionScore if kind == "attention" else ActivationScore
-                rewrite.modules[f"lemo_{site.name}_score"] = score(mixer, config.block_size)
-                site.treatment, site.score = "skip", "measured"
-        insert_scores(rewrite)
-        insert_probes(rewrite)
-        check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, Step(), []))
-    return plans, probes

@@ -83,7 +83,13 @@ class AttentionScore(nn.Module):
             kwargs["attention_mask"] = runtime.square_mask(mask, hidden)
         elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             kwargs["attention_mask"] = None
-            kwargs["lemo_documents"] = self._documents(mask, hidden, kwargs)
+            documents = None
+            if self.attention_config._attn_implementation not in runtime.MASKED_IMPLEMENTATIONS:
+                documents = runtime.told_documents(hidden, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+            if mask is not None:
+                zeros = torch.zeros_like(mask, dtype=torch.int64) if documents is None else documents
+                documents = torch.where(mask.bool(), zeros, -1)
+            kwargs["lemo_documents"] = documents
         scores = _without_dropout(self.twin[0], *args, **kwargs)[1]
         if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
             raise LemoError(
@@ -91,21 +97,6 @@ class AttentionScore(nn.Module):
                 "present settings, so its Q and K cannot be measured; use score='random', or predictors"
             )
         return scores
-
-    def _documents(self, mask: torch.Tensor | None, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        """[B, S] document numbers where padding or documents do not reach the attention as a square mask."""
-        documents = None
-        if self.attention_config._attn_implementation not in runtime.MASKED_IMPLEMENTATIONS:
-            if isinstance(kwargs.get("cu_seq_lens_q"), torch.Tensor):
-                ends = kwargs["cu_seq_lens_q"][1:].long().contiguous()
-                position = torch.arange(hidden.shape[1], device=hidden.device)
-                documents = torch.searchsorted(ends, position, right=True)[None]
-            elif isinstance(kwargs.get("position_ids"), torch.Tensor):
-                documents = runtime.document_ids(kwargs["position_ids"])
-        if mask is not None:
-            zeros = torch.zeros_like(mask, dtype=torch.int64) if documents is None else documents
-            documents = torch.where(mask.bool(), zeros, -1)
-        return documents
 
 
 class ActivationScore(nn.Module):
@@ -169,16 +160,33 @@ class PredictedScore(nn.Module):
         for name, value in weights.items():
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
-        """The residual stream [B, S, H] that the branch reads, and the layer's mask -> scores [B, n] float32."""
+    def forward(
+        self,
+        stream: torch.Tensor,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        others: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The residual stream [B, S, H] that the branch reads, and the layer's mask -> scores [B, n] float32.
+
+        Args:
+            position_ids, others: the layer's arguments of this name and its further keyword arguments, given where its
+                attention learns of documents from them instead of from the mask.
+        """
         stream = stream.detach()
         valid = runtime.valid_tokens(attention_mask, stream)
-        real = None if valid is None else selection.block_any(valid, self.block_size)
-        blocks = prediction.represent(stream, valid, self.block_size)
+        pairs = None
+        if "distance" in self.names:
+            others = others or {}
+            positions = others.get("position_ids") if position_ids is None else position_ids
+            documents = None
+            if positions is not None or others:
+                documents = runtime.told_documents(stream, positions, others.get("cu_seq_lens_q"))
+            pairs = runtime.block_pairs(attention_mask, documents, stream, self.block_size)
         weights = {name: getattr(self, name) for name in self.names}
         # Half precision would tie scores that differ: a sum over query blocks needs more digits than its terms.
         with torch.autocast(stream.device.type, enabled=False):
-            return prediction.scores(weights, blocks, real)
+            return prediction.scores(weights, stream, self.block_size, valid, pairs)
 
     @property
     def bytes(self) -> int:

@@ -1,9 +1,10 @@
 """The pattern predictors' arithmetic (LeMo section 4.2), shared by training and by the part that a layer carries.
 
 A predictor is a dict of tensors. For attention T = 2 networks (for Q and for K), for an MLP T = 1:
-    first [T, H, w], first_bias [T, w], second [T, w, v], second_bias [T, v], third [T, v, d]: low-rank, ReLU between;
+    first [T, H, w] int8 (or floating, while training), first_bias [T, w], second [T, w, v], second_bias [T, v],
+        third [T, v, d]: three low-rank matrices with ReLU between, which read every token;
     distance [len(DECAYS)] (attention): what a pair of blocks is worth by how far apart they are, whatever they hold;
-    offset [1] (MLP; d = 1): logarithm of the score of an average block.
+    offset [1] (MLP; d = 1): logarithm of the score of an average token.
 """
 
 from __future__ import annotations
@@ -13,50 +14,73 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from lemo_fx.kernels.select_blocks.reference import block_any
+
 DECAYS = (0.0, 2.0, 0.5, 0.125, 1 / 32, 1 / 128, 1 / 512)
 """Rates per block of the exponentials that make up the distance bias: from the block itself to thousands of blocks, so
 that a bias learned at one length reads sensibly at another."""
 
+POOLING = {"attention": "mean", "mlp": "max"}
+"""How a block's outputs follow from its tokens'. An MLP's measured score is a maximum over tokens, an attention's a sum
+of maxima that different tokens win; docs/predictors.md compares mean, max and min."""
 
-def represent(stream: torch.Tensor, valid: torch.Tensor | None, block_size: int) -> torch.Tensor:
-    """The representative embedding of each block: the mean of its tokens, scaled to unit mean square.
+QUANTUM = 1 / 128
+"""What 1 means in an int8 matrix. A power of two: exact in half precision, and far from float16's limit."""
 
-    Reading the stream instead of the branch's normed input saves a norm over all tokens; the scaling does for a block
-    what the norm does for a token.
+
+def network(weights: Mapping[str, torch.Tensor], stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S, H] -> activations after the first and the second matrix, float32: [T, B, S, w], [T, B, S, v].
+
+    Each token is scaled to unit mean square, as the branch's norm would; the scaling commutes with the first matrix, so
+    the stream is read as it is.
+    """
+    first = weights["first"]
+    matrix = first.to(stream.dtype)
+    if first.dtype == torch.int8:
+        matrix = matrix * QUANTUM
+    projected = (stream @ matrix.transpose(0, 1).flatten(1)).unflatten(-1, (first.shape[0], -1)).float()
+    precise = torch.promote_types(stream.dtype, torch.float32)
+    size = torch.linalg.vector_norm(stream, dim=-1, keepdim=True, dtype=precise).float()
+    scale = torch.rsqrt(size.square() / stream.shape[-1] + 1e-6)
+    one = (projected.movedim(-2, 0) * scale + weights["first_bias"][:, None, None].float()).relu()
+    two = (one @ weights["second"][:, None].float() + weights["second_bias"][:, None, None].float()).relu()
+    return one, two
+
+
+def pool(values: torch.Tensor, valid: torch.Tensor | None, block_size: int, how: str) -> torch.Tensor:
+    """[..., B, S, f] -> [..., B, ceil(S / b), f]: "mean", "max" or "min" of each block's real tokens.
 
     Args:
-        stream: [B, S, H]; valid: [B, S] bool, False on padding, or None.
-
-    Returns:
-        [B, ceil(S / b), H] float32; zeros for a block of padding.
+        valid: [B, S] bool, False on padding, or None. A block without a real token gets zeros.
     """
-    length = stream.shape[1]
+    length = values.shape[-2]
     tail = -length % block_size
-    if valid is not None:
-        stream = torch.where(valid[:, :, None], stream, 0)
-    # The scaling makes the divisor of a mean redundant, and with it the count of real tokens.
-    total = functional.pad(stream, (0, 0, 0, tail)).unflatten(1, (-1, block_size)).sum(2, dtype=torch.float32)
-    return total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6)
-
-
-def network(weights: Mapping[str, torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:
-    """[B, n, H] -> activations after each of the three matrices: [T, B, n, w], [T, B, n, v], [T, B, n, d]."""
-
-    def apply(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ weights[name][:, None].float()
-
-    first = (apply(blocks[None], "first") + weights["first_bias"][:, None, None].float()).relu()
-    second = (apply(first, "second") + weights["second_bias"][:, None, None].float()).relu()
-    return [first, second, apply(second, "third")]
+    if valid is None and not tail:
+        blocks = values.unflatten(-2, (-1, block_size))
+        return blocks.mean(-2) if how == "mean" else blocks.amax(-2) if how == "max" else blocks.amin(-2)
+    if valid is None:
+        valid = torch.ones(values.shape[-3], length, dtype=torch.bool, device=values.device)
+    counted = functional.pad(valid, (0, tail)).unflatten(-1, (-1, block_size))[..., None]
+    blocks = functional.pad(values, (0, 0, 0, tail)).unflatten(-2, (-1, block_size))
+    if how == "mean":
+        return torch.where(counted, blocks, 0.0).sum(-2) / counted.sum(-2).clamp_min(1)
+    worst = -torch.inf if how == "max" else torch.inf
+    blocks = torch.where(counted, blocks, worst)
+    best = blocks.amax(-2) if how == "max" else blocks.amin(-2)
+    return torch.where(counted.any(-2), best, 0.0)
 
 
 def attention_scores(
-    weights: Mapping[str, torch.Tensor], outputs: torch.Tensor, real: torch.Tensor | None
+    weights: Mapping[str, torch.Tensor],
+    outputs: torch.Tensor,
+    real: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """I^(S) = I^(Q) I^(K)^T plus the distance bias; causal, its positive part, summed over query blocks.
 
     Args:
         outputs: [2, B, n, d], I^(Q) and I^(K); real: [B, n] bool, False for blocks of padding, or None.
+        pairs: [1 or B, n, n] bool, False where no token of the query block may attend to the key block, or None.
 
     Returns:
         [B, n] float32.
@@ -66,19 +90,51 @@ def attention_scores(
     decays = torch.tensor(DECAYS, device=outputs.device)
     bias = torch.exp(-decays * position[:, None]) @ weights["distance"].float()
     distance = position[:, None] - position
-    pairs = outputs[0].float() @ outputs[1].float().transpose(1, 2) + bias[distance.clamp_min(0)]
-    pairs = torch.where(distance >= 0, pairs.relu(), 0.0)
+    worth = outputs[0] @ outputs[1].transpose(1, 2) + bias[distance.clamp_min(0)]
+    allowed = (distance >= 0)[None]
+    if pairs is not None:
+        allowed = allowed & pairs
     if real is not None:
-        pairs = torch.where(real[:, :, None], pairs, 0.0)
-    return pairs.sum(1)
+        allowed = allowed & real[:, :, None]
+    return torch.where(allowed, worth.relu(), 0.0).sum(1)
 
 
-def mlp_scores(weights: Mapping[str, torch.Tensor], outputs: torch.Tensor) -> torch.Tensor:
-    """[1, B, n, 1] -> [B, n] float32, positive."""
-    return (outputs[0, :, :, 0].float() + weights["offset"].float()).exp()
+def token_scores(weights: Mapping[str, torch.Tensor], second: torch.Tensor) -> torch.Tensor:
+    """An MLP's second activations [1, B, S, v] -> logarithm of each token's score, [B, S]."""
+    return (second[0] @ weights["third"][0].float())[..., 0] + weights["offset"].float()
 
 
-def scores(weights: Mapping[str, torch.Tensor], blocks: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """Representative embeddings [B, n, H] -> predicted informativeness [B, n] in the measured score's units."""
-    outputs = network(weights, blocks)[-1]
-    return attention_scores(weights, outputs, real) if "distance" in weights else mlp_scores(weights, outputs)
+def block_scores(
+    weights: Mapping[str, torch.Tensor],
+    second: torch.Tensor,
+    valid: torch.Tensor | None,
+    block_size: int,
+    pairs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Second activations [T, B, S, v] -> predicted informativeness [B, n] float32 in the measured score's units."""
+    if "distance" not in weights:
+        tokens = token_scores(weights, second)
+        return pool(tokens[..., None], valid, block_size, POOLING["mlp"])[..., 0].exp()
+    real = None if valid is None else block_any(valid, block_size)
+    if POOLING["attention"] == "mean":
+        # A mean commutes with the third matrix, which then runs on blocks.
+        outputs = pool(second, valid, block_size, "mean") @ weights["third"][:, None].float()
+    else:
+        outputs = pool(second @ weights["third"][:, None].float(), valid, block_size, POOLING["attention"])
+    return attention_scores(weights, outputs, real, pairs)
+
+
+def scores(
+    weights: Mapping[str, torch.Tensor],
+    stream: torch.Tensor,
+    block_size: int,
+    valid: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The residual stream [B, S, H] that a branch reads -> predicted informativeness [B, n] of its blocks.
+
+    Args:
+        valid: [B, S] bool, False on padding, or None.
+        pairs: see `attention_scores`.
+    """
+    return block_scores(weights, network(weights, stream)[1], valid, block_size, pairs)

@@ -1,4 +1,4 @@
-"""Training one site's pattern predictor from pooled blocks and measured scores (LeMo section 4.2)."""
+"""Training one site's pattern predictor from token streams and measured scores (LeMo section 4.2)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from lemo_fx import prediction
 from lemo_fx.config import SiteKind
+from lemo_fx.kernels.select_blocks.reference import block_any
 
 Loss = Literal["log", "kl", "regression"]
 
@@ -20,51 +21,89 @@ PRUNE_AT = (0.3, 0.4, 0.5, 0.6)
 """Moments, as shares of the training, at which elastic size transformation removes neurons."""
 
 
+DISTANCE_PACE = 0.1
+"""How much slower than the networks the distance bias learns: it starts near its end and enters a score n times."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How predictors are trained.
 
     Attributes:
-        width: of the two hidden layers and of I^(Q), I^(K) after elastic size transformation.
-        elastic: start `WIDER` and prune the neurons that are most often zero, until `width` is left.
+        width: of an attention's hidden layers and I^(Q), I^(K) after elastic size transformation; None for
+            `attention_width(H)`.
+        mlp_width: of an MLP's hidden layers; None for `mlp_width(H)`.
+        elastic: start `WIDER` and prune the neurons that are most often zero, until the width is left.
         loss: "log": squared error of the scores' logarithms; "kl": listwise, the divergence between the shares of the
             sequence's total that each block holds; "regression": squared error of raw scores (the paper).
         epochs: passes over the training sequences, but at most `most_steps` steps.
         batch: sequences per step; rate: peak learning rate.
-        noise: standard deviation of the noise on the standardised inputs, which does for the networks what a ridge
-            does for a linear map: a few thousand blocks are few against the first matrix.
     """
 
-    width: int
+    width: int | None = None
+    mlp_width: int | None = None
     elastic: bool = True
     loss: Loss = "kl"
-    epochs: int = 150
-    most_steps: int = 900
-    batch: int = 16
-    rate: float = 5e-3
-    noise: float = 0.8
+    epochs: int = 30
+    most_steps: int = 600
+    batch: int = 4
+    rate: float = 1e-2
     seed: int = 0
+
+    def width_of(self, kind: SiteKind, hidden: int) -> int:
+        """Width for one kind of site of a model of this hidden size.
+
+        By default H / 32 for each of an attention's two networks and H / 16 for an MLP's: H^2 / 8 bytes a layer, and
+        about 1 % of the arithmetic of a layer's step.
+        """
+        given, share = (self.width, 32) if kind == "attention" else (self.mlp_width, 16)
+        return max(4, hidden // share) if given is None else given
 
 
 @dataclass
 class Blocks:
-    """A site's training data: sequences padded to the longest.
+    """A site's training data: sequences padded at the end to the longest.
 
     Attributes:
-        representations: [N, n, H] from `prediction.represent`.
-        scores: [N, n] float32 measured.
-        real: [N, n] bool, False on padding.
+        stream: [N, S, H], the residual stream in half precision, each token scaled to unit mean square.
+        scores: [N, n] float32 measured, of blocks; or of tokens, [N, S], where that is what a block's score is a
+            maximum of (MLP).
+        valid: [N, S] bool, False on padding.
+        block_size: tokens in a block.
     """
 
-    representations: torch.Tensor
+    stream: torch.Tensor
     scores: torch.Tensor
-    real: torch.Tensor
+    valid: torch.Tensor
+    block_size: int
 
     def __getitem__(self, rows: Any) -> Blocks:
-        return Blocks(self.representations[rows], self.scores[rows], self.real[rows])
+        return Blocks(self.stream[rows], self.scores[rows], self.valid[rows], self.block_size)
 
     def __len__(self) -> int:
         return self.scores.shape[0]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the scores are of tokens."""
+        return self.scores.shape == self.valid.shape
+
+    @property
+    def block_scores(self) -> torch.Tensor:
+        """[N, n] float32."""
+        if not self.of_tokens:
+            return self.scores
+        return prediction.pool(self.scores[..., None], self.valid, self.block_size, "max")[..., 0]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """[N, n] bool: blocks that hold a token."""
+        return block_any(self.valid, self.block_size)
+
+    def to(self, device: torch.device) -> Blocks:
+        """On a device, the stream in float32."""
+        parts = self.stream.to(device).float(), self.scores.to(device), self.valid.to(device)
+        return Blocks(*parts, self.block_size)
 
 
 @dataclass
@@ -75,7 +114,13 @@ class Trained:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def train(kind: SiteKind, blocks: Blocks, recipe: Recipe, heldout: Blocks | None = None) -> Trained:
+def train(
+    kind: SiteKind,
+    blocks: Blocks,
+    recipe: Recipe,
+    heldout: Blocks | None = None,
+    device: torch.device | str = "cpu",
+) -> Trained:
     """Fit one predictor.
 
     Args:
@@ -83,74 +128,120 @@ def train(kind: SiteKind, blocks: Blocks, recipe: Recipe, heldout: Blocks | None
         heldout: sequences to report the loss on, at the end of every tenth of the training.
 
     Returns:
-        Weights in bfloat16 whose scores are in the measured scores' units. The record holds "losses" (per step),
-        "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of zero activations).
+        Weights on the CPU, in int8 and bfloat16, whose scores are in the measured scores' units. The record holds
+        "losses" (per step), "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of zero
+        activations).
     """
+    device = torch.device(device)
     generator = torch.Generator().manual_seed(recipe.seed)
-    real = blocks.real
-    seen = blocks.representations[real].float()
-    mean, spread = seen.mean(0), seen.std(0, correction=0) + 1e-3
-    unit = float(blocks.scores[real].mean().clamp_min(1e-12))
-    start = math.ceil(recipe.width * WIDER) if recipe.elastic else recipe.width
-    weights = _initial(kind, seen.shape[-1], start, recipe.width, generator)
+    hidden = blocks.stream.shape[-1]
+    seen = blocks[: 2 * recipe.batch].to(device)
+    tokens = seen.stream[seen.valid]
+    mean, spread = tokens.mean(0), tokens.std(0, correction=0) + 1e-3
+    unit = float(blocks.scores[blocks.valid if blocks.of_tokens else blocks.real].mean().clamp_min(1e-12))
+    last = recipe.width_of(kind, hidden)
+    width = math.ceil(last * WIDER) if recipe.elastic else last
+    weights = _initial(kind, hidden, width, last, generator)
     before = sum(w.numel() for w in weights.values())
     if kind == "attention":
-        weights["distance"][0] = 1 / blocks.scores.shape[1]
+        weights["distance"] = _distance_profile(blocks, unit) / DISTANCE_PACE
+    weights = {name: weight.to(device) for name, weight in weights.items()}
     steps = min(recipe.epochs * math.ceil(len(blocks) / recipe.batch), recipe.most_steps)
     prune_at = {int(share * steps): number for number, share in enumerate(PRUNE_AT)} if recipe.elastic else {}
     optimiser = _Adam(weights)
-    zeros = [torch.zeros(weights[n].shape) for n in ("first_bias", "second_bias")]
-    counted = 0
+    zeros, counted = _zero_counts(weights), 0
     record: dict[str, Any] = {"losses": [], "heldout_losses": [], "dead": []}
     order = torch.empty(0, dtype=torch.int64)
+    start = width
     for step in range(steps):
         if len(order) == 0:
             order = torch.randperm(len(blocks), generator=generator)
         rows, order = order[: recipe.batch], order[recipe.batch :]
-        batch = blocks[rows]
-        inputs = (batch.representations.float() - mean) / spread
+        batch = blocks[rows].to(device)
         with torch.enable_grad():
             leaves = {name: w.requires_grad_() for name, w in weights.items()}
-            noisy = inputs + recipe.noise * torch.randn(inputs.shape, generator=generator)
-            hidden = prediction.network(leaves, noisy)
-            loss = _loss(recipe.loss, _predict(leaves, hidden[-1], batch.real), batch.scores / unit, batch.real)
+            usable = _in_original_units(leaves, mean, spread, unit)
+            activations = prediction.network(usable, batch.stream)
+            loss = _loss(recipe.loss, usable, activations[1], batch, unit)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         weights = optimiser.step(dict(zip(leaves, gradients, strict=True)), _rate(recipe.rate, step / steps))
         record["losses"].append(round(loss.item(), 5))
-        counted += int(batch.real.sum())
-        for count, activation in zip(zeros, hidden, strict=False):
-            count += (activation.detach()[:, batch.real] == 0).sum(1)
+        counted += int(batch.valid.sum())
+        for count, activation in zip(zeros, activations, strict=True):
+            count += (activation.detach()[:, batch.valid] == 0).sum(1)
         if step in prune_at:
             share = [count / counted for count in zeros]
             record["dead"].append(round(float(torch.cat(share, 1).mean()), 4))
             left = len(PRUNE_AT) - prune_at[step]
-            width = start - math.ceil((start - recipe.width) / left)
+            width = start - math.ceil((start - last) / left)
             weights = _prune(optimiser, share, width)
-            start, counted = width, 0
-            zeros = [torch.zeros(weights[n].shape) for n in ("first_bias", "second_bias")]
+            start = width
+            zeros, counted = _zero_counts(weights), 0
         if heldout is not None and (step + 1) % max(1, steps // 10) == 0:
-            predicted = prediction.scores(weights, (heldout.representations.float() - mean) / spread, heldout.real)
-            value = _loss(recipe.loss, predicted, heldout.scores / unit, heldout.real)
+            judged = heldout[: 2 * recipe.batch].to(device)
+            with torch.no_grad():
+                usable = _in_original_units(weights, mean, spread, unit)
+                value = _loss(recipe.loss, usable, prediction.network(usable, judged.stream)[1], judged, unit)
             record["heldout_losses"].append([step + 1, round(value.item(), 5)])
-    weights = _in_original_units(weights, mean, spread, unit)
+    weights = {name: w.detach() for name, w in _in_original_units(weights, mean, spread, unit).items()}
     if recipe.loss == "kl":
         # Shares of a total leave its size open.
-        predicted = prediction.scores(weights, blocks.representations.float(), real)
-        weights = _scaled(weights, float(blocks.scores[real].sum() / predicted[real].sum().clamp_min(1e-12)))
+        some = blocks[: 4 * recipe.batch]
+        predicted = predict(weights, some, device)
+        weights = _scaled(weights, float(some.block_scores[some.real].sum() / predicted[some.real].sum()))
     record["parameters"] = [before, sum(w.numel() for w in weights.values())]
-    return Trained({name: w.to(torch.bfloat16).contiguous() for name, w in weights.items()}, record)
+    return Trained({name: w.cpu().contiguous() for name, w in compressed(weights).items()}, record)
 
 
-def _predict(weights: dict[str, torch.Tensor], outputs: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    if "distance" in weights:
-        return prediction.attention_scores(weights, outputs, real)
-    return prediction.mlp_scores(weights, outputs)
+def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Predicted scores [N, n] on the CPU, a few sequences at a time."""
+    weights = {name: weight.to(device) for name, weight in weights.items()}
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(blocks), 4):
+            part = blocks[start : start + 4].to(torch.device(device))
+            parts.append(prediction.scores(weights, part.stream, part.block_size, part.valid).cpu())
+    return torch.cat(parts)
 
 
-def random_weights(kind: SiteKind, hidden: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def compressed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The form in which weights are kept: `first` in int8, everything else in bfloat16.
+
+    Each column of `first` has a scale of its own, which moves through the ReLU into the rows of `second`.
+    """
+    largest = weights["first"].abs().amax(1).clamp_min(1e-12)
+    scale = largest / (127 * prediction.QUANTUM)
+    small = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    small["first"] = (weights["first"] / (scale[:, None] * prediction.QUANTUM)).round().to(torch.int8)
+    small["first_bias"] = (weights["first_bias"] / scale).to(torch.bfloat16)
+    small["second"] = (weights["second"] * scale[:, :, None]).to(torch.bfloat16)
+    return small
+
+
+def _distance_profile(blocks: Blocks, unit: float) -> torch.Tensor:
+    """The distance bias with which empty networks predict the mean score of every position, [len(DECAYS)]."""
+    lengths = blocks.real.sum(1)
+    count = int(lengths.max())
+    mean = blocks.scores[lengths == count, :count].mean(0) / unit
+    # A key block at position n is seen from the distances 0 ... count - 1 - n.
+    seen = torch.exp(-torch.tensor(prediction.DECAYS) * torch.arange(count)[:, None]).cumsum(0).flip(0)
+    weight = 1 / mean.clamp_min(1e-3)[:, None]
+    # A ridge keeps exponentials that these lengths cannot tell apart small.
+    gram = (seen * weight).T @ (seen * weight)
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, (seen * weight).T @ (mean[:, None] * weight))[:, 0]
+
+
+def _zero_counts(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.zeros_like(weights[name]) for name in ("first_bias", "second_bias")]
+
+
+def random_weights(
+    kind: SiteKind, hidden: int, width: int, generator: torch.Generator, compress: bool = True
+) -> dict[str, torch.Tensor]:
     """Weights of a predictor's final size, as training would start from them."""
     weights = _initial(kind, hidden, width, width, generator)
-    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    return compressed(weights) if compress else weights
 
 
 def _initial(kind: SiteKind, inputs: int, hidden: int, outputs: int, generator: torch.Generator):
@@ -173,17 +264,33 @@ def _initial(kind: SiteKind, inputs: int, hidden: int, outputs: int, generator: 
     return weights
 
 
-def _loss(kind: Loss, predicted: torch.Tensor, true: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _loss(
+    kind: Loss, weights: dict[str, torch.Tensor], second: torch.Tensor, batch: Blocks, unit: float
+) -> torch.Tensor:
+    """Loss of the block scores; for an MLP also of its tokens' scores.
+
+    Through a maximum only the winning tokens would learn, so an MLP's network fits every token's score as well.
+    """
+    predicted = prediction.block_scores(weights, second, batch.valid, batch.block_size) / unit
+    loss = _block_loss(kind, predicted, batch.block_scores / unit, batch.real)
+    if batch.of_tokens:
+        logs = batch.scores.clamp_min(1e-4 * unit).log()
+        error = (prediction.token_scores(weights, second) - logs)[batch.valid]
+        loss = loss + error.square().mean() / logs[batch.valid].var().clamp_min(1e-6)
+    return loss
+
+
+def _block_loss(kind: Loss, predicted: torch.Tensor, true: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     if kind == "regression":
         return (predicted - true)[real].square().mean()
     floor = 1e-4
     predicted, true = predicted.clamp_min(floor), true.clamp_min(floor)
     if kind == "log":
-        return (predicted.log() - true.log())[real].square().mean()
+        return 50 * (predicted.log() - true.log())[real].square().mean()
     shares = torch.where(real, true, 0.0)
     shares = shares / shares.sum(1, keepdim=True)
     logs = predicted.log() - torch.where(real, predicted, 0.0).sum(1, keepdim=True).log()
-    return torch.where(real, shares * (shares.clamp_min(1e-12).log() - logs), 0.0).sum(1).mean()
+    return 50 * torch.where(real, shares * (shares.clamp_min(1e-12).log() - logs), 0.0).sum(1).mean()
 
 
 def _rate(peak: float, progress: float) -> float:
@@ -233,10 +340,13 @@ def _prune(optimiser: _Adam, dead: list[torch.Tensor], width: int) -> dict[str, 
 
 
 def _in_original_units(weights: dict[str, torch.Tensor], mean: torch.Tensor, spread: torch.Tensor, unit: float):
-    """Fold the standardisation of the inputs and the unit of the scores into the weights."""
+    """Fold the standardisation of the tokens and the unit of the scores into the weights."""
     first = weights["first"] / spread[:, None]
     bias = weights["first_bias"] - mean @ first
-    return _scaled({**weights, "first": first, "first_bias": bias}, unit)
+    usable = {**weights, "first": first, "first_bias": bias}
+    if "distance" in weights:
+        usable["distance"] = weights["distance"] * DISTANCE_PACE
+    return _scaled(usable, unit)
 
 
 def _scaled(weights: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:

@@ -13,30 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.parts import PredictedScore, StandIn
-from lemo_fx.predictor_training import random_weights
-from lemo_fx.sites import decoder_layers, site_names
+from lemo_fx.predictor_training import Recipe, random_weights
+from lemo_fx.sites import causal_model, decoder_layers, site_names
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS = "predictors.safetensors"
 RECORD = "predictors.json"
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = ("F32", "BF16", "F16", "I8")
 NAME = re.compile(r"layers\.\d+\.\w+\.(stand_in\.(down|up|bias)|predictor\.\w+)")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+"""What huggingface_hub raises: OSErrors, ValueErrors, and for a broken connection the error of its HTTP library, which
+differs by version and is a base of its own."""
 IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
-def predictor_width(hidden: int) -> int:
-    """Width of a predictor's hidden layers for a model of this hidden size.
-
-    An attention and an MLP predictor then hold about 3 H^2 / 32 numbers together, under 1 % of a decoder layer.
-    """
-    return max(4, hidden // 32)
+def hidden_size(model: nn.Module) -> int:
+    """Width of a model's residual stream, where its tokens enter it."""
+    return int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
 def fingerprint(config: Any) -> str:
@@ -46,13 +49,15 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def identity(base: Any, hidden: int, layers: int, block_size: int) -> dict[str, Any]:
+def identity(model: nn.Module, layers: int, block_size: int) -> dict[str, Any]:
     """The part of a record that says what the weights belong to."""
+    head = causal_model(model)
+    base: Any = model if head is None else head
     return {
         "format_version": FORMAT_VERSION,
         "model_class": type(base).__name__,
         "fingerprint": fingerprint(base.config),
-        "hidden_size": hidden,
+        "hidden_size": hidden_size(model),
         "layers": layers,
         "block_size": block_size,
     }
@@ -96,6 +101,31 @@ class Predictors:
             )
         return PredictedScore(weights, int(self.record["block_size"]))
 
+    def thresholds(self, kind: SiteKind) -> tuple[float, ...]:
+        """One threshold per decoder layer, for `Elimination(threshold=...)`; 0 in layers that were dense.
+
+        They are of predicted scores of sequences as long as `record["tuning"]["length"]`.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "threshold", 0.0)
+
+    def budgets(self, kind: SiteKind) -> tuple[float, ...]:
+        """One kept share per decoder layer, for `Elimination(keep=...)`; 1 in layers that were dense.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "keep", 1.0)
+
+    def _tuned(self, kind: SiteKind, name: str, otherwise: float) -> tuple[float, ...]:
+        sites = self.record.get("tuning", {}).get("sites", {})
+        found = {int(site.split(".")[1]): facts[name] for site, facts in sites.items() if site.endswith(f".{kind}")}
+        if not found:
+            raise PredictorError(f"no thresholds were set for {kind}: lemo_fx.fit(model, sequences, thresholds=True)")
+        return tuple(found.get(layer, otherwise) for layer in range(int(self.record["layers"])))
+
     @property
     def predictor_bytes(self) -> dict[str, int]:
         """Bytes of the pattern predictors by site ("layers.<index>.<site>"); stand-ins are not counted."""
@@ -114,8 +144,7 @@ class Predictors:
         """
         config = LemoConfig() if config is None else config
         layers = decoder_layers(model)
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        hidden = hidden_size(model)
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for index, (_, layer) in enumerate(layers):
@@ -123,9 +152,9 @@ class Predictors:
                 continue
             for name, kind in site_names(layer):
                 if config.site(kind) is not None:
-                    weights = random_weights(kind, hidden, predictor_width(hidden), generator)
+                    weights = random_weights(kind, hidden, Recipe().width_of(kind, hidden), generator)
                     tensors.update({f"layers.{index}.{name}.predictor.{n}": w for n, w in weights.items()})
-        record = {**identity(base, hidden, len(layers), config.block_size), "random": True}
+        record = {**identity(model, len(layers), config.block_size), "random": True}
         return cls(tensors, record)
 
     def stand_in(self, layer: int, site: str) -> StandIn:
@@ -165,14 +194,55 @@ class Predictors:
             for name in (TENSORS, RECORD):
                 os.replace(Path(scratch) / name, folder / name)
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, message: str = "Upload predictors"
+    ) -> str:
+        """Upload both files to a repository of the Hugging Face Hub, made if need be; returns the commit's URL.
+
+        Raises:
+            PredictorError: the hub refused, or cannot be reached.
+        """
+        api = HfApi(token=token)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            with tempfile.TemporaryDirectory() as scratch:
+                self.save(scratch)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message=message))
+        except HUB_ERRORS as error:
+            raise PredictorError(f"cannot push predictors to {repo_id}: {error}") from error
+
     @classmethod
-    def load(cls, folder: str | Path) -> Predictors:
-        """Read both files.
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Predictors:
+        """Read both files from a folder, or, if there is none of this name, from a repository "owner/name" of the hub.
+
+        Args:
+            revision, token, cache_dir, local_files_only: as for `huggingface_hub.snapshot_download`. With the last, or
+                HF_HUB_OFFLINE=1, only the local cache is looked into.
 
         Raises:
             PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists;
                 found out from the header, before any tensor is read.
         """
+        if not Path(folder).exists() and REPOSITORY.fullmatch(str(folder)):
+            try:
+                folder = snapshot_download(
+                    str(folder),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=[TENSORS, RECORD],
+                )
+            except HUB_ERRORS as error:
+                raise PredictorError(f"{folder} is neither a folder nor found on the hub: {error}") from error
         folder = Path(folder)
         try:
             record = json.loads((folder / RECORD).read_text())

@@ -206,6 +206,45 @@ def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
+def told_documents(
+    stream: torch.Tensor, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[1 or B, S] ascending document numbers, as an attention finds them that is not told by a mask."""
+    if isinstance(cu_seq_lens, torch.Tensor):
+        ends = cu_seq_lens[1:].long().contiguous()
+        return torch.searchsorted(ends, torch.arange(stream.shape[1], device=stream.device), right=True)[None]
+    return document_ids(position_ids) if isinstance(position_ids, torch.Tensor) else None
+
+
+def block_pairs(
+    mask: Any, documents: torch.Tensor | None, stream: torch.Tensor, block_size: int
+) -> torch.Tensor | None:
+    """[1 or B, n, n] bool: whether some token of query block m may attend to some token of key block n < m.
+
+    Read off at each pair's two closest tokens, the first query and the last key: documents are contiguous and windows
+    reach back from the query, so no other pair of tokens is allowed where these are not. The diagonal is all True. None
+    where everything earlier is allowed.
+
+    Args:
+        mask: the layer's; documents: [1 or B, S] numbers, where it has documents that the mask does not show.
+    """
+    length = stream.shape[1]
+    first = torch.arange(0, length, block_size, device=stream.device)
+    last = (first + block_size - 1).clamp_max(length - 1)
+    if isinstance(mask, BlockMask):
+        sample = torch.arange(stream.shape[0], device=stream.device)[:, None, None]
+        allowed = mask.mask_mod(sample, torch.zeros_like(sample), first[:, None], last)
+        allowed = allowed.expand(stream.shape[0], len(first), len(first))
+    elif isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        entries = mask[:, 0, first[:, None], last]
+        allowed = entries if entries.dtype == torch.bool else entries > torch.finfo(entries.dtype).min / 2
+    elif documents is not None:
+        allowed = documents[:, first, None] == documents[:, None, last]
+    else:
+        return None
+    return allowed | torch.eye(len(first), dtype=torch.bool, device=stream.device)
+
+
 def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int, renumber: bool) -> dict[str, Any]:
     """The layer's remaining keyword arguments for the kept tokens.
 

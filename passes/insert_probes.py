@@ -2,9 +2,9 @@
 
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n = norm(x);  a = attention(n, mask);  lemo_attention_probe(n, a);  y = x + a
-scored:  ...  scores = lemo_attention_score(n', mask);  lemo_attention_probe(n, a, x, scores);  y = x + a
-Not part of the pipeline: `lemo_fx.fit` runs it alone on a fresh capture, after `insert_scores` where it trains
-predictors on the true scores.
+scored:  ...  scores = lemo_attention_score(n', mask);  lemo_attention_probe(n, a, x, scores, mask);  y = x + a
+Not part of the pipeline: `lemo_fx.probing` runs it alone on a fresh capture, after `insert_scores` where the true
+scores are wanted.
 """
 
 from torch import fx
@@ -16,9 +16,9 @@ def insert_probes(rewrite: LayerRewrite) -> int:
     """Returns the number of branches that are observed."""
     for planned in rewrite.sites:
         site = planned.site
-        seen: tuple[fx.Node, ...] = (normed_input(rewrite, site), site.branch)
+        seen: tuple[fx.Node | None, ...] = (normed_input(rewrite, site), site.branch)
         if planned.scores is not None:
-            seen += (site.stream, planned.scores)
+            seen += (site.stream, planned.scores, rewrite.placeholder("attention_mask"))
         # Nobody uses the result, so no dead-code elimination may follow.
         with rewrite.graph.inserting_before(site.add):
             call(rewrite.graph, f"lemo_{planned.name}_probe", seen, f"{planned.name}_seen")

@@ -3,12 +3,14 @@
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
          n = norm(x);  a = attention(n, mask);  y = x + a
-A predicted score reads the stream, since its predictor pools whole blocks: scores = lemo_attention_score(x, mask).
+A predicted score reads the stream, since its predictor does without the norm: scores = lemo_attention_score(x, mask).
+Where attention learns of documents from position_ids or cu_seq_lens (flash attention), it gets those too.
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
 
 from torch import fx
 
+from lemo_fx import runtime
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
 
 
@@ -30,7 +32,10 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     if planned.score in ("random", "step"):
         return call(rewrite.graph, target, (rewrite.entry,), name)
     if planned.score == "predicted":
-        return call(rewrite.graph, target, (planned.site.stream, rewrite.placeholder("attention_mask")), name)
+        args: tuple = (planned.site.stream, rewrite.placeholder("attention_mask"))
+        if planned.site.kind == "attention" and runtime.numbers_documents(planned.site.mixer, rewrite.graph):
+            args += (rewrite.placeholder("position_ids"), rewrite.placeholder("**kwargs"))
+        return call(rewrite.graph, target, args, name)
     site = planned.site
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
     copies = clone(rewrite.graph, before_mixer, {}, region, "scored")

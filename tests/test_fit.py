@@ -1,18 +1,22 @@
 """fit: true scores as targets, weights untouched, memory bounded, resumable."""
 
-import json
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, Predictors
+from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
 from lemo_fx.predictor_training import Recipe
-from tests.helpers.tiny import VOCABULARY, tiny, with_lora
+from lemo_fx.thresholds import Tuning
+from tests.helpers.tiny import TOLERANCE, VOCABULARY, tiny, with_lora
 
+ROOT = Path(__file__).parent.parent
 CONFIG = LemoConfig(block_size=8, dense_layers=())
-RECIPE = Recipe(width=4, epochs=20)
+RECIPE = Recipe(width=4, mlp_width=4, epochs=7)
 
 
 def texts(count=12, length=64):
@@ -38,7 +42,7 @@ def test_fit_changes_no_weight_and_leaves_nothing_behind():
     assert all(predictors.has_predictor(i, "mlp") for i in range(2))
     record = predictors.record["training"]["layers.0.attention"]
     assert 0 <= record["recall"] <= 1
-    assert len(record["losses"]) == 20
+    assert len(record["losses"]) == 21
     assert record["heldout_losses"]
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     assert {s.score for s in lemo_fx.report(model).sites if s.eliminated != "dense"} == {"predicted"}
@@ -47,7 +51,7 @@ def test_fit_changes_no_weight_and_leaves_nothing_behind():
 @pytest.mark.parametrize("architecture", ["gpt_neox", "opt", "gemma3", "mixtral"])
 def test_fit_and_transform_other_architectures(architecture):
     model = with_lora(tiny(architecture))
-    predictors = fit(model, texts(3), recipe=Recipe(width=4, epochs=2))
+    predictors = fit(model, texts(3), recipe=Recipe(width=4, mlp_width=4, epochs=2))
     lemo_fx.transform(model, CONFIG, predictors=predictors)
     model(input_ids=texts(1), labels=texts(1)).loss.backward()
 
@@ -58,17 +62,21 @@ def test_targets_are_the_true_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(fit_function_module(), "_trained", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sequences, folder=tmp_path)
-    profile = fit_function_module().Profile
     work = tmp_path / "unfinished"
-    found = profile(**json.loads((work / "profile.json").read_text())).blocks(work, "layers.0.attention", 32)
-    seen = []
-    config = LemoConfig(attention=Elimination(keep=1.0), mlp=None, block_size=8, dense_layers=(), active="always")
+    profile = fit_function_module().Profile.read(work, 0)
+    keep_all = Elimination(keep=1.0)
+    config = LemoConfig(attention=keep_all, mlp=keep_all, block_size=8, dense_layers=(), active="always")
     lemo_fx.transform(model, config)
-    part = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_score"))
-    part.register_forward_hook(lambda _, __, out: seen.append(out))
+    seen = {}
+    for kind in ("attention", "mlp"):
+        part = next(m for n, m in model.named_modules() if n.endswith(f"layers.1.lemo_{kind}_score"))
+        part.register_forward_hook(lambda _, __, out, kind=kind: seen.update({kind: out}))
     with torch.no_grad():
         model.eval()(input_ids=sequences)
-    torch.testing.assert_close(found.scores, seen[0], rtol=1e-4, atol=1e-5)
+    for kind, scores in seen.items():
+        found = profile.blocks(work, f"layers.1.{kind}", 8)
+        torch.testing.assert_close(found.block_scores, scores, **TOLERANCE["fp32"])
+        torch.testing.assert_close(found.stream.float().square().mean(-1), torch.ones(3, 64), **TOLERANCE["compiled"])
 
 
 def fit_function_module():
@@ -79,29 +87,56 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+DYING = """
+import os, signal, sys, torch
+import lemo_fx
+from lemo_fx.predictor_training import Recipe
+from lemo_fx.thresholds import Tuning
+from tests.test_fit import CONFIG, RECIPE, fit_function_module
+from tests.helpers.tiny import tiny
+
+module, (victim, calls) = fit_function_module(), sys.argv[2:]
+real, left = getattr(module, victim), [int(calls)]
+
+def dying(*args, **kwargs):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return real(*args, **kwargs)
+
+setattr(module, victim, dying)
+sequences = torch.load(sys.argv[1] + "/sequences.pt")
+lemo_fx.fit(tiny("llama"), sequences, CONFIG, recipe=RECIPE, folder=sys.argv[1], progress=False)
+"""
+
+
 def test_a_killed_run_goes_on_from_its_last_finished_layer(tmp_path, monkeypatch):
+    """Killed by the system in the profiling pass, then again while training: no handler of Python's runs."""
     module = fit_function_module()
-    model, sequences = tiny("llama"), texts()
-    whole = fit(model, sequences)
-    trained, real = [], module.train
-
-    def dies_at_the_third(*args, **kwargs):
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        trained.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, "train", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, sequences, folder=tmp_path)
-    rest = []
+    sequences = texts()
+    torch.save(sequences, tmp_path / "sequences.pt")
+    whole = fit(tiny("llama"), sequences)
+    for victim, calls in (("_append", 9), ("train", 2)):
+        done = subprocess.run([sys.executable, "-c", DYING, tmp_path, victim, str(calls)], cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+    rest, real = [], module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: rest.append(1) or real(*a, **k))
-    monkeypatch.setattr(module, "_profile", stop)
-    again = fit(model, sequences, folder=tmp_path)
+    monkeypatch.setattr(module, "run_probes", stop)
+    again = fit(tiny("llama"), sequences, folder=tmp_path)
     assert len(rest) == 2
     assert all(torch.equal(again.tensors[name], value) for name, value in whole.tensors.items())
     assert not (tmp_path / "unfinished").exists()
     assert Predictors.load(tmp_path).tensors.keys() == whole.tensors.keys()
+
+
+def test_layers_in_groups_give_the_same(monkeypatch):
+    whole = fit(tiny("llama"), texts := torch.randint(3, VOCABULARY, (4, 64)))
+    monkeypatch.setattr(fit_function_module(), "SCRATCH", 1)
+    passes, real = [], fit_function_module().run_probes
+    monkeypatch.setattr(fit_function_module(), "run_probes", lambda *a: passes.append(a[2]) or real(*a))
+    parts = fit(tiny("llama"), texts)
+    assert passes == [[0], [1]]
+    assert all(torch.equal(parts.tensors[name], value) for name, value in whole.tensors.items())
 
 
 def test_other_arguments_do_not_resume(tmp_path, monkeypatch):
@@ -124,6 +159,50 @@ def test_a_site_with_another_score_gets_no_predictor():
     assert predictors.has_predictor(0, "attention")
     assert not predictors.has_predictor(0, "mlp")
     assert predictors.stand_in(0, "mlp")
+
+
+def test_thresholds_and_budgets(tmp_path):
+    model = with_lora(tiny("llama", layers=3))
+    keep = Elimination(keep=0.5)
+    config = LemoConfig(attention=keep, mlp=keep, block_size=4, dense_layers=(0,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    predictors = fit(model, texts(20, 64), config, thresholds=True, folder=tmp_path)
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert model.training
+    tuning = predictors.record["tuning"]
+    assert (tuning["sequences"], tuning["length"], len(tuning["losses"])) == (2, 64, 4)
+    loaded = Predictors.load(tmp_path)
+    for kind in ("attention", "mlp"):
+        budgets, thresholds = loaded.budgets(kind), loaded.thresholds(kind)
+        assert (budgets[0], thresholds[0]) == (1.0, 0.0)
+        # The mean share is the one asked for, up to one block of a sequence.
+        assert sum(budgets[1:]) / 2 == pytest.approx(0.5, abs=1 / 16)
+    for setting, read in (("threshold", loaded.thresholds), ("keep", loaded.budgets)):
+        plan = LemoConfig(
+            **{kind: Elimination(**{setting: read(kind)}) for kind in ("attention", "mlp")},
+            block_size=4,
+            dense_layers=(0,),
+        )
+        lemo_fx.transform(model, plan, predictors=loaded)
+        model(input_ids=texts(1), labels=texts(1)).loss.backward()
+        assert all(0 < s.kept_share <= 1 for s in lemo_fx.report(model).sites if s.eliminated != "dense")
+    with pytest.raises(PredictorError, match="thresholds=True"):
+        fit(model, texts(2)).thresholds("mlp")
+
+
+def test_tuning_gives_more_to_the_layer_that_needs_more():
+    """Of two layers, the second adds nothing to the stream: its budget is worth less."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    config = LemoConfig(attention=Elimination(keep=0.5, score="measured"), mlp=None, block_size=4, dense_layers=())
+    # Texts that the model itself writes: what elimination changes is a loss.
+    own = model.eval().generate(texts(6, 4), max_new_tokens=60, min_new_tokens=60, do_sample=True)
+    tuning = Tuning(model, list(own[:, None]), config, None)
+    shares, losses = tuning.run()
+    assert shares[0, "attention"] > shares[1, "attention"] + 0.1
+    assert min(losses) < losses[0]
+    assert sum(shares.values()) / 2 == pytest.approx(0.5, abs=0.05)
 
 
 def test_sequences_of_several_lengths():

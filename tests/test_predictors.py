@@ -2,18 +2,22 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors, prediction
 from lemo_fx.kernels.select_blocks.reference import WINDOWS, balanced
 from lemo_fx.parts import PredictedScore
-from lemo_fx.predictor_training import Blocks, Recipe, random_weights, recall, train
+from lemo_fx.predictor_training import Blocks, Recipe, compressed, predict, random_weights, recall, train
 from lemo_fx.predictors import RECORD, TENSORS
-from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
+from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, packed, step, tiny, with_lora
 
 BLOCK = 8
 CONFIG = LemoConfig(
@@ -29,27 +33,30 @@ def random_part(kind, hidden=32, width=4, block_size=BLOCK, seed=0):
     return PredictedScore(weights, block_size)
 
 
-def naive_scores(weights, stream, block_size):
-    """One block, one pair, one term at a time, for a single sample [S, H]."""
+def naive_scores(weights, stream, block_size, documents=None):
+    """One token, one block, one pair, one term at a time, for a single sample [S, H]."""
     w = {name: value.double() for name, value in weights.items()}
-    blocks = []
-    for start in range(0, len(stream), block_size):
-        total = stream[start : start + block_size].double().sum(0)
-        blocks.append(total / math.sqrt(float((total**2).mean()) + 1e-6))
+    w["first"] = w["first"] * prediction.QUANTUM
+    documents = [0] * len(stream) if documents is None else documents
 
     def run(t, x):
+        x = x.double() / math.sqrt(float((x.double() ** 2).mean()) + 1e-6)
         hidden = (x @ w["first"][t] + w["first_bias"][t]).clamp_min(0)
         return (hidden @ w["second"][t] + w["second_bias"][t]).clamp_min(0) @ w["third"][t]
 
+    blocks = [range(i, min(i + block_size, len(stream))) for i in range(0, len(stream), block_size)]
     if "offset" in w:
-        return torch.stack([(run(0, x) + w["offset"]).exp()[0] for x in blocks])
+        return torch.stack([max((run(0, stream[i]) + w["offset"]).exp()[0] for i in block) for block in blocks])
+    query, key = ([torch.stack([run(t, stream[i]) for i in b]).mean(0) for b in blocks] for t in (0, 1))
     out = torch.zeros(len(blocks), dtype=torch.float64)
-    for m, query in enumerate(blocks):
-        for n, key in enumerate(blocks[: m + 1]):
+    for m in range(len(blocks)):
+        for n in range(m + 1):
+            if not any(documents[i] == documents[j] for i in blocks[m] for j in blocks[n]):
+                continue
             bias = sum(
                 float(a) * math.exp(-rate * (m - n)) for a, rate in zip(w["distance"], prediction.DECAYS, strict=True)
             )
-            out[n] += max(0.0, float(run(0, query) @ run(1, key)) + bias)
+            out[n] += max(0.0, float(query[m] @ key[n]) + bias)
     return out
 
 
@@ -74,6 +81,49 @@ def test_padding_neither_scores_nor_counts(kind, side):
     padded[:, where], mask[:, where] = stream, 1
     blocks = slice(2, 8) if side == "left" else slice(0, 6)
     torch.testing.assert_close(part(padded, mask)[:, blocks], part(stream), **TOLERANCE["compiled"])
+
+
+def naive_documents(lengths):
+    return [number for number, length in enumerate(lengths) for _ in range(length)]
+
+
+@pytest.mark.parametrize("told_by", ["square mask", "additive mask", "BlockMask", "position_ids", "cu_seq_lens"])
+def test_pairs_across_documents_score_nothing(told_by):
+    """A packed row, with documents that end within blocks, one that fills none, and a ragged tail."""
+    lengths = [13, 3, 24, 21]
+    part, stream = random_part("attention"), torch.randn(1, sum(lengths), 32)
+    number = torch.tensor(naive_documents(lengths))
+    allowed = (number[:, None] == number).tril()[None, None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    arguments = {
+        "square mask": lambda: (allowed,),
+        "additive mask": lambda: (torch.where(allowed, 0.0, torch.finfo(torch.float32).min),),
+        "BlockMask": lambda: (
+            create_block_mask(lambda b, h, q, k: (q >= k) & (number[q] == number[k]), 1, None, 61, 61, device="cpu"),
+        ),
+        "position_ids": lambda: (None, positions),
+        "cu_seq_lens": lambda: (None, None, {"cu_seq_lens_q": torch.tensor([0, 13, 16, 40, 61])}),
+    }[told_by]()
+    weights = {name: getattr(part, name) for name in part.names}
+    expected = naive_scores(weights, stream[0], BLOCK, number.tolist()).float()[None]
+    torch.testing.assert_close(part(stream, *arguments), expected, **TOLERANCE["compiled"])
+    assert not torch.allclose(part(stream), expected, rtol=0.01)
+
+
+def test_a_packed_batch_is_predicted_by_document():
+    """What reaches the predictor in a model: the first document's choice does not depend on the second's text."""
+    scores = []
+    for seed in (0, 1):
+        model, _ = transformed()
+        part = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_score"))
+        part.distance.fill_(1)
+        part.third.mul_(50)
+        part.register_forward_hook(lambda _, __, out: scores.append(out))
+        inputs = packed([32, 32])
+        inputs["input_ids"][:, 32:] = batch(1, 32, seed=seed + 5)["input_ids"]
+        model(**inputs)
+    assert torch.equal(scores[0][:, :4], scores[1][:, :4])
+    assert not torch.equal(scores[0][:, 4:], scores[1][:, 4:])
 
 
 def test_the_part_has_buffers_only_and_follows_a_cast():
@@ -170,36 +220,46 @@ def test_a_layer_compiles_once_for_all_layers():
     torch._dynamo.reset()
 
 
-def planted(count=24, blocks=24, hidden=32, seed=0):
-    """Blocks whose score is a causal sum over pairs of a low-rank product, as a real predictor would produce it."""
+def planted(kind, count=24, blocks=24, hidden=32, seed=0):
+    """Streams whose scores follow from a low-rank product of each token, as a real predictor would produce them."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, blocks, hidden, generator=generator)
-    q, k = (torch.randn(hidden, 2, generator=torch.Generator().manual_seed(s)) / 3 for s in (7, 8))
-    pairs = ((x @ q) @ (x @ k).transpose(1, 2) + 0.5).relu().tril()
-    real = torch.ones(count, blocks, dtype=torch.bool)
-    real[::3, -4:] = False
-    pairs = torch.where(real[:, :, None], pairs, 0.0)
-    return Blocks(x.half(), pairs.sum(1) + 0.05, real)
+    x = torch.randn(count, blocks * BLOCK, hidden, generator=generator)
+    # Blocks differ, and so do their means.
+    x += 2 * torch.randn(count, blocks, 1, hidden, generator=generator).expand(-1, -1, BLOCK, -1).flatten(1, 2)
+    x *= torch.rsqrt(x.square().mean(-1, keepdim=True))
+    q, k = (torch.randn(hidden, 2, generator=torch.Generator().manual_seed(s)) / 2 for s in (7, 8))
+    valid = torch.ones(count, blocks * BLOCK, dtype=torch.bool)
+    valid[::3, -4 * BLOCK - 3 :] = False
+    if kind == "mlp":
+        return Blocks(x.half(), (x @ q)[..., 0].abs() + 0.05, valid, BLOCK)
+    queries, keys = (prediction.pool(x @ m, valid, BLOCK, "mean") for m in (q, k))
+    pairs = (queries @ keys.transpose(1, 2) + 0.5).relu().tril()
+    found = Blocks(x.half(), torch.zeros(count, blocks), valid, BLOCK)
+    found.scores = torch.where(found.real[:, :, None], pairs, 0.0).sum(1) + 0.05
+    return found
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_training_learns_planted_structure(kind):
+    blocks, heldout = planted(kind, 96), planted(kind, 16, seed=1)
+    done = train(kind, blocks, Recipe(width=8, mlp_width=8, rate=2e-2, epochs=15), heldout)
+    predicted, true, real = predict(done.weights, heldout), heldout.block_scores, heldout.real
+    position = torch.arange(24.0).expand(16, -1)
+    rules = {"random": torch.rand(16, 24), "recent": position, "early": -position}
+    got = recall(predicted, true, real, 0.4)
+    assert got > max(recall(rule, true, real, 0.4) for rule in rules.values()) + 0.03
+    # In the units of the true scores.
+    assert 0.6 < float(predicted[real].sum() / true[real].sum()) < 1.6
 
 
 @pytest.mark.parametrize("loss", ["kl", "log", "regression"])
-def test_training_learns_planted_structure(loss):
-    blocks, heldout = planted(96), planted(16, seed=1)
-    done = train("attention", blocks, Recipe(width=8, loss=loss, noise=0.1, epochs=100), heldout)
-    losses = done.record["losses"]
+def test_every_loss_falls(loss):
+    losses = train("mlp", planted("mlp", 96), Recipe(mlp_width=8, loss=loss, epochs=15)).record["losses"]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-    predicted = prediction.scores(done.weights, heldout.representations.float(), heldout.real)
-    position = torch.arange(24.0).expand(16, -1)
-    rules = {"random": torch.rand(16, 24), "recent": position, "early": -position}
-    got = recall(predicted, heldout.scores, heldout.real, 0.4)
-    assert got > max(recall(rule, heldout.scores, heldout.real, 0.4) for rule in rules.values()) + 0.03
-    # In the units of the true scores, whatever the loss.
-    ratio = predicted[heldout.real].sum() / heldout.scores[heldout.real].sum()
-    assert 0.6 < float(ratio) < 1.6
 
 
 def test_elastic_sizing_ends_at_the_asked_width():
-    done = train("attention", planted(), Recipe(width=6, epochs=30))
+    done = train("attention", planted("attention"), Recipe(width=6, epochs=5))
     shapes = {name: tuple(w.shape) for name, w in done.weights.items()}
     assert shapes["first"] == (2, 32, 6)
     assert shapes["second"] == (2, 6, 6)
@@ -207,7 +267,21 @@ def test_elastic_sizing_ends_at_the_asked_width():
     before, after = done.record["parameters"]
     assert after < 0.75 * before
     assert after == sum(w.numel() for w in done.weights.values())
-    assert all(w.dtype == torch.bfloat16 for w in done.weights.values())
+    assert done.weights.pop("first").dtype == torch.int8
+    assert {w.dtype for w in done.weights.values()} == {torch.bfloat16}
+
+
+def test_compressing_moves_a_weight_by_half_a_step():
+    weights = random_weights("attention", 64, 8, torch.Generator().manual_seed(0), compress=False)
+    small = compressed(weights)
+    assert small["first"].abs().amax(1).eq(127).all()
+    step = weights["first"].abs().amax(1, keepdim=True) / 127
+    assert ((small["first"] * step - weights["first"]).abs() <= 0.501 * step).all()
+    # The rows of the second matrix make up for the scales: the networks differ by rounding alone.
+    rounded = {name: w.bfloat16() for name, w in weights.items()} | {"first": small["first"] * step}
+    stream = torch.randn(2, 64, 64)
+    full, found = (prediction.network(w, stream)[1] for w in (rounded, small))
+    torch.testing.assert_close(found, full, **TOLERANCE["bf16"])
 
 
 def test_balanced_ranks_keep_the_same_share_everywhere():
@@ -262,6 +336,41 @@ def test_save_and_load(tmp_path):
     assert all(torch.equal(loaded.tensors[n], t) for n, t in predictors.tensors.items())
     assert loaded.record == predictors.record
     assert sum(loaded.predictor_bytes.values()) == sum(t.nbytes for t in predictors.tensors.values())
+
+
+def test_hub_push_and_load(tmp_path, monkeypatch):
+    """Against a local folder in the hub's place; no network."""
+    predictors = Predictors.random(tiny("llama"), CONFIG)
+    commit = "0" * 40
+    hub = tmp_path / "models--someone--predictors"
+
+    def upload(self, repo_id, folder_path, commit_message):
+        assert repo_id == "someone/predictors"
+        (hub / "refs").mkdir(parents=True)
+        (hub / "refs/main").write_text(commit)
+        shutil.copytree(folder_path, hub / "snapshots" / commit)
+        return f"https://huggingface.co/{repo_id}/commit/{commit}"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, private, exist_ok: RepoUrl(f"models/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert commit in predictors.push_to_hub("someone/predictors")
+    loaded = Predictors.load("someone/predictors", cache_dir=tmp_path, local_files_only=True)
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in predictors.tensors.items())
+    assert loaded.record == predictors.record
+
+
+def test_hub_errors_are_typed(tmp_path, monkeypatch):
+    with pytest.raises(PredictorError, match="neither a folder nor found"):
+        Predictors.load("someone/nothing", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(PredictorError, match="missing"):
+        Predictors.load(tmp_path / "nowhere")
+
+    def unreachable(*args, **kwargs):
+        raise HfHubHTTPError.__bases__[0]("no route")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    with pytest.raises(PredictorError, match="no route"):
+        Predictors.random(tiny("llama"), CONFIG).push_to_hub("someone/predictors")
 
 
 def edit_record(folder, **changes):

@@ -2,7 +2,8 @@
 
 python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
 python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
-    python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
+python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
+python tools/study_predictors.py thresholds --work runs/predictors --sequences 16    # the same under Algorithm 1
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import lzma
 import random
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, prediction
+from lemo_fx import Elimination, LemoConfig, Predictors, prediction
+from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.reference import balanced
-from lemo_fx.predictor_training import Blocks, Recipe, kept, recall, train
-from lemo_fx.predictors import predictor_width
+from lemo_fx.predictor_training import Blocks, Recipe, kept, predict, recall, train
+from lemo_fx.predictors import identity
+from lemo_fx.thresholds import Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "lemo_fx/demo_assets/model"
@@ -52,10 +56,7 @@ def sequences(tokenizer, documents: list[str], count: int, per_document: int, se
 
 
 def profile(args: argparse.Namespace) -> None:
-    from rich.progress import Progress
-
-    from lemo_fx.fit import _key, _profile, _solve
-    from lemo_fx.sites import decoder_layers
+    from lemo_fx.fit import run_probes
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -69,27 +70,21 @@ def profile(args: argparse.Namespace) -> None:
         work.mkdir(parents=True)
         torch.save(ids, args.work / f"{name}.pt")
         print(name, tuple(ids.shape), flush=True)
-        batches = list(ids[:, None])
-        with Progress(disable=True) as bar:
-            probes = _profile(model, batches, decoder_layers(model), config, work, bar)
-        _solve(probes, work, _key(model, batches, config, 32, 1e-3), 32, 1e-3)
+        run_probes(model, list(ids[:, None]), list(range(model.config.num_hidden_layers)), config, work, list)
 
 
 def read(work: Path, hidden: int, layers: int) -> tuple[dict[tuple[int, str], Blocks], torch.Tensor]:
-    """Every site's scored blocks, and the sequences; a profile that is still being written is cut to what is whole."""
-    per_sequence = LENGTH // LemoConfig().block_size
+    """Every site's scored streams, and the sequences; a profile that is still being written is cut to what is whole."""
     names = {(i, kind): work / f"layers.{i}.{kind}" for i in range(layers) for kind in ("attention", "mlp")}
-    count = min(Path(f"{path}.scores").stat().st_size for path in names.values()) // 4 // per_sequence
+    count = min(Path(f"{path}.stream").stat().st_size for path in names.values()) // 2 // LENGTH // hidden
+    block_size = LemoConfig().block_size
     found = {}
-    for site, path in names.items():
-        shape = (count, per_sequence)
-        embeddings = np.fromfile(f"{path}.blocks", np.float16, count * per_sequence * hidden)
-        scores = np.fromfile(f"{path}.scores", np.float32, count * per_sequence)
-        found[site] = Blocks(
-            torch.from_numpy(embeddings).view(*shape, hidden),
-            torch.from_numpy(scores).view(shape),
-            torch.ones(shape, dtype=torch.bool),
-        )
+    for (i, kind), path in names.items():
+        per_sequence = LENGTH // block_size if kind == "attention" else LENGTH
+        stream = torch.from_file(f"{path}.stream", size=count * LENGTH * hidden, dtype=torch.float16)
+        scores = torch.from_file(f"{path}.scores", size=count * per_sequence, dtype=torch.float32)
+        valid = torch.ones(count, LENGTH, dtype=torch.bool)
+        found[i, kind] = Blocks(stream.view(count, LENGTH, hidden), scores.view(count, -1), valid, block_size)
     return found, torch.load(work.with_suffix(".pt"))[:count]
 
 
@@ -105,8 +100,8 @@ def stream_norms(model, ids: torch.Tensor, block_size: int) -> list[torch.Tensor
 
 def both_recalls(predicted: torch.Tensor, blocks: Blocks) -> list[float]:
     """Recall at KEEP of LeMo's choice, and of the balanced choice."""
-    ranked = [balanced(x) for x in (predicted, blocks.scores)]
-    return [recall(predicted, blocks.scores, blocks.real, KEEP), recall(*ranked, blocks.real, KEEP)]
+    true, real = blocks.block_scores, blocks.real
+    return [recall(predicted, true, real, KEEP), recall(balanced(predicted), balanced(true), real, KEEP)]
 
 
 def per_quarter(scores: torch.Tensor, real: torch.Tensor) -> list[float]:
@@ -118,16 +113,16 @@ def mean_spread(values: list[float]) -> list[float]:
     return [round(float(np.mean(values)), 4), round(float(max(values) - min(values)), 4)]
 
 
-def flop_share(config, width: int, keep: float) -> dict[str, float]:
+def flop_share(config, widths: dict[str, int], keep: float) -> dict[str, float]:
     """Predictors' share of one checkpointed LoRA step (forward, recompute, input gradients), per decoder layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     attention = 2 * hidden * (2 * hidden + 2 * kv) * keep + 2 * LENGTH * hidden * keep**2
     mlp = 2 * 3 * hidden * inner * keep
     step = 4 * (attention + mlp)
-    blocks = LENGTH // 64
-    networks = 3 * 2 * (hidden * width + width * width) + 2 * width * width * 2 + 2 * width
-    predictor = 2 * hidden + (networks + blocks * (2 * width + 4)) / 64
+    w, v = widths["attention"], widths["mlp"]
+    a_token = 2 * 2 * (hidden * w + w * w) + (2 * 2 * w * w + LENGTH // 64 * (2 * w + 4)) / 64
+    predictor = 2 * 2 * hidden + a_token + 2 * (hidden * v + v * v + v)
     return {"predictor_flops_per_token": round(predictor, 1), "step_flops_per_token": step, "share": predictor / step}
 
 
@@ -137,7 +132,6 @@ def study(args: argparse.Namespace) -> None:
     layers, hidden = config.num_hidden_layers, config.hidden_size
     data, _ = read(args.work / "train", hidden, layers)
     heldout, ids = read(args.work / "heldout", hidden, layers)
-    width = predictor_width(hidden)
     count = len(data[0, "mlp"])
     result: dict = {
         "command": " ".join(["python", *sys.argv]),
@@ -149,35 +143,25 @@ def study(args: argparse.Namespace) -> None:
         "train_sequences": count,
         "heldout_sequences": len(heldout[0, "mlp"]),
         "tokens_per_sequence": LENGTH,
-        "recipe": vars(Recipe(width=width)),
+        "recipe": vars(Recipe()),
     }
 
-    losses: dict[str, dict] = {}
-    for loss in ("regression", "log", "kl"):
-        recalls = [
-            [trained(data, heldout, (i, "attention"), width, seed, loss)[0][0] for i in LOSS_LAYERS]
-            for seed in range(SEEDS)
-        ]
-        losses[loss] = {"recall": mean_spread([float(np.mean(row)) for row in recalls])}
-        losses[loss]["least"] = round(min(min(row) for row in recalls), 4)
-        losses[loss]["widest_spread_of_a_layer"] = max(mean_spread(list(c))[1] for c in zip(*recalls, strict=True))
-        print(loss, losses[loss], flush=True)
-    result["losses"] = {"layers": list(LOSS_LAYERS), **losses}
-
+    result["losses"], result["pooling"] = compared(data, heldout)
     norms = stream_norms(model, ids, 64)
     generator = torch.Generator().manual_seed(0)
     curves, pictures = {}, {}
     result["sites"] = {}
     for (i, kind), truth in heldout.items():
-        runs = [trained(data, heldout, (i, kind), width, seed, Recipe(width=width).loss) for seed in range(SEEDS)]
-        shape = truth.scores.shape
+        runs = [trained(data, heldout, (i, kind), seed) for seed in range(SEEDS)]
+        true = truth.block_scores
+        shape = true.shape
         position = torch.arange(shape[1]).float().expand(shape)
         rules = {
             "random": torch.rand(shape, generator=generator),
             "recent": position,
             "early": -position,
             "norm": norms[i],
-            "positional prior": data[i, kind].scores.mean(0).expand(shape),
+            "positional prior": data[i, kind].block_scores.mean(0).expand(shape),
         }
         predicted, record = runs[0][1], runs[0][2]
         curves[i, kind], pictures[i, kind] = record, predicted
@@ -186,18 +170,19 @@ def study(args: argparse.Namespace) -> None:
             "balanced_recall": mean_spread([r[0][1] for r in runs]),
             "rules": {n: [round(x, 4) for x in both_recalls(r, truth)] for n, r in rules.items()},
             "quarters": {
-                "measured": per_quarter(truth.scores, truth.real),
+                "measured": per_quarter(true, truth.real),
                 "predicted": per_quarter(predicted, truth.real),
-                "measured, balanced": per_quarter(balanced(truth.scores), truth.real),
+                "measured, balanced": per_quarter(balanced(true), truth.real),
                 "predicted, balanced": per_quarter(balanced(predicted), truth.real),
             },
             "parameters": record["parameters"],
+            "bytes": record["bytes"],
             "dead": record["dead"],
         }
         print(i, kind, result["sites"][f"{i}.{kind}"]["recall"], flush=True)
-    sizes = sum(site["parameters"][1] for site in result["sites"].values()) * 2
+    sizes = sum(site["bytes"] for site in result["sites"].values())
     result["bytes"] = {"predictors": sizes, "model": sum(p.numel() for p in model.parameters()) * 2}
-    result["flops"] = flop_share(config, width, KEEP)
+    result["flops"] = flop_share(config, {k: Recipe().width_of(k, hidden) for k in ("attention", "mlp")}, KEEP)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "recall.json").write_text(json.dumps(result, indent=1) + "\n")
     args.docs.mkdir(parents=True, exist_ok=True)
@@ -246,16 +231,107 @@ def balance(args: argparse.Namespace) -> None:
     (args.out / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def fitted(model, data, folder: Path) -> Predictors:
+    """Predictors of the default recipe, trained once."""
+    if not folder.exists():
+        tensors = {}
+        for (i, kind), blocks in data.items():
+            for name, value in train(kind, blocks, Recipe()).weights.items():
+                tensors[f"layers.{i}.{kind}.predictor.{name}"] = value
+        Predictors(tensors, identity(model, model.config.num_hidden_layers, LemoConfig().block_size)).save(folder)
+    return Predictors.load(folder)
+
+
+def thresholds(args: argparse.Namespace) -> None:
+    """Held-out loss of the sparse forward under Algorithm 1's thresholds and budgets and under simpler rules."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    data, ids = read(args.work / "train", hidden, layers)
+    heldout = list(read(args.work / "heldout", hidden, layers)[1][: args.sequences, None])
+    predictors = fitted(model, data, args.work / "fitted")
+    # Without rounding counts up to buckets, so that kept shares can be equal.
+    selection.THRESHOLD_BUCKETS = LENGTH // LemoConfig().block_size
+    keep = Elimination(keep=0.5, score="predicted")
+    config = LemoConfig(attention=keep, mlp=keep)
+    found: dict[str, list] = {}
+    for seed in range(SEEDS):
+        chosen = random.Random(seed).sample(range(len(ids)), 3)
+        lemo_fx.revert(model)
+        tuning = Tuning(model, [ids[i][None] for i in chosen], config, predictors)
+        shares, losses = tuning.run(iterations=args.iterations)
+        tuning.sequences = heldout
+        rules = {
+            "one threshold for all layers": tuning.thresholds(tuning.single()),
+            "multiple of the mean block score": tuning.thresholds(tuning.start()),
+            "Algorithm 1, thresholds": tuning.thresholds(shares),
+        }
+        for name, values in rules.items():
+            loss, kept_share = tuning.loss(values)
+            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
+        budgets = {"uniform keep": dict.fromkeys(shares, 0.5), "Algorithm 1, budgets": shares}
+        for name, values in budgets.items():
+            for key, parts in tuning.selects.items():
+                for part in parts:
+                    part.keep = Fraction(values[key]).limit_denominator(4096).as_integer_ratio()
+            loss, kept_share = tuning.loss(dict.fromkeys(shares, None))
+            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
+        print(seed, losses, {name: rows[-1] for name, rows in found.items()}, flush=True)
+    lemo_fx.revert(model)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU",
+        "sparse": "attention and MLP, skip, predicted scores, all layers but the first and the last",
+        "tuning_sequences": 3,
+        "heldout_sequences": len(heldout),
+        "tokens_per_sequence": LENGTH,
+        "loss_and_kept_share": {
+            name: {"loss": mean_spread([r[0] for r in rows]), "kept": mean_spread([r[1] for r in rows])}
+            for name, rows in found.items()
+        },
+        "budgets_of_last_seed": {f"{i}.{kind}": round(share, 3) for (i, kind), share in shares.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "thresholds.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 SEEDS = 3
-LOSS_LAYERS = (1, 4, 7)
+LOSS = Recipe().loss
+COMPARED = ((5, "attention"), (4, "mlp"))
+"""Sites on which losses and poolings are compared."""
 
 
-def trained(data, heldout, site, width, seed, loss):
+_done: dict = {}
+
+
+def trained(data, heldout, site, seed, loss=LOSS):
     """(recalls, predicted scores on the held-out sequences, record) of one training."""
-    recipe = Recipe(width=width, seed=seed, loss=loss)
-    done = train(site[1], data[site], recipe, heldout[site])
-    predicted = prediction.scores(done.weights, heldout[site].representations.float(), heldout[site].real)
-    return both_recalls(predicted, heldout[site]), predicted, done.record
+    key = (site, seed, loss, prediction.POOLING[site[1]])
+    if key not in _done:
+        done = train(site[1], data[site], Recipe(seed=seed, loss=loss), heldout[site])
+        predicted = predict(done.weights, heldout[site])
+        size = sum(w.nbytes for w in done.weights.values())
+        _done[key] = both_recalls(predicted, heldout[site]), predicted, {**done.record, "bytes": size}
+    return _done[key]
+
+
+def compared(data, heldout) -> tuple[dict, dict]:
+    """Recall by loss (SEEDS seeds) and by pooling of the tokens' outputs (one seed)."""
+    losses: dict = {}
+    pooling: dict = {}
+    for site in COMPARED:
+        name = f"{site[0]}.{site[1]}"
+        for loss in ("regression", "log", "kl"):
+            recalls = [trained(data, heldout, site, seed, loss)[0][0] for seed in range(SEEDS)]
+            losses.setdefault(name, {})[loss] = mean_spread(recalls)
+        print(name, losses[name], flush=True)
+        usual = prediction.POOLING[site[1]]
+        for how in ("mean", "max", "min"):
+            prediction.POOLING[site[1]] = how
+            pooling.setdefault(name, {})[how] = round(trained(data, heldout, site, 0)[0][0], 4)
+        prediction.POOLING[site[1]] = usual
+        print(name, pooling[name], flush=True)
+    return losses, pooling
 
 
 def tables(result: dict) -> str:
@@ -285,21 +361,22 @@ def tables(result: dict) -> str:
         for name in chosen[0]:
             shares = np.mean([c[name] for c in chosen], axis=0)
             lines += [f"| {kind}, {name} | " + " | ".join(f"{x:.2f}" for x in shares) + " |"]
+    lines += ["", "| recall by loss (spread over seeds) | regression | log | kl |", "|---|---|---|---|"]
+    for name, found in result["losses"].items():
+        lines += [
+            f"| layer {name} | " + " | ".join(f"{mean:.3f} ({spread:.3f})" for mean, spread in found.values()) + " |"
+        ]
+    lines += ["", "| recall by pooling | mean | max | min |", "|---|---|---|---|"]
+    for name, found in result["pooling"].items():
+        lines += [f"| layer {name} | " + " | ".join(f"{recall:.3f}" for recall in found.values()) + " |"]
     lines += [
         "",
-        "| loss (attention) | recall (spread over seeds) | least | widest spread of a layer |",
-        "|---|---|---|---|",
+        "| site | parameters before elastic sizing | after | bytes | share of zero activations when pruning |",
     ]
-    for name, found in result["losses"].items():
-        if name != "layers":
-            mean, spread = found["recall"]
-            wide = found["widest_spread_of_a_layer"]
-            lines += [f"| {name} | {mean:.3f} ({spread:.3f}) | {found['least']:.3f} | {wide:.3f} |"]
-    lines += ["", "| site | parameters before elastic sizing | after | share of zero activations when pruning |"]
-    lines += ["|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|"]
     for name, site in sites.items():
         dead = ", ".join(f"{x:.0%}" for x in site["dead"])
-        lines += [f"| {name} | {site['parameters'][0]} | {site['parameters'][1]} | {dead} |"]
+        lines += [f"| {name} | {site['parameters'][0]} | {site['parameters'][1]} | {site['bytes']} | {dead} |"]
     size = result["bytes"]
     lines += [
         "",
@@ -327,7 +404,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
     shown = [(1, "attention"), (4, "attention"), (7, "attention"), (4, "mlp")]
     figure, grid = pyplot.subplots(len(shown), 2, figsize=(11, 9), layout="constrained")
     for row, site in zip(grid, shown, strict=True):
-        truth = heldout[site].scores
+        truth = heldout[site].block_scores
         low, high = (float(x) for x in torch.quantile(truth, torch.tensor([0.02, 0.98])))
         for axis, values, title in zip(row, (truth, pictures[site]), ("measured", "predicted"), strict=True):
             image = axis.imshow(values, aspect="auto", vmin=low, vmax=high, interpolation="nearest")
@@ -340,7 +417,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("profile", "train", "balance"))
+    parser.add_argument("stage", choices=("profile", "train", "balance", "thresholds"))
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
     parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
     parser.add_argument("--sequences", type=int, default=300)
@@ -348,10 +425,11 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=-1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/predictors")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/predictors")
+    parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"profile": profile, "train": study, "balance": balance}[args.stage](args)
+    {"profile": profile, "train": study, "balance": balance, "thresholds": thresholds}[args.stage](args)
 
 
 if __name__ == "__main__":
