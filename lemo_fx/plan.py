@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lemo_fx import parallel, runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable
-from lemo_fx.config import Elimination, LemoConfig
+from lemo_fx.config import Elimination, LemoConfig, Score
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
 from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks, StepScore
@@ -182,7 +182,7 @@ def _plan_site(
     score = elimination.score
     if score == "auto":
         trained = predictors is not None and predictors.has_predictor(index, planned.name)
-        untrained = "step" if elimination.eliminated == "exact" else "measured"
+        untrained: Score = "step" if elimination.eliminated == "exact" else "measured"
         score = "predicted" if trained else untrained
     if score == "predicted" and predictors is None:
         raise PredictorError(

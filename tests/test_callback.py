@@ -96,7 +96,8 @@ def test_recall_equals_the_overlap_of_two_models_choices(predictors, keep, paddi
     config = plan(**({"keep": None} | keep), eliminated="exact")
     model = lemo_fx.transform(tiny("llama"), config, predictors=predictors)
     chosen = []
-    for one in (model, lemo_fx.transform(tiny("llama"), config)):
+    measured = plan(**({"keep": None} | keep), eliminated="exact", score="measured")
+    for one in (model, lemo_fx.transform(tiny("llama"), measured)):
         with Recorder(one) as seen:
             one(**inputs)
         chosen.append([set_of(tokens[0], inputs.get("attention_mask")) for tokens in seen.tokens.values()])
