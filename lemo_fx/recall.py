@@ -15,6 +15,7 @@ from torch import fx, nn
 from lemo_fx import runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, remove_dead_nodes
 from lemo_fx.install import STATE, targets_of
+from lemo_fx.parallel import gathered
 from lemo_fx.parts import ActivationScore, AttentionScore, PredictedScore, SelectBlocks
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
@@ -28,7 +29,8 @@ def measure_recall(
 
     Args:
         layers: rewritten decoder layers by name.
-        batch: keyword arguments of the model. Random state and training mode are left as they were.
+        batch: keyword arguments of the model; of a sharded one every rank must pass its own. Random state and training
+            mode are left as they were.
     """
     found: dict[tuple[str, str], float] = {}
 
@@ -52,7 +54,8 @@ def measure_recall(
         for name, layer in layers.items():
             sites = _scored_sites(layer)
             if sites:
-                hook = observe(name, layer, _probe(layer, sites), sites)
+                with gathered(layer):
+                    hook = observe(name, layer, _probe(layer, sites), sites)
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if hooks:
             model.train()
