@@ -366,5 +366,9 @@ def _training_plan(path: Path | None, block_size: int | None, given: dict[str, A
         return _plan_from(path)
     settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     if given:
-        settings["attention"] = settings["mlp"] = Elimination(**given)
+        usual = LemoConfig()
+        settings |= {
+            "attention": dataclasses.replace(usual.attention or Elimination(), **given),
+            "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
+        }
     return LemoConfig(**settings)
