@@ -78,7 +78,7 @@ def test_fit_refuses_data_without_text(tmp_path):
     data.write_text('{"words": "none"}\n')
     result = runner.invoke(app, ["fit", str(tmp_path), str(data), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "field `text`" in result.stderr
+    assert "needs a field `text`" in result.stderr
 
 
 def test_demo(tmp_path):
