@@ -305,12 +305,16 @@ def train(
         "all-linear"
     ),
     plan: Plan = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")
+    ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = None,
     eliminated: Annotated[
         str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="What ranks the blocks: measured, predicted (fitted first), random or auto.")
+        str | None,
+        typer.Option(help="What ranks the blocks: measured, predicted (fitted first), random, step or auto."),
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
     predictors: Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")] = None,
@@ -341,7 +345,7 @@ def train(
             model,
             data,
             out,
-            _training_plan(plan, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
+            _training_plan(plan, preset, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
             training.Settings(**named),
             heldout_path=heldout,
             predictors_path=predictors,
@@ -356,19 +360,19 @@ def train(
         _print_paths([out / "adapter", out / training.PAGE, out / training.SUMMARY])
 
 
-def _training_plan(path: Path | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
+def _training_plan(path: Path | None, preset: str | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
     from lemo_fx.config import Elimination, LemoConfig
 
     given = {name: value for name, value in given.items() if value is not None}
     if path is not None:
-        if given or block_size is not None:
-            raise InputError("--plan says it all: leave out --keep, --eliminated, --score and --block-size")
+        if given or preset is not None or block_size is not None:
+            raise InputError("--plan says it all: leave out --preset, --keep, --eliminated, --score and --block-size")
         return _plan_from(path)
     settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    usual = LemoConfig.preset(preset or "careful")
     if given:
-        usual = LemoConfig()
         settings |= {
             "attention": dataclasses.replace(usual.attention or Elimination(), **given),
             "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
         }
-    return LemoConfig(**settings)
+    return dataclasses.replace(usual, **settings)
