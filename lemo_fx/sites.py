@@ -11,7 +11,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import networkx as nx
@@ -73,10 +73,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A branch that was left alone, at which node, and why."""
+    """A branch that was left alone, at which node, and why; no kind where it is not about one branch."""
 
     node: str
     reason: str
+    kind: SiteKind | None = None
 
 
 def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
@@ -126,7 +127,10 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         for branch in (leaf for leaf in leaves if leaf is not stream):
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
             found = _classify(graph, stream, node, branch, region)
-            (sites if isinstance(found, Site) else refusals).append(found)  # type: ignore[arg-type]
+            if isinstance(found, Site):
+                sites.append(found)
+            else:
+                refusals.append(replace(found, kind="attention" if attends(branch, below) else "mlp"))
     if not sites and not refusals:
         refusals.append(Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule"))
     return sites, refusals

@@ -50,7 +50,8 @@ def transform(
     The model stays the same object of the same class with the same state_dict. In `eval()`, in `generate()` and with a
     filled cache it runs its original code (unless `config.active` is "always"). Call it before or after adding PEFT
     adapters, and before DDP or FSDP2's `fully_shard` or after them; after `fully_shard` every rank must call it, since
-    planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing.
+    planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing. Every
+    error leaves the model as it was.
 
     Args:
         model: a transformers causal language model, with or without PEFT adapters.
@@ -66,7 +67,6 @@ def transform(
         UnsupportedModelError: no decoder layer can be rewritten, or one that should be cannot, naming module and node;
             or the model runs under tensor, context or sequence parallelism, or in wrappers that hide its layers.
         PredictorError: `stand_in` or `predicted` without what they need.
-        The model is left as it was by every one of them.
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
