@@ -16,6 +16,7 @@ from lemo_fx.errors import (
     NotTransformedError,
     PredictorError,
     SelectionError,
+    StorageError,
     UnsupportedModelError,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "Predictors",
     "Report",
     "SelectionError",
+    "StorageError",
     "UnsupportedModelError",
     "__version__",
     "fit",

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import operator
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,21 @@ class Tracer(fx.Tracer):
         self.constants = constants or {}
         self.leaf_functions = leaf_functions
         self.properties = properties
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A node in this thread. fx patches `nn.Module` for all threads, and another one may be in a training step."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A node for a parameter in this thread; see `call_module`."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every submodule is one node."""
@@ -114,7 +130,17 @@ class Tracer(fx.Tracer):
                     space[name] = value
 
     def _recorder(self, function: Callable) -> Callable:
-        return lambda *args, **kwargs: self.create_proxy("call_function", function, args, kwargs)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return record
+
+
+PATCHING = threading.RLock()
+"""Held while fx has patched `nn.Module`: two threads would undo each other's patches in the wrong order, and a class
+that is made meanwhile would keep them for good."""
 
 
 def capture(
@@ -131,7 +157,7 @@ def capture(
     tracer = Tracer(constants, leaf_functions, properties)
     training = vars(module)["training"]
     try:
-        with tracer.recorded_leaves(module):
+        with PATCHING, tracer.recorded_leaves(module):
             graph = tracer.trace(module)
     except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, CaptureError):

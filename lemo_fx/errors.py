@@ -29,6 +29,10 @@ class PredictorError(LemoError, ValueError):
     """Predictor or stand-in weights are missing, damaged, or belong to another model."""
 
 
+class StorageError(LemoError, OSError):
+    """A file could not be written: the disk is full, or the folder must not be written to."""
+
+
 class SelectionError(LemoError, RuntimeError):
     """A recompute asked for a choice of blocks that its forward pass never made."""
 

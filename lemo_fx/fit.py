@@ -12,7 +12,6 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +21,13 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lemo_fx import parallel
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
+from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
@@ -121,8 +121,9 @@ def _append(path: Path, values: torch.Tensor, rows: int) -> None:
     """Write values, followed by zeros up to a number of rows."""
     padded = values.new_zeros(rows, *values.shape[1:])
     padded[: len(values)] = values
-    with path.open("ab") as file:
-        padded.numpy().tofile(file)
+    # Not ndarray.tofile, which says nothing when the last bytes find no room.
+    with writing(path), path.open("ab") as file:
+        file.write(padded.numpy())
 
 
 def fit(
@@ -163,6 +164,7 @@ def fit(
         InputError: no sequence, or not token ids.
         UnsupportedModelError: as for `transform`; or the model is already wrapped by DDP or FSDP.
         ConfigError: a rank other than 0 was given a folder.
+        StorageError: the disk is full; with a folder, a run with the same arguments goes on from what was finished.
     """
     config = LemoConfig() if config is None else config
     parallel.refuse_wrapped(model)
@@ -227,7 +229,7 @@ def fit(
             predictors = Predictors(tensors, {**record, "tuning": tuned})
         if folder:
             predictors.save(folder)
-            shutil.rmtree(work)
+            _discard(work)
     return predictors
 
 
@@ -236,9 +238,16 @@ def _prepare(work: Path, key: str) -> None:
     note = work / "key"
     if note.exists() and note.read_text() == key:
         return
+    _discard(work)
+    with writing(work):
+        work.mkdir(parents=True)
+    write_text(note, key)
+
+
+def _discard(work: Path) -> None:
+    """Remove a folder of intermediate results; what a kill leaves of it nobody takes for results."""
+    (work / "key").unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _write_text(note, key)
 
 
 @dataclass
@@ -282,13 +291,6 @@ def _key(model: nn.Module, batches: list[torch.Tensor], config: LemoConfig, *set
     for parameter in model.parameters():
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file that is either whole or absent."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 Track = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
@@ -340,8 +342,8 @@ def _solve(
         profile.explained[site] = round(share, 4)
         profile.kinds[site] = kind
         profile.lengths = lengths
-    save_file(tensors, work / f"stand_ins.{first}.safetensors")
-    _write_text(work / f"profile.{first}.json", json.dumps(vars(profile)))
+    write_tensors(work / f"stand_ins.{first}.safetensors", tensors)
+    write_text(work / f"profile.{first}.json", json.dumps(vars(profile)))
     return profile
 
 
@@ -363,8 +365,8 @@ def _trained(
     if heldout is not None:
         predicted = predict(trained.weights, heldout, device)
         facts["recall"] = round(recall(predicted, heldout.block_scores, heldout.real, 0.4), 4)
-    save_file(trained.weights, weights_file)
-    _write_text(record_file, json.dumps(facts))
+    write_tensors(weights_file, trained.weights)
+    write_text(record_file, json.dumps(facts))
     for file in _files(work / site):
         file.unlink()
     return trained.weights, facts

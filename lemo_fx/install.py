@@ -17,7 +17,7 @@ from torch import fx, nn
 from transformers.utils.generic import can_return_tuple
 
 from lemo_fx import parallel, runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, build_module
+from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, build_module
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
 from lemo_fx.kernels.select_blocks.op import forget
@@ -352,7 +352,8 @@ def _install(plan: Plan) -> None:
     codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
     layer = isinstance(plan.settings, LayerSettings)
     make: Callable = make_layer_forward if layer else make_head_forward
-    module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
+    with PATCHING:
+        module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
 
 
 def uninstall(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,13 +22,19 @@ from torch import nn
 
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
+from lemo_fx.files import write_text, writing
 from lemo_fx.parts import PredictedScore, StandIn
+from lemo_fx.prediction import DECAYS
 from lemo_fx.predictor_training import Recipe, random_weights
 from lemo_fx.sites import causal_model, decoder_layers, site_names
 
 FORMAT_VERSION = 2
 TENSORS = "predictors.safetensors"
 RECORD = "predictors.json"
+LARGEST_RECORD = 1 << 26
+"""Bytes of a json."""
+LARGEST = 1 << 20
+"""Hidden size, layers or tokens in a block that a record may claim."""
 DTYPES = ("F32", "BF16", "F16", "I8")
 NAME = re.compile(r"layers\.\d+\.\w+\.(stand_in\.(down|up|bias)|predictor\.\w+)")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -183,16 +190,39 @@ class Predictors:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write both files into `folder`; a crash or a full disk leaves earlier files as they were."""
+        """Write both files into `folder`. A kill at any moment leaves what was there or what is new, never a mix.
+
+        The json names the digest of its tensors and is replaced in one step; the new tensors lie beside the old ones,
+        named by their digest, until that is done.
+
+        Raises:
+            StorageError: the disk is full, or the folder must not be written to; earlier files are as they were.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.tensors.items()}
         shapes = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in tensors.items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(tensors, Path(scratch) / TENSORS)
-            (Path(scratch) / RECORD).write_text(json.dumps({**self.record, "tensors": shapes}, indent=1))
-            for name in (TENSORS, RECORD):
-                os.replace(Path(scratch) / name, folder / name)
+        scratch = folder / ".saving"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with writing(folder / TENSORS):
+                scratch.mkdir(parents=True)
+                save_file(tensors, scratch / TENSORS)
+                digest = _digest(scratch / TENSORS)
+                beside = _beside(folder, digest)
+                known = beside.exists()
+                os.replace(scratch / TENSORS, beside)
+            try:
+                write_text(folder / RECORD, json.dumps({**self.record, "sha256": digest, "tensors": shapes}, indent=1))
+            except BaseException:
+                if not known:
+                    beside.unlink()
+                raise
+            with writing(folder / TENSORS):
+                os.replace(beside, folder / TENSORS)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for left in folder.glob(_beside(folder, "*").name):
+            left.unlink()
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, message: str = "Upload predictors"
@@ -228,8 +258,8 @@ class Predictors:
                 HF_HUB_OFFLINE=1, only the local cache is looked into.
 
         Raises:
-            PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists;
-                found out from the header, before any tensor is read.
+            PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists, or
+                the weights do not fit together; sizes are found out from the header, before any tensor is read.
         """
         if not Path(folder).exists() and REPOSITORY.fullmatch(str(folder)):
             try:
@@ -245,27 +275,94 @@ class Predictors:
                 raise PredictorError(f"{folder} is neither a folder nor found on the hub: {error}") from error
         folder = Path(folder)
         try:
+            if (folder / RECORD).stat().st_size > LARGEST_RECORD:
+                raise ValueError(f"larger than {LARGEST_RECORD} bytes")
             record = json.loads((folder / RECORD).read_text())
-            listed = record.pop("tensors")
-            version = record["format_version"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            version, listed, digest = record["format_version"], record.pop("tensors"), record.pop("sha256", None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PredictorError(f"{folder / RECORD} is missing or damaged: {error!r}") from error
         if version != FORMAT_VERSION:
             raise PredictorError(f"{folder} has format version {version}; this lemo_fx reads {FORMAT_VERSION}")
+        _check_record(folder / RECORD, record, listed, digest)
+        path = folder / TENSORS
+        if digest is not None and _beside(folder, digest).exists():
+            path = _beside(folder, digest)
         try:
-            with safe_open(folder / TENSORS, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
                 if names != set(listed):
-                    raise PredictorError(f"{folder / TENSORS} does not hold the tensors that {RECORD} lists")
-                for name in names:
+                    raise PredictorError(f"{path} does not hold the tensors that {RECORD} lists")
+                shapes = {}
+                for name in sorted(names):
                     part = file.get_slice(name)
-                    shape = list(part.get_shape())
-                    if shape != list(listed[name][1:]) or max(shape) > record["hidden_size"] or len(shape) > 3:
-                        raise PredictorError(f"{folder / TENSORS}: {name} has shape {shape}, {RECORD} says otherwise")
+                    shapes[name] = tuple(part.get_shape())
+                    if [*shapes[name]] != listed[name][1:]:
+                        raise PredictorError(f"{path}: {name} has shape {shapes[name]}, {RECORD} says otherwise")
                     if not NAME.fullmatch(name) or part.get_dtype() not in DTYPES:
-                        raise PredictorError(f"{folder / TENSORS}: {name} of type {part.get_dtype()} has no use here")
-                return cls({name: file.get_tensor(name) for name in names}, record)
-        except (OSError, SafetensorError, ValueError) as error:
+                        raise PredictorError(f"{path}: {name} of type {part.get_dtype()} has no use here")
+                _check_shapes(path, record, shapes)
+                if digest is not None and _digest(path) != digest:
+                    raise PredictorError(f"{path} is damaged, or not the one that {RECORD} was saved with")
+                return cls({name: file.get_tensor(name) for name in shapes}, record)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             if isinstance(error, PredictorError):
                 raise
-            raise PredictorError(f"{folder / TENSORS} is missing or damaged: {error}") from error
+            raise PredictorError(f"{path} is missing or damaged: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(folder: Path, digest: str) -> Path:
+    """Where the tensors of this digest wait for a json that names them."""
+    return folder / f"predictors.{digest}.safetensors"
+
+
+def _check_record(path: Path, record: Any, listed: Any, digest: Any) -> None:
+    """Raise PredictorError unless what `load` and `transform` read of a record is of the right kind and size."""
+    kinds = {"model_class": str, "fingerprint": str, "hidden_size": int, "layers": int, "block_size": int}
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if type(value) is not kind or (kind is int and not 0 < value <= LARGEST):
+            raise PredictorError(f"{path} is damaged: {name} is {str(value)[:80]!r}")
+    if not isinstance(listed, dict) or not all(isinstance(facts, list) for facts in listed.values()):
+        raise PredictorError(f"{path} is damaged: it does not list tensors")
+    if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+        raise PredictorError(f"{path} is damaged: sha256 is no digest")
+
+
+_SITE = {
+    "stand_in": {"down": "Hr", "up": "rH", "bias": "H"},
+    "predictor": {
+        "first": "THw",
+        "first_bias": "Tw",
+        "second": "Twv",
+        "second_bias": "Tv",
+        "third": "Tvd",
+        "distance": "n",
+        "offset": "1",
+    },
+}
+"""Axes of each weight. Those of one letter must be equal within a part of a site; all are at most the hidden size."""
+
+
+def _check_shapes(path: Path, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PredictorError unless the tensors of every site belong together and to the record's model."""
+    hidden = record["hidden_size"]
+    sizes: dict[str, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        site, kind, weight = name.rsplit(".", 2)
+        axes = _SITE[kind].get(weight, "")
+        networks = {"T": 2} if f"{site}.{kind}.distance" in shapes else {"T": 1, "d": 1}
+        known = sizes.setdefault(f"{site}.{kind}", {"H": hidden, "n": len(DECAYS), "1": 1, **networks})
+        fits = len(axes) == len(shape) and all(
+            known.setdefault(axis, size) == size and 0 < size <= max(hidden, len(DECAYS))
+            for axis, size in zip(axes, shape, strict=True)
+        )
+        if not fits or int(name.split(".")[1]) >= record["layers"]:
+            raise PredictorError(
+                f"{path}: {name} has shape {list(shape)}, which does not fit a model of hidden size {hidden} and "
+                f"{record['layers']} layers"
+            )

@@ -1,0 +1,52 @@
+"""Writing files where a process may be killed and a disk may be full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lemo_fx.errors import StorageError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a StorageError that names the file."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot write {path}: {error}; free some space, or give a folder on another disk, and try again"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece.
+
+    Raises:
+        StorageError: it cannot be written; what was at `path` is as it was.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            scratch.write_text(text)
+            os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole only once this has returned.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with writing(path):
+        save_file(dict(tensors), path)

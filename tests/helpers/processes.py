@@ -1,0 +1,181 @@
+"""Processes that end at a chosen moment, and the work that they are ended in."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tiny import VOCABULARY, anatomy, tiny, with_lora
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+from lemo_fx.predictor_training import Recipe
+
+KILLED = -signal.SIGKILL
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(folder, number):
+    """kill -9 at the `number`-th time that this process opens, renames or removes something under a folder."""
+    left = [number]
+
+    def count(event, arguments):
+        names = [str(a) for a in arguments[:2] if isinstance(a, str | Path)]
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            left[0] -= any(name.startswith(str(folder)) for name in names)
+            if left[0] == 0:
+                die()
+
+    sys.addaudithook(count)
+
+
+def limit_files(size, deadly=False):
+    """No file may grow beyond `size` bytes, as on a full disk; or a kill comes in the middle of such a write."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def in_fork(function, *arguments):
+    """The exit code of a function's call in a copy of this process: 1 if it raises."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_clean_process(function, *arguments):
+    """Call a function where no backward has run, so that its forks may run one; it must not raise."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft"]
+    )
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+
+
+SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        ids = torch.randint(3, VOCABULARY, (64,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(folder, die_in=None, resume=False):
+    """Six steps of the Trainer, a checkpoint after every second; the losses are written at the end.
+
+    Args:
+        die_in: step in whose backward the process kills itself.
+    """
+    torch.set_num_threads(1)
+    model = lemo_fx.transform(with_lora(tiny("llama"), dropout=0.1), SPARSE)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=Rows())
+    if die_in is not None:
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda _: die() if trainer.state.global_step == die_in - 1 else None)
+    trainer.train(resume_from_checkpoint=resume)
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    weights = {name: p.flatten().tolist() for name, p in model.named_parameters() if p.requires_grad}
+    (Path(folder) / "done.json").write_text(json.dumps([losses, weights]))
+
+
+def train_and_kill(folder):
+    """The same training uninterrupted, and killed in the backward of its fourth and of its sixth step."""
+    assert in_fork(train, folder / "whole") == 0
+    for step in (4, 6):
+        assert in_fork(train, folder / "killed", step, step == 6) == KILLED
+    assert not (folder / "killed" / "done.json").exists()
+    assert in_fork(train, folder / "killed", None, True) == 0
+
+
+def fit(folder=None, model=None):
+    """A short fit on a tiny model."""
+    torch.set_num_threads(1)
+    model = tiny("llama") if model is None else model
+    sequences = torch.randint(3, VOCABULARY, (10, 32), generator=torch.Generator().manual_seed(3))
+    recipe = Recipe(width=4, mlp_width=4, epochs=2)
+    return lemo_fx.fit(model, sequences, SPARSE, recipe=recipe, folder=folder, progress=False)
+
+
+def fit_and_die(folder, number):
+    die_at(folder, number)
+    fit(folder)
+
+
+def fit_and_kill(folder):
+    """Runs in one folder, each killed a little later than the last, until one gets through; and its end in detail."""
+    assert in_fork(fit, folder / "whole") == 0
+    number, code = 0, KILLED
+    while code == KILLED and number < 200:
+        number += 4
+        code = in_fork(fit_and_die, folder / "killed", number)
+        if (folder / "killed" / "unfinished").exists():
+            last = folder / "last"
+            shutil.rmtree(last, ignore_errors=True)
+            shutil.copytree(folder / "killed", last)
+    assert code == 0
+    assert number > 20
+    # From what the last killed run left: kills while the result is saved and the intermediate results are removed.
+    for number in range(1, 200):
+        again = folder / f"again{number}"
+        shutil.copytree(last, again)
+        if in_fork(fit_and_die, again, number) == 0:
+            break
+        assert in_fork(fit, again) == 0
+    assert number > 10
+
+
+ROOM = 7
+
+
+def fit_with_room_for(folder, size):
+    model = tiny("llama")
+    before = anatomy(model)
+    limit_files(size)
+    try:
+        fit(folder, model)
+    except lemo_fx.StorageError as error:
+        os._exit(ROOM if str(folder) in str(error) and anatomy(model) == before else 1)
+
+
+def fit_on_a_full_disk(folder):
+    """Fits in one folder on a disk that grows until one gets through."""
+    assert in_fork(fit, folder / "whole") == 0
+    codes = [in_fork(fit_with_room_for, folder / "full", size) for size in (50, 1500, 3000, 7000, 1 << 20)]
+    assert codes == [ROOM, ROOM, ROOM, ROOM, 0], codes
