@@ -66,5 +66,11 @@ def test_wheel_and_sdist(tmp_path):
         assert "lemo-fx = lemo_fx.cli:app" in archive.read(f"{name}.dist-info/entry_points.txt").decode()
     assert f"\nVersion: {lemo_fx.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    script = "import lemo_fx.passes.pipeline, lemo_fx.kernels.eliminate.op; print(lemo_fx.__file__)"
-    assert run(tmp_path, "-c", script, PYTHONPATH=str(installed)).strip() == str(installed / "lemo_fx" / "__init__.py")
+    names = ("lemo_fx", "lemo_fx.passes.pipeline", "lemo_fx.kernels.eliminate.op")
+    script = f"from importlib.util import find_spec; import lemo_fx.cli; [print(find_spec(n).origin) for n in {names}]"
+    found = run(tmp_path, "-c", script, PYTHONPATH=str(installed)).splitlines()
+    assert [Path(path).relative_to(installed).as_posix() for path in found] == [
+        "lemo_fx/__init__.py",
+        "lemo_fx/passes/pipeline.py",
+        "lemo_fx/kernels/eliminate/op.py",
+    ]
