@@ -21,6 +21,7 @@ import transformers
 import typer
 from tiny import tiny
 
+import lemo_fx
 from lemo_fx.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -98,11 +99,10 @@ def test_commands_and_files(page):
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="the extra `docs` is not installed")
 def test_the_site_builds(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    # Not --quiet: it hides warnings from --strict too.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "site" / "api" / "index.html").read_text()
-    import lemo_fx
-
     missing = [name for name in lemo_fx.__all__ if name != "__version__" and f">{name}<" not in api]
     assert not missing, f"docs/api.md lacks {missing}"
