@@ -253,8 +253,8 @@ class Predictors:
     ) -> Predictors:
         """Read both files from a folder, or, if there is none of this name, from a repository "owner/name" of the hub.
 
-        The other arguments are `huggingface_hub.snapshot_download`'s. With `local_files_only`, or HF_HUB_OFFLINE=1, only
-        the local cache is looked into.
+        The other arguments are `huggingface_hub.snapshot_download`'s. With `local_files_only`, or HF_HUB_OFFLINE=1,
+        only the local cache is looked into.
 
         Raises:
             PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists, or
