@@ -66,7 +66,7 @@ def demo(
     eliminated: Annotated[
         str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
     ] = "both",
-    score: Scores = "measured",
+    score: Annotated[str, typer.Option(help="What ranks the blocks: predicted, measured or random.")] = "predicted",
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 4,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
@@ -119,6 +119,12 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
         table.add_row(title, *cells)
     console.print(table)
     console.print("Perplexity is taken with every token (the original code), on the same held-out windows for all.")
+    if outcome.recall:
+        found = ", ".join(f"{recall:.0%} ({kind})" for kind, recall in outcome.recall.items())
+        console.print(
+            f"Predictors, trained in {outcome.fit_seconds:.0f} s, find these shares of the blocks that measuring would "
+            f"keep in a held-out window: {found}."
+        )
     console.print(f"{outcome.layer} after the transform:\n")
     _print_code(draw.code(outcome.after, outcome.layer_class))
     _print_paths(demonstration.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
