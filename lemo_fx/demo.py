@@ -74,7 +74,7 @@ class Settings:
         random, since a backward wants unbiased blocks rather than informative ones.
         """
         if eliminated == "exact":
-            site = Elimination(keep=self.keep / 2, eliminated="exact", score="random")
+            site = Elimination(keep=self.keep / 2, eliminated="exact", score="step")
         else:
             site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
         return LemoConfig(attention=site, mlp=site)
@@ -252,7 +252,7 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
         runs[what] = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
         # What the predictors choose in a text that they were not trained on, beside what the true scores would.
         recall = {"input_ids": heldout[0]} if predictors is not None else None
-        reports[what] = lemo_fx.report(model, recall=recall)
+        reports[what] = lemo_fx.report(model, recall_on=recall)
         if shown is None:
             graphs = {name: graph for name, graph in lemo_fx.graphs(model).items() if name in originals}
             name = list(graphs)[len(graphs) // 2]
