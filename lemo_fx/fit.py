@@ -123,7 +123,7 @@ def _append(path: Path, values: torch.Tensor, rows: int) -> None:
     padded[: len(values)] = values
     # Not ndarray.tofile, which says nothing when the last bytes find no room.
     with writing(path), path.open("ab") as file:
-        file.write(padded.numpy())
+        file.write(padded.numpy().data)
 
 
 def fit(

@@ -324,7 +324,7 @@ def _check_record(path: Path, record: Any, listed: Any, digest: Any) -> None:
     kinds = {"model_class": str, "fingerprint": str, "hidden_size": int, "layers": int, "block_size": int}
     for name, kind in kinds.items():
         value = record.get(name)
-        if type(value) is not kind or (kind is int and not 0 < value <= LARGEST):
+        if type(value) is not kind or (isinstance(value, int) and not 0 < value <= LARGEST):
             raise PredictorError(f"{path} is damaged: {name} is {str(value)[:80]!r}")
     if not isinstance(listed, dict) or not all(isinstance(facts, list) for facts in listed.values()):
         raise PredictorError(f"{path} is damaged: it does not list tensors")
