@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from lemo_fx import parallel, runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable
+from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
@@ -197,6 +197,9 @@ def _plan_site(
     planned.score = score
     keep = elimination.at_layer("keep", index, count)
     threshold = elimination.at_layer("threshold", index, count)
+    if keep == 1 and planned.treatment == "exact":
+        # Nothing is eliminated, so nothing is to be computed a second time, in float8 perhaps.
+        planned.treatment = "skip"
     budget = f"keep {keep:g}" if keep is not None else f"threshold {threshold:g}"
     row = _row(planned.name, elimination.eliminated, score, budget)
     salt = 2 * index + (planned.site.kind == "mlp") + 1
@@ -305,7 +308,8 @@ def _segmented(
     if "forward" in vars(head):
         return *unchanged, "another library (TRL, Liger, accelerate) put a forward of its own on the model"
     globals_of = vars(inspect.getmodule(inspect.unwrap(type(head).forward)))
-    slicer = globals_of.get("slice_logits_to_keep")
+    with PATCHING:
+        slicer = globals_of.get("slice_logits_to_keep")
     loss_function: Any = head.loss_function
     try:
         graph = capture(

@@ -82,9 +82,11 @@ def _recall(record: SiteRecord, digest: torch.Tensor, length: int, block_size: i
     if not known:
         raise SelectionError(_FORGOTTEN)
     digests = torch.stack([c.digest for c in known])
-    # NaN and infinities (a diverging model) must not turn into a missing choice.
-    distance = (digests - digest).abs().mean((1, 2)).nan_to_num(nan=0.0)
+    # NaN and infinities (a diverging model) must not turn into a missing choice, nor hide which choice it was.
+    same = (digests == digest) | (digests.isnan() & digest.isnan())
+    distance = torch.where(same, 0.0, (digests - digest).abs()).mean((1, 2))
     near = ~(distance > NEAR * digest.abs().mean() + torch.finfo(torch.float32).tiny)
+    distance = distance.nan_to_num(nan=torch.inf)
     latest = torch.arange(len(known), device=digest.device)
     best = torch.where(distance == distance.min(), latest, -1).max()
     if len({c.kept for c in known}) == 1 and digest.device.type != "cpu":

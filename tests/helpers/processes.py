@@ -1,5 +1,6 @@
 """Processes that end at a chosen moment, and the work that they are ended in."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -9,9 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
-from tiny import VOCABULARY, anatomy, tiny, with_lora
+from tiny import VOCABULARY, anatomy, batch, tiny, with_lora
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
@@ -179,3 +181,27 @@ def fit_on_a_full_disk(folder):
     assert in_fork(fit, folder / "whole") == 0
     codes = [in_fork(fit_with_room_for, folder / "full", size) for size in (50, 1500, 3000, 7000, 1 << 20)]
     assert codes == [ROOM, ROOM, ROOM, ROOM, 0], codes
+
+
+def assert_no_growth(settings, checkpointing, steps):
+    """Steps of one process: neither its memory nor the number of its live tensors grows after the first quarter."""
+    torch.set_num_threads(1)
+    model = lemo_fx.transform(with_lora(tiny("llama")), LemoConfig(**settings, block_size=8, dense_layers=()))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    lengths = (64, 48, 61, 80)
+    seen = []
+    for number in range(steps):
+        inputs = batch(2, lengths[number % 4], "both" if number % 3 else None, seed=number)
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % (steps // 4) == steps // 4 - 1:
+            gc.collect()
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            seen.append((psutil.Process().memory_info().rss >> 10, tensors))
+    assert seen[-1][1] == seen[0][1], seen
+    # KiB; what an allocator keeps varies by some hundreds.
+    assert seen[-1][0] - seen[0][0] < 3000, seen

@@ -1,0 +1,118 @@
+"""A thousand random plans, valid and invalid: the result is right, or it is a LemoError and the model is untouched."""
+
+import random
+
+import torch
+from tiny import TOLERANCE, anatomy, assert_same_step, batch, packed, step, tiny, with_lora
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig, LemoError, Predictors
+
+MODELS = {
+    "llama": lambda: tiny("llama"),
+    "llama_lora": lambda: with_lora(tiny("llama")),
+    "gpt_neox": lambda: tiny("gpt_neox"),
+    "opt": lambda: tiny("opt"),
+    "gemma3": lambda: tiny("gemma3", 3),
+}
+BATCHES = [batch(2, 40), batch(2, 37, padding="both"), packed([14, 9, 20]), batch(1, 5)]
+
+
+def random_site(draw):
+    """Arguments of an Elimination, or something else altogether."""
+    if draw.random() < 0.1:
+        return draw.choice([None, None, 0.5, "skip"])
+    number = [0.1, 0.3, 0.5, 0.77, 1.0, 1, 1e-9]
+    # One in ten is wrong.
+    keep = draw.choice(
+        number * 9
+        + [1.0] * 20
+        + [0, -1, 1.5, float("nan"), float("inf"), True, "half", [], [0.5], [0.5, 1.0], [0.2, 0.4, 1.0], (0.5, 2)]
+    )
+    given = {"keep": keep}
+    if draw.random() < 0.2:
+        given = {"threshold": draw.choice([0.0, 0.5, 3, -1e30, 1e30, float("inf"), [1.0, 2.0], "low", float("nan")])}
+    if draw.random() < 0.02:
+        given["keep"], given["threshold"] = 0.5, 0.5
+    given["eliminated"] = draw.choice(["skip", "exact"] * 8 + ["stand_in", "drop", None])
+    given["score"] = draw.choice(["auto", "measured", "random", "step"] * 4 + ["predicted", "shared", "best", 3])
+    given["balance"] = draw.random() < 0.2
+    return given
+
+
+def random_config(draw):
+    kinds = [random_site(draw) for _ in range(2)]
+    if draw.random() < 0.2:
+        kinds[1] = dict(kinds[0], score="shared") if isinstance(kinds[0], dict) else kinds[0]
+    attention, mlp = (Elimination(**kind) if isinstance(kind, dict) else kind for kind in kinds)
+    return LemoConfig(
+        attention,
+        mlp,
+        block_size=draw.choice([1, 3, 8, 8, 8, 16, 64] * 3 + [0, 1000, 2.5, "8"]),
+        dense_layers=draw.choice([(), (), (), None, (0,), [1], (-1,)] * 3 + [(9,), "all", (0.5,), 3]),
+        loss_segments=draw.choice(["auto", None, 1, 3, 1000] * 5 + [0, -2, "some", 1.5]),
+        recompute=draw.choice(["all", "projections"] * 9 + ["none"]),
+        offload=draw.choice([False, True] * 9 + ["yes"]),
+        forward=draw.choice(["model", "float8"] * 9 + ["int4"]),
+        active=draw.choice(["training", "always"] * 9 + ["never"]),
+    )
+
+
+def sites(plan):
+    return plan.attention, plan.mlp
+
+
+def keeps_everything(plan):
+    return all(s is None or s.keep == 1 for s in sites(plan))
+
+
+def test_a_thousand_random_configs():
+    models = {name: make() for name, make in MODELS.items()}
+    for model in models.values():
+        # Leaves attributes behind.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_disable()
+    before = {name: anatomy(model) for name, model in models.items()}
+    dense = {name: [step(model, inputs) for inputs in BATCHES] for name, model in models.items()}
+    given = {
+        name: [None, Predictors.random(model, LemoConfig(block_size=8, dense_layers=()))]
+        for name, model in models.items()
+    }
+    given["opt"].append(given["llama"][1])
+    counts = {"refused": 0, "right": 0, "equal": 0}
+    for number in range(1000):
+        draw = random.Random(number)
+        name, which = draw.choice(list(models)), draw.randrange(len(BATCHES))
+        model, inputs = models[name], BATCHES[which]
+        plan = None
+        try:
+            try:
+                plan = random_config(draw)
+                lemo_fx.transform(model, plan, predictors=draw.choice(given[name]))
+            except LemoError:
+                counts["refused"] += 1
+            else:
+                if draw.random() < 0.3:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                found = step(model, inputs)
+                model.gradient_checkpointing_disable()
+                assert found[0].isfinite()
+                assert found[1].keys() == dense[name][which][1].keys()
+                assert all(g.isfinite().all() for g in found[1].values())
+                if keeps_everything(plan):
+                    counts["equal"] += 1
+                    assert_same_step(found, dense[name][which], "fp32")
+                elif plan.forward == "model" and all(s is None or s.eliminated == "exact" for s in sites(plan)):
+                    torch.testing.assert_close(found[0], dense[name][which][0], **TOLERANCE["fp32"])
+                counts["right"] += 1
+                assert lemo_fx.revert(model) is model
+            assert anatomy(model) == before[name]
+            if number % 5 == 0:
+                assert_same_step(step(model, inputs), dense[name][which], "same")
+        except Exception as error:
+            error.add_note(f"config {number} on {name}, batch {which}: {plan}")
+            raise
+    for name, model in models.items():
+        for inputs, expected in zip(BATCHES, dense[name], strict=True):
+            assert_same_step(step(model, inputs), expected, "same")
+    assert min(counts.values()) > 50, counts
