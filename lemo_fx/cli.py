@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ Treatments = Annotated[str, typer.Option(help="What happens to eliminated tokens
 Scores = Annotated[str, typer.Option(help="What ranks the blocks: measured or random.")]
 
 
+Plan = Annotated[Path | None, typer.Option("--plan", "--config", help="A LemoConfig as JSON.")]
+
+
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     try:
@@ -62,7 +66,7 @@ def demo(
     eliminated: Annotated[
         str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
     ] = "both",
-    score: Scores = "measured",
+    score: Annotated[str, typer.Option(help="What ranks the blocks: predicted, measured or random.")] = "predicted",
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 4,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
@@ -72,14 +76,19 @@ def demo(
         _demo(out, dict(locals()))
 
 
+def _no_bars_of_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _demo(out: Path, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from transformers.utils import logging
 
     from lemo_fx import demo as demonstration
     from lemo_fx import draw
 
-    logging.disable_progress_bar()
+    _no_bars_of_transformers()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
     if demonstration.other_load() > 0.5:
@@ -110,6 +119,12 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
         table.add_row(title, *cells)
     console.print(table)
     console.print("Perplexity is taken with every token (the original code), on the same held-out windows for all.")
+    if outcome.recall:
+        found = ", ".join(f"{recall:.0%} ({kind})" for kind, recall in outcome.recall.items())
+        console.print(
+            f"Predictors, trained in {outcome.fit_seconds:.0f} s, find these shares of the blocks that measuring would "
+            f"keep in a held-out window: {found}."
+        )
     console.print(f"{outcome.layer} after the transform:\n")
     _print_code(draw.code(outcome.after, outcome.layer_class))
     _print_paths(demonstration.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
@@ -127,7 +142,7 @@ def _print_paths(paths: list[Path]) -> None:
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(help="Folder of a transformers model, or its config.json (random weights).")],
-    config: Annotated[Path | None, typer.Option(help="A LemoConfig as JSON.")] = None,
+    config: Plan = None,
     layer: Annotated[int | None, typer.Option(help="Decoder layer to show; the middle one by default.")] = None,
     out: Out = Path("lemo-inspect"),
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
@@ -146,10 +161,16 @@ def _plan(path: Path | None, keep: float, eliminated: str, score: str) -> LemoCo
     if path is None:
         site = Elimination(keep=keep, eliminated=eliminated, score=score)  # type: ignore[arg-type]
         return LemoConfig(attention=site, mlp=site, active="always")
+    return dataclasses.replace(_plan_from(path), active="always")
+
+
+def _plan_from(path: Path) -> LemoConfig:
+    from lemo_fx.config import Elimination, LemoConfig
+
     given = _read_json(path)
     try:
         sites = {kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)}
-        return LemoConfig(**{**given, **sites, "active": "always"})
+        return LemoConfig(**{**given, **sites})
     except TypeError as error:
         raise InputError(
             f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site"
@@ -202,9 +223,8 @@ def _load_model(path: Path) -> Any:
     """A model folder with its weights; a config (or a folder without weights) with random ones."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    _no_bars_of_transformers()
     if not path.exists():
         raise InputError(f"{path} does not exist: give a local model folder or a config.json")
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
@@ -245,10 +265,17 @@ SHOWN_LAYERS = 4
 """Decoder layers of a model that `inspect` builds from a config."""
 
 
+Model = Annotated[Path, typer.Argument(help="Local folder of a transformers model: safetensors and tokenizer.")]
+Data = Annotated[
+    Path,
+    typer.Argument(help="A .jsonl file (`text`, `messages` or `input_ids`), a text file, or a folder of them."),
+]
+
+
 @app.command()
 def fit(
-    model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
-    data: Annotated[Path, typer.Argument(help="A .jsonl (field `text`) or .txt file, or a folder of them.")],
+    model: Model,
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens that are read of each text.")] = 4096,
@@ -257,42 +284,101 @@ def fit(
     """Learn from texts what `transform` can use, and save it."""
     with _errors_in_one_line():
         import lemo_fx
+        from lemo_fx import training
         from lemo_fx.config import LemoConfig
 
-        if not hasattr(lemo_fx, "fit"):
-            raise InputError("this version of lemo_fx has no fit")
-        texts = _texts(data, limit)
-        loaded, tokenizer = _model_and_tokenizer(model)
-        sequences = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-        predictors = lemo_fx.fit(loaded, sequences, LemoConfig(block_size=block_size))
-        predictors.save(out)
+        config = LemoConfig(block_size=block_size)
+        _no_bars_of_transformers()
+        rows = training.data.read_rows(data)[:limit]
+        loaded = training.load_model(model)
+        documents = training.tokenised(rows, model, loaded)
+        lemo_fx.fit(loaded, [document.ids[:max_length].tolist() for document in documents], config).save(out)
         _print_paths([out])
 
 
-def _model_and_tokenizer(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    out: Out = Path("lemo-train"),
+    context: Annotated[int, typer.Option(help="Tokens of a window of text, at most.")] = 4096,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default as many as --epochs take.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Windows of a step; one at a time is on the device.")] = 1,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapters.")] = 16,
+    targets: Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")] = (
+        "all-linear"
+    ),
+    plan: Plan = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = None,
+    eliminated: Annotated[
+        str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="What ranks the blocks: measured, predicted (fitted first), random, step or auto."),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
+    predictors: Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")] = None,
+    heldout: Annotated[
+        Path | None, typer.Option("--eval", help="Data for the held-out loss; by default a part of DATA is held out.")
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Held-out windows, at most.")] = 32,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses; a tenth of all.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of all.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out from its last checkpoint.")] = False,
+    pack: Annotated[bool, typer.Option(help="Short documents share a window, none seeing another.")] = True,
+    assistant_only: Annotated[bool, typer.Option(help="Of chats, learn only what the assistant says.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing.")] = True,
+    attention: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")] = None,
+    seed: Annotated[int, typer.Option(help="Of the adapters, the order, and what is held out.")] = 0,
+) -> None:
+    """Fine-tune a local model on local data with LoRA: an adapter, a report page and a summary."""
+    given = dict(locals())
+    with _errors_in_one_line():
+        from lemo_fx import page, training
 
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give a local model folder")
-    try:
-        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a transformers causal language model with its tokenizer: {error}") from error
+        _no_bars_of_transformers()
+        names = (field.name for field in dataclasses.fields(training.Settings) if field.name in given)
+        named = {name: given[name] for name in names}
+        if targets != "all-linear":
+            named["targets"] = tuple(filter(None, targets.split(",")))
+        summary = training.train(
+            model,
+            data,
+            out,
+            _training_plan(plan, preset, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
+            training.Settings(**named),
+            heldout_path=heldout,
+            predictors_path=predictors,
+            resume=resume,
+            command=" ".join(["lemo-fx", *sys.argv[1:]]),
+            say=lambda line: console.print(line, soft_wrap=True, highlight=False),
+        )
+        table = Table(show_header=False)
+        for name, value in page.figures_of(summary).items():
+            table.add_row(name, value)
+        console.print(table)
+        _print_paths([out / "adapter", out / training.PAGE, out / training.SUMMARY])
 
 
-def _texts(path: Path, limit: int | None) -> list[str]:
-    """Texts of a file or of every .jsonl and .txt file of a folder, sorted by name."""
-    files = sorted([*path.glob("*.jsonl"), *path.glob("*.txt")]) if path.is_dir() else [path]
-    texts: list[str] = []
-    try:
-        for file in files:
-            content = file.read_text(encoding="utf-8")
-            if file.suffix == ".jsonl":
-                texts += [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-            else:
-                texts.append(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as texts (a .jsonl line needs a field `text`): {error!r}") from error
-    if not texts:
-        raise InputError(f"{path} holds no text: give a .jsonl or .txt file, or a folder of them")
-    return texts[:limit]
+def _training_plan(path: Path | None, preset: str | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
+    from lemo_fx.config import Elimination, LemoConfig
+
+    given = {name: value for name, value in given.items() if value is not None}
+    if path is not None:
+        if given or preset is not None or block_size is not None:
+            raise InputError("--plan says it all: leave out --preset, --keep, --eliminated, --score and --block-size")
+        return _plan_from(path)
+    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    usual = LemoConfig.preset(preset or "careful")
+    if given:
+        settings |= {
+            "attention": dataclasses.replace(usual.attention or Elimination(), **given),
+            "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
+        }
+    return dataclasses.replace(usual, **settings)

@@ -41,7 +41,7 @@ class Elimination:
             input. `"step"`: one such hash for the whole step, so that all sites keep the same blocks; with `exact`,
             the gradient of a kept token then passes every layer (TokenTune, arXiv 2501.18824). `"shared"` (MLP only):
             the blocks that the attention of the same layer kept. `"auto"`: predicted where predictors were given, else
-            "step" for `exact` (a backward wants unbiased blocks) and measured for the others.
+            "step" for `exact` with `keep` (a backward wants unbiased blocks), else measured.
         balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
             score sums over the rows that see a block, so without this the early blocks win and late ones starve.
     """

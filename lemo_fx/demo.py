@@ -30,12 +30,18 @@ from lemo_fx import draw
 from lemo_fx.config import Elimination, LemoConfig, Score, Treatment
 from lemo_fx.errors import ConfigError
 from lemo_fx.measure import counts
+from lemo_fx.predictor_training import Recipe
 from lemo_fx.sites import decoder_layers
 
 ASSETS = Path(__file__).parent / "demo_assets"
 PLAIN = "LoRA"
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+FITTED = 4
+"""Training windows on which the predictors are trained."""
+RECIPE = Recipe(most_steps=60, epochs=60, batch=1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Settings:
     context: int = 4096
     keep: float = 0.5
     eliminated: tuple[Treatment, ...] = ("skip", "exact")
-    score: Score = "measured"
+    score: Score = "predicted"
     windows: int = 4
     rate: float = 1e-3
     rank: int = 8
@@ -68,7 +74,7 @@ class Settings:
         random, since a backward wants unbiased blocks rather than informative ones.
         """
         if eliminated == "exact":
-            site = Elimination(keep=self.keep / 2, eliminated="exact", score="random")
+            site = Elimination(keep=self.keep / 2, eliminated="exact", score="step")
         else:
             site = Elimination(keep=self.keep, eliminated=eliminated, score=self.score)
         return LemoConfig(attention=site, mlp=site)
@@ -96,15 +102,30 @@ class Run:
 
 @dataclass
 class Outcome:
-    """All runs by name, the plain one first, and one layer of the first transformed model before and after."""
+    """All runs by name, the plain one first, and one layer of the first transformed model before and after.
+
+    Attributes:
+        fit_seconds: time that training the predictors took; 0 without them.
+    """
 
     settings: Settings
     runs: dict[str, Run]
     reports: dict[str, lemo_fx.Report]
+    fit_seconds: float
     layer: str
     layer_class: str
     before: Any
     after: Any
+
+    @property
+    def recall(self) -> dict[str, float]:
+        """Mean recall of the predicted choices, by kind of site."""
+        found: dict[str, list[float]] = {}
+        for report in self.reports.values():
+            for site in report.sites:
+                if site.recall is not None:
+                    found.setdefault(site.site, []).append(site.recall)
+        return {kind: statistics.fmean(values) for kind, values in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, in plain types."""
@@ -112,6 +133,8 @@ class Outcome:
             "settings": asdict(self.settings),
             "runs": {name: asdict(run) for name, run in self.runs.items()},
             "ratios": {name: ratios(run, self.runs[PLAIN]) for name, run in self.runs.items() if name != PLAIN},
+            "fit_seconds": self.fit_seconds,
+            "recall": self.recall,
             "reports": {name: report.to_dict() for name, report in self.reports.items()},
             "layer": self.layer,
         }
@@ -210,23 +233,32 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
 
     tick = progress(PLAIN, 1 + settings.steps + 2 * len(heldout))
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
-    runs, reports, shown = {PLAIN: plain}, {}, None
+    runs, reports, shown, fit_seconds = {PLAIN: plain}, {}, None, 0.0
     for eliminated in settings.eliminated:
         plan = settings.plan(eliminated)
         assert plan.attention is not None
         what = f"{eliminated}, keep {plan.attention.keep:g}"
         model, _ = load(settings.seed, settings.rank)
         originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
-        lemo_fx.transform(model, plan)
+        predictors = None
+        if plan.attention.score == "predicted":
+            tick = progress("predictors", 1)
+            start = time.perf_counter()
+            predictors = lemo_fx.fit(model, [ids[0] for ids in texts[:FITTED]], plan, recipe=RECIPE, progress=False)
+            fit_seconds = time.perf_counter() - start
+            tick()
+        lemo_fx.transform(model, plan, predictors=predictors)
         tick = progress(what, 1 + settings.steps + len(heldout))
         runs[what] = fine_tune(model, texts, heldout, settings.rate, plain.perplexity_before, tick)
-        reports[what] = lemo_fx.report(model)
+        # What the predictors choose in a text that they were not trained on, beside what the true scores would.
+        recall = {"input_ids": heldout[0]} if predictors is not None else None
+        reports[what] = lemo_fx.report(model, recall_on=recall)
         if shown is None:
             graphs = {name: graph for name, graph in lemo_fx.graphs(model).items() if name in originals}
             name = list(graphs)[len(graphs) // 2]
             shown = (name, type(model.get_submodule(name)).__name__, originals[name], graphs[name])
     assert shown is not None
-    return Outcome(settings, runs, reports, *shown)
+    return Outcome(settings, runs, reports, fit_seconds, *shown)
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {

@@ -117,7 +117,8 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
             share = numerator / denominator
             rule = f"keep {share:g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
             return Call(_name(node), "select", (rule,))
-        return Call(str(node.target), "dense", (type(called).__name__,))
+        role = "score" if str(node.target).endswith("_score") else "dense"
+        return Call(str(node.target).removeprefix("lemo_"), role, (type(called).__name__,))
     if node.op != "call_function":
         return None
     if node.target in (runtime.branch, runtime.token_wise_branch, runtime.without_gradient, runtime.forward_in_float8):

@@ -32,6 +32,7 @@ from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
 from lemo_fx.sites import decoder_layers
+from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
 """Bytes of token streams that may lie in the folder at a time; those of one layer always may."""
@@ -122,7 +123,7 @@ def _append(path: Path, values: torch.Tensor, rows: int) -> None:
     padded[: len(values)] = values
     # Not ndarray.tofile, which says nothing when the last bytes find no room.
     with writing(path), path.open("ab") as file:
-        file.write(padded.numpy())
+        file.write(padded.numpy().data)
 
 
 def fit(
@@ -133,6 +134,7 @@ def fit(
     rank: int | None = None,
     ridge: float = 1e-3,
     recipe: Recipe | None = None,
+    thresholds: bool = False,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Predictors:
@@ -150,6 +152,9 @@ def fit(
         rank: of the stand-in maps; an eighth of the hidden size if None.
         ridge: regularisation of the maps, as a share of the mean variance of the input.
         recipe: how predictors are trained; `Recipe()` if None.
+        thresholds: also run LeMo's Algorithm 1 on the sequences that are kept from training: a threshold and a budget
+            for every layer, for `Predictors.thresholds` and `.budgets`, at the mean share that the config's `keep`
+            gives. Costs six sparse forward passes of these sequences per sparse site.
         folder: keep intermediate results here: a killed run that is started again with the same arguments goes on after
             its last finished layer. The result is saved here too. Without one, a temporary folder is used. It needs up
             to `SCRATCH` bytes, or 4 H bytes a token if that is more.
@@ -216,6 +221,12 @@ def fit(
             "date": datetime.date.today().isoformat(),
         }
         predictors = Predictors(tensors, record)
+        if thresholds:
+            # Any one sequence where none was kept from training.
+            heldout = batches[len(batches) - max(1, len(batches) // 10) :]
+            done = bar.add_task("setting thresholds", total=None)
+            tuned = tune(model, heldout, config, predictors, lambda: bar.advance(done))
+            predictors = Predictors(tensors, {**record, "tuning": tuned})
         if folder:
             predictors.save(folder)
             _discard(work)

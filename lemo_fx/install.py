@@ -26,6 +26,8 @@ from lemo_fx.offload import offloading
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.passes.rewrite import LayerRewrite
 
+NO_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
+
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
@@ -57,6 +59,7 @@ class LayerSettings:
     attention_config: Any
     implementation: str | None
     layer_index: int
+    step: runtime.Step
 
     def _holds_a_past(self, cache: Any, length: int) -> bool:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
@@ -64,7 +67,7 @@ class LayerSettings:
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
-        if not (layer.training or self.config.active == "always"):
+        if self.step.dense or not (layer.training or self.config.active == "always"):
             return False
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
@@ -140,16 +143,16 @@ class RewrittenClass(type):
         return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
 
 
-_classes: dict[tuple[type, tuple[str, ...], bool], type[nn.Module]] = {}
+_classes: dict[tuple[type, Callable, tuple[str, ...], bool], type[nn.Module]] = {}
 
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
     """A GraphModule for reading and calling; it shares the live module's submodules."""
-    outlined = {name: build_module(_targets(module, body), body, name) for name, body in functions.items()}
-    return build_module({**_targets(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
+    outlined = {name: build_module(targets_of(module, body), body, name) for name, body in functions.items()}
+    return build_module({**targets_of(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
 
 
-def _targets(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def targets_of(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """What a graph calls or reads on the module, by name, besides the functions that are its own."""
     names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     return {name: functools.reduce(getattr, name.split("."), module) for name in names - set(besides)}
@@ -159,7 +162,7 @@ def rewritten_class(
     original: type[nn.Module],
     compiled: dict[str, Callable],
     codes: tuple[str, ...],
-    make_forward: Callable[[Callable, Callable], Callable],
+    make_forward: Callable[[Callable, Callable], Any],
     offload: bool,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs this code: one per distinct code.
@@ -169,7 +172,8 @@ def rewritten_class(
         make_forward: (original forward, graph forward) -> the forward to install.
         offload: what the module saves for the backward goes to the host.
     """
-    key = (original, codes, offload)
+    # Another library may give a class another forward between two transforms (Liger does).
+    key = (original, original.forward, codes, offload)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
@@ -193,42 +197,102 @@ def call_offloading(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
 
 
+def settings_of(module: nn.Module) -> Any:
+    """A rewritten module's settings; None after `revert`, which a wrapper of its forward (accelerate's) may outlive."""
+    record: Installed | None = vars(module).get(STATE)
+    return None if record is None else record.settings
+
+
 def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     """The forward of a rewritten decoder layer."""
 
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if vars(self)[STATE].settings.applies(self, args, kwargs):
+        settings = settings_of(self)
+        if settings is None:
+            return original(self, *args, **kwargs)
+        if settings.applies(self, args, kwargs):
             return graph_forward(self, *args, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
+            # the cache away from it.
+            kwargs.update({name: value for name, value in NO_CACHE.items() if name in kwargs})
+            return self._gradient_checkpointing_func(functools.partial(original, self, **kwargs), *args)
         return original(self, *args, **kwargs)
 
     return forward
 
 
-def make_head_forward(original: Callable, graph_forward: Callable) -> Callable:
-    """The forward of a causal model with rewritten layers: tells them the labels, computes the loss in segments."""
+def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForward:
+    """The forward of a causal model with rewritten layers: computes the loss in segments."""
     graph_forward = can_return_tuple(graph_forward)
 
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        settings: HeadSettings = vars(self)[STATE].settings
+        settings = settings_of(self)
+        if settings is None:
+            return original(self, *args, **kwargs)
+        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        if not settings.segments(self, given.get("labels"), given):
+            return original(self, *args, **kwargs)
+        # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
+        if given.get("use_cache") is None and given.get("past_key_values") is None:
+            given["use_cache"] = False
+        if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
+            given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
+        return graph_forward(self, **given)
+
+    return HeadForward(forward)
+
+
+class HeadForward:
+    """The `forward` of a causal model's class: checks each call and tells the layers its labels, whatever then runs.
+
+    Libraries put a forward of their own on the instance (TRL its fused head, accelerate its autocast), before or after
+    `transform`; an attribute of the class that takes precedence over the instance's sees to those calls as well.
+    """
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = telling_labels(forward)
+
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable:
+        if model is None:
+            return self.forward
+        own = vars(model).get("forward")
+        return (self.forward if own is None else telling_labels(_unbound(own))).__get__(model)
+
+    def __set__(self, model: nn.Module, forward: Callable) -> None:
+        vars(model)["forward"] = forward
+
+    def __delete__(self, model: nn.Module) -> None:
+        if vars(model).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+def _unbound(forward: Callable) -> Callable:
+    """A function of an instance's dict as one that takes the instance."""
+    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
+
+
+def telling_labels(forward: Callable) -> Callable:
+    """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
+
+    @functools.wraps(forward)
+    def told(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None:
+            return forward(self, *args, **kwargs)
         settings.check(self, kwargs)
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        labels = given.get("labels")
-        settings.step.labels = labels
+        before = settings.step.labels
+        if given.get("labels") is not None:
+            settings.step.labels = given["labels"]
         try:
-            if not settings.segments(self, labels, given):
-                return original(self, *args, **kwargs)
-            # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
-            if given.get("use_cache") is None and given.get("past_key_values") is None:
-                given["use_cache"] = False
-            if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
-                given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
-            return graph_forward(self, **given)
+            return forward(self, *args, **kwargs)
         finally:
-            settings.step.labels = settings.step.scores = None
+            settings.step.labels, settings.step.scores = before, None
 
-    return forward
+    return told
 
 
 @dataclass
@@ -244,7 +308,9 @@ class Plan:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[dict[str, Any]]) -> Plan:
+def layer_plan(
+    name: str, rewrite: LayerRewrite, config: LemoConfig, step: runtime.Step, rows: list[dict[str, Any]]
+) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
@@ -254,7 +320,7 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, rows: list[
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
     layer_index = getattr(attention, "layer_idx", None) or 0
-    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index)
+    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index, step)
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
@@ -285,7 +351,7 @@ def _install(plan: Plan) -> None:
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
     codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
     layer = isinstance(plan.settings, LayerSettings)
-    make = make_layer_forward if layer else make_head_forward
+    make: Callable = make_layer_forward if layer else make_head_forward
     with PATCHING:
         module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
 

@@ -7,6 +7,7 @@ move with the model, stay out of its state_dict, and no adapter takes them for a
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -71,12 +72,14 @@ class AttentionScore(nn.Module):
         vars(twin).update(config=config, lemo_block_size=block_size, training=False)
         # In a tuple, so that the twin is not registered and its weights are not listed twice.
         self.twin = (twin,)
+        self.names = tuple(inspect.signature(inspect.unwrap(type(attention).forward)).parameters)[1:]
         self.block_size = block_size
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Arguments of the attention module -> scores [B, n]."""
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = kwargs[self.names[0]]
         if isinstance(mask, torch.Tensor):
             runtime.check_mask(mask, hidden.shape[1])
         if isinstance(mask, runtime.BlockMask):
@@ -90,7 +93,7 @@ class AttentionScore(nn.Module):
                 zeros = torch.zeros_like(mask, dtype=torch.int64) if documents is None else documents
                 documents = torch.where(mask.bool(), zeros, -1)
             kwargs["lemo_documents"] = documents
-        scores = _without_dropout(self.twin[0], *args, **kwargs)[1]
+        scores = _without_dropout(self.twin[0], **kwargs)[1]
         if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
             raise LemoError(
                 f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its "
@@ -270,6 +273,17 @@ class SelectBlocks(nn.Module):
                 scores, valid, labelled, stream, self.site, self.block_size, float(self.threshold)
             )
         return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+
+    def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
+        scores = selection.balanced(scores) if self.balance else scores
+        labelled, length = runtime.labelled_tokens(self.step.labels, stream), stream.shape[1]
+        if self.threshold is not None:
+            tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
+        else:
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
+        kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
+        return kept.scatter_(1, tokens, True)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
         # The record is found by the address of the site's tensor, which changes here.

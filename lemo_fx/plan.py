@@ -121,30 +121,33 @@ def _plan_layer(
     try:
         graph = capture(layer, ABSENT_IN_TRAINING)
     except CaptureError as error:
-        raise UnsupportedModelError(f"{name}: {error}. {_MEND}") from error
+        raise UnsupportedModelError(f"{name}: {error}. {_LEAVE_OUT}") from error
     sites, refusals = find_sites(graph)
+    rows = []
     for refusal in refusals:
-        raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
+        if refusal.kind is None:
+            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_LEAVE_OUT}")
+        if config.site(refusal.kind) is not None:
+            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
+        rows.append(_row(refusal.kind, "dense", note=f"dense (None in the config): {refusal.node} {refusal.reason}"))
 
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
-    rows = []
     for site in planned:
-        _refuse_unknown_arguments(name, rewrite, site)
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
             reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
             rows.append(_row(site.name, "dense", note=reason))
             continue
+        _refuse_unknown_arguments(name, rewrite, site)
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
-    return layer_plan(name, rewrite, config, rows)
+    return layer_plan(name, rewrite, config, step, rows)
 
 
-_MEND = (
-    "Leave this layer out with LemoConfig(dense_layers=...), or the whole kind of site with attention=None or mlp=None"
-)
+_LEAVE_OUT = "Leave this layer out with LemoConfig(dense_layers=...)"
+_MEND = f"{_LEAVE_OUT}, or the whole kind of site with attention=None or mlp=None"
 
 
 def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
@@ -181,9 +184,11 @@ def _plan_site(
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":
-        trained = predictors is not None and predictors.has_predictor(index, planned.name)
-        untrained = "step" if elimination.eliminated == "exact" else "measured"
-        score = "predicted" if trained else untrained
+        if predictors is not None and predictors.has_predictor(index, planned.name):
+            score = "predicted"
+        else:
+            # A threshold is one on informativeness.
+            score = "step" if elimination.eliminated == "exact" and elimination.threshold is None else "measured"
     if score == "predicted" and predictors is None:
         raise PredictorError(
             f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "
@@ -300,6 +305,8 @@ def _segmented(
     unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
     if config.loss_segments is None:
         return *unchanged, "loss_segments=None"
+    if "forward" in vars(head):
+        return *unchanged, "another library (TRL, Liger, accelerate) put a forward of its own on the model"
     globals_of = vars(inspect.getmodule(inspect.unwrap(type(head).forward)))
     with PATCHING:
         slicer = globals_of.get("slice_logits_to_keep")

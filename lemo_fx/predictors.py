@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.files import write_text, writing
 from lemo_fx.parts import PredictedScore, StandIn
@@ -107,6 +107,31 @@ class Predictors:
                 "and its score is 'auto' or 'predicted'"
             )
         return PredictedScore(weights, int(self.record["block_size"]))
+
+    def thresholds(self, kind: SiteKind) -> tuple[float, ...]:
+        """One threshold per decoder layer, for `Elimination(threshold=...)`; 0 in layers that were dense.
+
+        They are of predicted scores of sequences as long as `record["tuning"]["length"]`.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "threshold", 0.0)
+
+    def budgets(self, kind: SiteKind) -> tuple[float, ...]:
+        """One kept share per decoder layer, for `Elimination(keep=...)`; 1 in layers that were dense.
+
+        Raises:
+            PredictorError: `fit` was not asked to set them.
+        """
+        return self._tuned(kind, "keep", 1.0)
+
+    def _tuned(self, kind: SiteKind, name: str, otherwise: float) -> tuple[float, ...]:
+        sites = self.record.get("tuning", {}).get("sites", {})
+        found = {int(site.split(".")[1]): facts[name] for site, facts in sites.items() if site.endswith(f".{kind}")}
+        if not found:
+            raise PredictorError(f"no thresholds were set for {kind}: lemo_fx.fit(model, sequences, thresholds=True)")
+        return tuple(found.get(layer, otherwise) for layer in range(int(self.record["layers"])))
 
     @property
     def predictor_bytes(self) -> dict[str, int]:
@@ -228,9 +253,8 @@ class Predictors:
     ) -> Predictors:
         """Read both files from a folder, or, if there is none of this name, from a repository "owner/name" of the hub.
 
-        Args:
-            revision, token, cache_dir, local_files_only: as for `huggingface_hub.snapshot_download`. With the last, or
-                HF_HUB_OFFLINE=1, only the local cache is looked into.
+        The other arguments are `huggingface_hub.snapshot_download`'s. With `local_files_only`, or HF_HUB_OFFLINE=1,
+        only the local cache is looked into.
 
         Raises:
             PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists, or
@@ -300,7 +324,7 @@ def _check_record(path: Path, record: Any, listed: Any, digest: Any) -> None:
     kinds = {"model_class": str, "fingerprint": str, "hidden_size": int, "layers": int, "block_size": int}
     for name, kind in kinds.items():
         value = record.get(name)
-        if type(value) is not kind or (kind is int and not 0 < value <= LARGEST):
+        if type(value) is not kind or (isinstance(value, int) and not 0 < value <= LARGEST):
             raise PredictorError(f"{path} is damaged: {name} is {str(value)[:80]!r}")
     if not isinstance(listed, dict) or not all(isinstance(facts, list) for facts in listed.values()):
         raise PredictorError(f"{path} is damaged: it does not list tensors")

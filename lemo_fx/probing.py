@@ -12,8 +12,7 @@ from lemo_fx import install as installing
 from lemo_fx import runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture
 from lemo_fx.config import LemoConfig, SiteKind
-from lemo_fx.kernels.select_blocks import reference as selection
-from lemo_fx.parts import ActivationScore, AttentionScore, PredictedScore, SelectBlocks
+from lemo_fx.parts import ActivationScore, AttentionScore
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
@@ -73,61 +72,5 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
         insert_scores(rewrite)
         insert_probes(rewrite)
         check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, []))
+        plans.append(installing.layer_plan(name, rewrite, observing, runtime.Step(), []))
     return plans
-
-
-class RecallProbe(nn.Module):
-    """Counts the blocks that a site keeps by their true scores, and how many of them it keeps by the predicted ones.
-
-    Args:
-        predictor, select: the site's own; in a tuple, so that they are not registered twice.
-    """
-
-    def __init__(self, predictor: PredictedScore, select: SelectBlocks) -> None:
-        super().__init__()
-        self.parts = (predictor, select)
-        self.wanted = self.found = 0
-
-    def forward(self, source, output, stream: torch.Tensor, scores: torch.Tensor, mask: Any) -> None:
-        """See `probe`."""
-        predictor, select = self.parts
-        valid = runtime.valid_tokens(mask, stream)
-        true, predicted = (_kept(select, s, valid) for s in (scores, predictor(stream, mask)))
-        self.wanted += int(true.sum())
-        self.found += int((true & predicted).sum())
-
-
-def _kept(select: SelectBlocks, scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """[B, n] -> [B, n] bool: real blocks that the site's rule keeps. Labels are left out of account."""
-    blocks = scores.shape[1]
-    count = blocks if select.threshold is not None else selection.budget(blocks, select.keep)
-    scores = selection.balanced(scores) if select.balance else scores
-    ranked, _ = selection.rank(scores, valid, None, select.block_size, count)
-    if select.threshold is not None:
-        return ranked >= select.threshold
-    best = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True) & (ranked > -torch.inf)
-
-
-def recalls(model: nn.Module, batch: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """Recall of every predicted site of a transformed model by (name of its layer, site).
-
-    Both scores are of the streams of the model without elimination, where predictors are trained.
-    """
-    layers = decoder_layers(model)
-    probes: dict[tuple[int, str], RecallProbe] = {}
-    for index, (_, layer) in enumerate(layers):
-        for attribute, predictor in list(layer._modules.items()):
-            name = attribute.removeprefix("lemo_").removesuffix("_score")
-            select = layer._modules.get(f"lemo_{name}_select")
-            if isinstance(predictor, PredictedScore) and isinstance(select, SelectBlocks):
-                probes[index, name] = RecallProbe(predictor, select)
-
-    def choose(index: int, name: str, kind: SiteKind) -> tuple[nn.Module, int] | None:
-        found = probes.get((index, name))
-        return None if found is None else (found, found.parts[1].block_size)
-
-    wanted = {k: v for k, v in batch.items() if k != "labels"}
-    probe(model, [wanted], sorted({index for index, _ in probes}), choose)
-    return {(layers[i][0], name): found.found / max(found.wanted, 1) for (i, name), found in probes.items()}

@@ -22,8 +22,8 @@ class SiteReport:
         eliminated: treatment of the eliminated tokens, or "dense".
         score: what ranks the blocks; budget: keep or threshold in force.
         kept_tokens, total_tokens: of the last forward pass that ran the rewritten graph; None before the first.
+        recall: share of the tokens that the measured scores would keep and the predictor keeps; None unless asked for.
         note: what a reader should know.
-        recall: of a predicted score, where it was asked for: share of the blocks that the measured score keeps.
     """
 
     module: str
@@ -33,8 +33,8 @@ class SiteReport:
     budget: str
     kept_tokens: int | None
     total_tokens: int | None
+    recall: float | None
     note: str
-    recall: float | None = None
 
     @property
     def kept_share(self) -> float | None:
@@ -44,30 +44,34 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a transformed model, the plan, and what was refused or left alone, with the reason."""
+    """All sites of a transformed model, the plan, and what was refused or left alone, with the reason.
+
+    Attributes:
+        dense: whether every layer runs its original code for now, see `lemo_fx.set_dense`.
+    """
 
     config: LemoConfig
     sites: list[SiteReport]
     notes: list[str]
+    dense: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types throughout, ready for JSON."""
         sites = [{**dataclasses.asdict(site), "kept_share": site.kept_share} for site in self.sites]
-        return {"config": dataclasses.asdict(self.config), "sites": sites, "notes": self.notes}
+        return {"config": dataclasses.asdict(self.config), "sites": sites, "notes": self.notes, "dense": self.dense}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("layer", "site", "eliminated tokens", "score", "budget", "kept in last step", "note")
-        judged = any(site.recall is not None for site in self.sites)
-        if judged:
-            table.add_column("recall")
+        asked = any(site.recall is not None for site in self.sites)
+        columns = ["layer", "site", "eliminated tokens", "score", "budget", "kept in last step"]
+        table = Table(*columns, *(["recall"] if asked else []), "note")
         for site in self.sites:
             share = site.kept_share
             kept = "" if share is None else f"{site.kept_tokens} of {site.total_tokens} ({share:.0%})"
-            cells = [site.module, site.site, site.eliminated, site.score, site.budget, kept, site.note]
-            if judged:
-                cells.append("" if site.recall is None else f"{site.recall:.0%}")
-            table.add_row(*cells)
+            recall = ["" if site.recall is None else f"{site.recall:.0%}"] if asked else []
+            table.add_row(site.module, site.site, site.eliminated, site.score, site.budget, kept, *recall, site.note)
         yield table
+        if self.dense:
+            yield "every layer runs its original code for now (set_dense)"
         yield from self.notes
 
     def __str__(self) -> str:

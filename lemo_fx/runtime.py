@@ -23,17 +23,19 @@ or restarting position_ids instead, which therefore must count kept tokens."""
 
 @dataclass
 class Step:
-    """What a step's layers need to know beyond their own arguments.
+    """What all rewritten modules of a model share.
 
     Attributes:
-        labels: of the batch, set by the loss head.
+        labels: of the running batch, which the causal model tells its layers.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         led: whether such a first site was planned.
+        dense: whether the layers run their original code for now (`lemo_fx.set_dense`).
     """
 
     labels: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     led: bool = False
+    dense: bool = False
 
 
 ATTENTION_OPS = frozenset(

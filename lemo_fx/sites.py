@@ -11,7 +11,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import networkx as nx
@@ -73,10 +73,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A branch that was left alone, at which node, and why."""
+    """A branch that was left alone, at which node, and why; no kind where it is not about one branch."""
 
     node: str
     reason: str
+    kind: SiteKind | None = None
 
 
 def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
@@ -126,7 +127,10 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         for branch in (leaf for leaf in leaves if leaf is not stream):
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
             found = _classify(graph, stream, node, branch, region)
-            (sites if isinstance(found, Site) else refusals).append(found)  # type: ignore[arg-type]
+            if isinstance(found, Site):
+                sites.append(found)
+            else:
+                refusals.append(replace(found, kind="attention" if attends(branch, below) else "mlp"))
     if not sites and not refusals:
         refusals.append(Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule"))
     return sites, refusals
@@ -229,7 +233,8 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for submodule, _ in modes:
-                submodule.training = False
+                # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
+                submodule.training = submodule.training and is_quantised(submodule)
             try:
                 whole = module(x)
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -242,12 +247,22 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     finally:
         for submodule, training in modes:
             submodule.training = training
-    exact = dtype in (torch.float32, torch.float64)
+    # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
+    exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
     same_reordered = torch.allclose(permuted, whole[:, order], rtol=rtol, atol=atol)
     if same_reordered and torch.allclose(alone, whole[:, 2:5], rtol=rtol, atol=atol):
         return None
     return "mixes tokens, but is not a softmax attention that transformers dispatches"
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ)."""
+    return any(
+        not t.is_floating_point() and t.dim() > 0
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    )
 
 
 def _feeds_from_inner_width(module: nn.Module, width: int) -> int:

@@ -1,4 +1,4 @@
-"""The public verbs: `transform`, `revert`, `graphs`, `report`."""
+"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lemo_fx.errors import ConfigError, NotTransformedError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.plan import make_plans
+from lemo_fx.recall import measure_recall
 from lemo_fx.report import Report, SiteReport
 from lemo_fx.sites import causal_model
 
@@ -49,7 +50,8 @@ def transform(
     The model stays the same object of the same class with the same state_dict. In `eval()`, in `generate()` and with a
     filled cache it runs its original code (unless `config.active` is "always"). Call it before or after adding PEFT
     adapters, and before DDP or FSDP2's `fully_shard` or after them; after `fully_shard` every rank must call it, since
-    planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing.
+    planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing. Every
+    error leaves the model as it was.
 
     Threads: several may transform, run and revert models at a time, each its own. One model in two threads is not safe:
     a step leaves its labels and choices on the model for its own layers and for the recompute in its backward.
@@ -68,7 +70,6 @@ def transform(
         UnsupportedModelError: no decoder layer can be rewritten, or one that should be cannot, naming module and node;
             or the model runs under tensor, context or sequence parallelism, or in wrappers that hide its layers.
         PredictorError: `stand_in` or `predicted` without what they need.
-        The model is left as it was by every one of them.
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
@@ -114,18 +115,19 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return found
 
 
-def report(model: nn.Module, recall: Mapping[str, Any] | None = None) -> Report:
+def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> Report:
     """What was rewritten, layer by layer, and what the last step kept.
 
     Args:
-        recall: a batch, as `model(**recall)` takes it, on which predicted choices are compared with measured ones. It
-            costs a forward pass without elimination that measures the true scores of every predicted site, and what
-            the last step kept is then forgotten.
+        recall_on: a batch (keyword arguments of the model) on which to measure, too, how many of the blocks that the
+            true scores would keep the predictors keep, see `lemo_fx.recall`. Costs a forward.
 
     Raises:
         NotTransformedError: the model was not transformed.
     """
     done = _transformation(model)
+    layers = {plan.name: plan.module for plan in done.plans}
+    recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
     for plan in done.plans:
         for row in plan.rows:
@@ -141,15 +143,26 @@ def report(model: nn.Module, recall: Mapping[str, Any] | None = None) -> Report:
                     budget=row["budget"],
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
+                    recall=recalls.get((plan.name, row["site"])),
                     note="; ".join(filter(None, [row["note"], "NaN among the last scores" if nan else ""])),
                 )
             )
-    if recall is not None:
-        from lemo_fx.probing import recalls  # it needs this module
+    dense = any(plan.settings.step.dense for plan in done.plans)
+    return Report(config=done.config, sites=rows, notes=list(done.notes), dense=dense)
 
-        found = recalls(model, recall)
-        rows = [dataclasses.replace(row, recall=found.get((row.module, row.site))) for row in rows]
-    return Report(config=done.config, sites=rows, notes=list(done.notes))
+
+def set_dense(model: Model, dense: bool = True) -> Model:
+    """Let the layers run their original code in training too, until told otherwise; the loss stays segmented.
+
+    Call it between steps: `lemo_fx.set_dense(model, step >= 0.85 * steps)` trains the last 15 % densely.
+    `lemo_fx.transform` with another plan starts sparse again.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+    """
+    for plan in _transformation(model).plans:
+        plan.settings.step.dense = dense
+    return model
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_fit_refuses_data_without_text(tmp_path):
     data.write_text('{"words": "none"}\n')
     result = runner.invoke(app, ["fit", str(tmp_path), str(data), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "field `text`" in result.stderr
+    assert "needs a field `text`" in result.stderr
 
 
 def test_demo(tmp_path):
@@ -90,7 +90,9 @@ def test_demo(tmp_path):
     for name in ("demo.png", "graph.png", "graph.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
     figures = json.loads((tmp_path / "demo.json").read_text())
-    assert set(figures) == {"settings", "runs", "ratios", "reports", "layer", "environment"}
+    assert set(figures) == {"settings", "runs", "ratios", "fit_seconds", "recall", "reports", "layer", "environment"}
+    assert figures["reports"]["skip, keep 0.5"]["sites"][0]["score"] == "predicted"
+    assert all(0 < found <= 1 for found in figures["recall"].values())
     assert {"command", "date", "torch", "transformers", "cpu"} <= set(figures["environment"])
     plain, sparse, exact = figures["runs"].values()
     assert sparse["flops"] < plain["flops"]

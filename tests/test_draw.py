@@ -37,6 +37,14 @@ def test_a_layer_before_and_after():
     assert ("attention_tokens", "attention_restored") in sparse.edges
 
 
+def test_a_score_that_is_one_module_is_drawn_as_a_score():
+    """Random and predicted scores: no outlined function."""
+    _, after = pictures(LlamaForCausalLM(LlamaConfig(**SIZE)), "model.layers.0", score="random")
+    drawn = draw.calls(after)
+    assert roles(drawn) == ["stream"] + ["score", "select", "eliminate", "branch", "restore"] * 2
+    assert "attention_score" in [call.label for _, call in drawn.nodes(data="call")]
+
+
 def test_boxes_do_not_overlap_and_lie_below_what_they_read():
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE))
     for graph in pictures(model, "gpt_neox.layers.0", eliminated="exact"):

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from tiny import TOLERANCE, Recorder, batch, fix_choice, gradients, packed, selections, step, tiny
+from tiny import TOLERANCE, Recorder, assert_same_step, batch, fix_choice, gradients, packed, selections, step, tiny
 from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
@@ -21,6 +22,29 @@ LAYERS = 2
 def sparse(keep=0.5, treatment="skip", score="measured", **settings) -> LemoConfig:
     site = Elimination(keep=keep, eliminated=treatment, score=score)
     return LemoConfig(**({"attention": site, "mlp": site, "block_size": 8, "dense_layers": ()} | settings))
+
+
+def test_attention_may_be_called_by_position():
+    class Layer(GradientCheckpointingLayer):
+        def __init__(self, layer):
+            super().__init__()
+            self.self_attn, self.norm = layer.self_attn, layer.input_layernorm
+
+        def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+            normed = self.norm(hidden_states)
+            return hidden_states + self.self_attn(normed, position_embeddings, attention_mask, **kwargs)[0]
+
+    class ByName(Layer):
+        def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+            given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
+            return hidden_states + self.self_attn(hidden_states=self.norm(hidden_states), **given)[0]
+
+    results = []
+    for layer_class in (Layer, ByName):
+        model = tiny("llama")
+        model.model.layers = torch.nn.ModuleList([layer_class(layer) for layer in model.model.layers])
+        results.append(step(lemo_fx.transform(model.train(), sparse()), batch(2, 48, "both")))
+    assert_same_step(*results, "same")
 
 
 class Oracle:

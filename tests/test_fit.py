@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, Predictors
+from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
 from lemo_fx.predictor_training import Recipe
+from lemo_fx.thresholds import Tuning
 from tests.helpers.tiny import TOLERANCE, VOCABULARY, tiny, with_lora
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,7 @@ DYING = """
 import os, signal, sys, torch
 import lemo_fx
 from lemo_fx.predictor_training import Recipe
+from lemo_fx.thresholds import Tuning
 from tests.test_fit import CONFIG, RECIPE, fit_function_module
 from tests.helpers.tiny import tiny
 
@@ -157,6 +159,50 @@ def test_a_site_with_another_score_gets_no_predictor():
     assert predictors.has_predictor(0, "attention")
     assert not predictors.has_predictor(0, "mlp")
     assert predictors.stand_in(0, "mlp")
+
+
+def test_thresholds_and_budgets(tmp_path):
+    model = with_lora(tiny("llama", layers=3))
+    keep = Elimination(keep=0.5)
+    config = LemoConfig(attention=keep, mlp=keep, block_size=4, dense_layers=(0,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    predictors = fit(model, texts(20, 64), config, thresholds=True, folder=tmp_path)
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert model.training
+    tuning = predictors.record["tuning"]
+    assert (tuning["sequences"], tuning["length"], len(tuning["losses"])) == (2, 64, 4)
+    loaded = Predictors.load(tmp_path)
+    for kind in ("attention", "mlp"):
+        budgets, thresholds = loaded.budgets(kind), loaded.thresholds(kind)
+        assert (budgets[0], thresholds[0]) == (1.0, 0.0)
+        # The mean share is the one asked for, up to one block of a sequence.
+        assert sum(budgets[1:]) / 2 == pytest.approx(0.5, abs=1 / 16)
+    for setting, read in (("threshold", loaded.thresholds), ("keep", loaded.budgets)):
+        plan = LemoConfig(
+            **{kind: Elimination(**{setting: read(kind)}) for kind in ("attention", "mlp")},
+            block_size=4,
+            dense_layers=(0,),
+        )
+        lemo_fx.transform(model, plan, predictors=loaded)
+        model(input_ids=texts(1), labels=texts(1)).loss.backward()
+        assert all(0 < s.kept_share <= 1 for s in lemo_fx.report(model).sites if s.eliminated != "dense")
+    with pytest.raises(PredictorError, match="thresholds=True"):
+        fit(model, texts(2)).thresholds("mlp")
+
+
+def test_tuning_gives_more_to_the_layer_that_needs_more():
+    """Of two layers, the second adds nothing to the stream: its budget is worth less."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    config = LemoConfig(attention=Elimination(keep=0.5, score="measured"), mlp=None, block_size=4, dense_layers=())
+    # Texts that the model itself writes: what elimination changes is a loss.
+    own = model.eval().generate(texts(6, 4), max_new_tokens=60, min_new_tokens=60, do_sample=True)
+    tuning = Tuning(model, list(own[:, None]), config, None)
+    shares, losses = tuning.run()
+    assert shares[0, "attention"] > shares[1, "attention"] + 0.1
+    assert min(losses) < losses[0]
+    assert sum(shares.values()) / 2 == pytest.approx(0.5, abs=0.05)
 
 
 def test_sequences_of_several_lengths():

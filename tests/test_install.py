@@ -222,3 +222,44 @@ def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path):
     assert "model.layers.0.0_captured.py" in names
     assert any("outline_branches" in name for name in names)
     assert any("loss_head" in name for name in names)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["patched_after", "patched_before"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_forward_on_the_instance_does_not_hide_the_labels(lora, before):
+    """As TRL and accelerate do it: the layers still keep the few labelled blocks, and `revert` takes nothing away."""
+    model = with_lora(tiny("llama")) if lora else tiny("llama")
+    head = model.get_base_model() if lora else model
+
+    def patch():
+        forward = head.forward
+        head.forward = lambda *args, labels=None, **kwargs: forward(*args, **kwargs)
+
+    if before:
+        patch()
+    site = Elimination(keep=0.5, score="random")
+    lemo_fx.transform(model, LemoConfig(attention=site, mlp=site, block_size=8, dense_layers=()))
+    if not before:
+        patch()
+    inputs = batch(2, 64)
+    inputs["labels"][:, :] = -100
+    inputs["labels"][0, 30] = inputs["labels"][1, 50] = 5
+    with Recorder(model) as seen:
+        assert model(**inputs).logits is not None
+    for tokens in seen.tokens.values():
+        assert {29, 30} <= set(tokens[0][0].tolist())
+        assert {49, 50} <= set(tokens[0][1].tolist())
+    lemo_fx.revert(model)
+    assert "forward" in vars(head)
+    assert model(**inputs).logits is not None
+    del head.forward
+    assert model(**inputs).loss is not None
+
+
+def test_a_forward_that_its_class_got_since_is_the_one_that_runs(monkeypatch):
+    """Liger gives a class another forward; a model that was rewritten before must not hide it from the next."""
+    config = LemoConfig(attention=None, mlp=None, loss_segments=None)
+    lemo_fx.transform(tiny("llama"), config)
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: "another")
+    assert lemo_fx.transform(model, config)() == "another"

@@ -174,43 +174,6 @@ def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
     assert not any(isinstance(m, PredictedScore) for m in model.modules())
 
 
-@pytest.mark.parametrize("padding", [None, "both"])
-def test_report_tells_the_recall_on_a_batch(padding):
-    inputs = batch(2, 61, padding)
-    config = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5, score="measured"), BLOCK, dense_layers=())
-    model = with_lora(tiny("llama"))
-    predictors = Predictors.random(model, config, seed=1)
-    lemo_fx.transform(model, config, predictors=predictors)
-    model(**inputs)
-    before = [s.kept_tokens for s in lemo_fx.report(model).sites]
-    report = lemo_fx.report(model, recall=inputs)
-    rows = {(s.module[-1], s.site): s.recall for s in report.sites}
-    assert rows["0", "mlp"] is None
-    assert model.training
-    assert [s.kept_tokens for s in report.sites] == before
-    assert "recall" in str(report)
-    assert "recall" not in str(lemo_fx.report(model))
-
-    # By hand: the choices of a model that measures and of one that predicts, both without elimination before the site.
-    chosen = {}
-    for score in ("measured", "predicted"):
-        model = with_lora(tiny("llama"))
-        only = LemoConfig(Elimination(keep=0.5, score=score), None, BLOCK, dense_layers=(1,), active="always")
-        lemo_fx.transform(model, only, predictors=predictors)
-        select = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_select"))
-        select.register_forward_hook(lambda _, __, out, score=score: chosen.update({score: out}))
-        model(**{k: v for k, v in inputs.items() if k != "labels"})
-    real = inputs.get("attention_mask", torch.ones(2, 61)).bool()
-    same = wanted = 0
-    for row in range(2):
-        one, other = (
-            {int(t) // BLOCK for t in chosen[score][row] if real[row, t // BLOCK * BLOCK :][:BLOCK].any()}
-            for score in ("measured", "predicted")
-        )
-        same, wanted = same + len(one & other), wanted + len(one)
-    assert rows["0", "attention"] == pytest.approx(same / wanted)
-
-
 def test_auto_measures_where_nothing_was_trained():
     model = with_lora(tiny("llama"))
     predictors = Predictors.random(model, LemoConfig(attention=CONFIG.attention, mlp=None, dense_layers=()))

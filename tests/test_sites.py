@@ -1,10 +1,11 @@
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny, with_lora
+from tiny import ARCHITECTURES, TOLERANCE, assert_same_step, batch, step, tiny, with_lora
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
+from lemo_fx import Elimination, LemoConfig
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture
 from lemo_fx.sites import decoder_layers, find_sites, is_softmax_attention, why_not_token_wise
 
@@ -132,6 +133,37 @@ def test_three_parallel_branches():
 def test_refusals(run, reason):
     kinds, refusals = found(run)
     assert any(reason in r.reason for r in refusals), (kinds, refusals)
+
+
+class RunningMean(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_refused_branch_stays_dense_with_its_kind(checkpointing):
+    def mixing():
+        model = tiny("llama", 2)
+        for layer in model.model.layers:
+            layer.mlp = nn.Sequential(layer.mlp, RunningMean())
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    exact = Elimination(keep=0.5, eliminated="exact")
+    with pytest.raises(lemo_fx.UnsupportedModelError, match=r"mixes tokens.*mlp=None"):
+        lemo_fx.transform(mixing(), LemoConfig(exact, exact, block_size=8, dense_layers=()))
+    inputs = batch(2, 48, "right")
+    expected = step(mixing(), inputs)
+    whole = lemo_fx.transform(mixing(), LemoConfig(Elimination(keep=1.0), None, block_size=8, dense_layers=()))
+    assert_same_step(step(whole, inputs), expected, "fp32")
+    half = lemo_fx.transform(mixing(), LemoConfig(exact, None, block_size=8, dense_layers=()))
+    loss, gradients = step(half, inputs)
+    torch.testing.assert_close(loss, expected[0], **TOLERANCE["fp32"])
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert not torch.allclose(gradients[name], expected[1][name]), "half of the tokens give no gradient"
+    notes = {row.site: row.note for row in lemo_fx.report(half).sites}
+    assert "mixes tokens" in notes["mlp"]
 
 
 def test_an_unknown_layer_argument():

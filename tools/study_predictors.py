@@ -2,7 +2,8 @@
 
 python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
 python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
-    python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
+python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
+python tools/study_predictors.py thresholds --work runs/predictors --sequences 16    # the same under Algorithm 1
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import lzma
 import random
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, prediction
+from lemo_fx import Elimination, LemoConfig, Predictors, prediction
+from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.reference import balanced
 from lemo_fx.predictor_training import Blocks, Recipe, kept, predict, recall, train
+from lemo_fx.predictors import identity
+from lemo_fx.thresholds import Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "lemo_fx/demo_assets/model"
@@ -226,6 +231,70 @@ def balance(args: argparse.Namespace) -> None:
     (args.out / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def fitted(model, data, folder: Path) -> Predictors:
+    """Predictors of the default recipe, trained once."""
+    if not folder.exists():
+        tensors = {}
+        for (i, kind), blocks in data.items():
+            for name, value in train(kind, blocks, Recipe()).weights.items():
+                tensors[f"layers.{i}.{kind}.predictor.{name}"] = value
+        Predictors(tensors, identity(model, model.config.num_hidden_layers, LemoConfig().block_size)).save(folder)
+    return Predictors.load(folder)
+
+
+def thresholds(args: argparse.Namespace) -> None:
+    """Held-out loss of the sparse forward under Algorithm 1's thresholds and budgets and under simpler rules."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    data, ids = read(args.work / "train", hidden, layers)
+    heldout = list(read(args.work / "heldout", hidden, layers)[1][: args.sequences, None])
+    predictors = fitted(model, data, args.work / "fitted")
+    # Without rounding counts up to buckets, so that kept shares can be equal.
+    selection.THRESHOLD_BUCKETS = LENGTH // LemoConfig().block_size
+    keep = Elimination(keep=0.5, score="predicted")
+    config = LemoConfig(attention=keep, mlp=keep)
+    found: dict[str, list] = {}
+    for seed in range(SEEDS):
+        chosen = random.Random(seed).sample(range(len(ids)), 3)
+        lemo_fx.revert(model)
+        tuning = Tuning(model, [ids[i][None] for i in chosen], config, predictors)
+        shares, losses = tuning.run(iterations=args.iterations)
+        tuning.sequences = heldout
+        rules = {
+            "one threshold for all layers": tuning.thresholds(tuning.single()),
+            "multiple of the mean block score": tuning.thresholds(tuning.start()),
+            "Algorithm 1, thresholds": tuning.thresholds(shares),
+        }
+        for name, values in rules.items():
+            loss, kept_share = tuning.loss(values)
+            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
+        budgets = {"uniform keep": dict.fromkeys(shares, 0.5), "Algorithm 1, budgets": shares}
+        for name, values in budgets.items():
+            for key, parts in tuning.selects.items():
+                for part in parts:
+                    part.keep = Fraction(values[key]).limit_denominator(4096).as_integer_ratio()
+            loss, kept_share = tuning.loss(dict.fromkeys(shares, None))
+            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
+        print(seed, losses, {name: rows[-1] for name, rows in found.items()}, flush=True)
+    lemo_fx.revert(model)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU",
+        "sparse": "attention and MLP, skip, predicted scores, all layers but the first and the last",
+        "tuning_sequences": 3,
+        "heldout_sequences": len(heldout),
+        "tokens_per_sequence": LENGTH,
+        "loss_and_kept_share": {
+            name: {"loss": mean_spread([r[0] for r in rows]), "kept": mean_spread([r[1] for r in rows])}
+            for name, rows in found.items()
+        },
+        "budgets_of_last_seed": {f"{i}.{kind}": round(share, 3) for (i, kind), share in shares.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "thresholds.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 SEEDS = 3
 LOSS = Recipe().loss
 COMPARED = ((5, "attention"), (4, "mlp"))
@@ -348,7 +417,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("profile", "train", "balance"))
+    parser.add_argument("stage", choices=("profile", "train", "balance", "thresholds"))
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
     parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
     parser.add_argument("--sequences", type=int, default=300)
@@ -356,10 +425,11 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=-1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/predictors")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/predictors")
+    parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"profile": profile, "train": study, "balance": balance}[args.stage](args)
+    {"profile": profile, "train": study, "balance": balance, "thresholds": thresholds}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Callbacks for the transformers Trainer: what a transformed model does while it trains, and a dense finish."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import defaultdict
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lemo_fx.errors import ConfigError
+from lemo_fx.transform import report, set_dense
+
+
+class LemoCallback(TrainerCallback):
+    """Adds to every training log what the rewritten layers did, so that all of the Trainer's reporters get it.
+
+    `trainer.add_callback(LemoCallback(trainer))`. The entries are "lemo/kept_attention" and "lemo/kept_mlp" (share of
+    the tokens that the last step kept, mean over the layers, dense ones not counted), "lemo/peak_memory_gib" (of the
+    model's accelerator since its statistics were last reset; of the process where the model is on the CPU) and, where
+    predictors choose blocks, "lemo/recall_attention" and "lemo/recall_mlp".
+
+    Nothing is carried from step to step but a recall that waits for the next log, so a resumed run logs what an
+    uninterrupted one does.
+
+    Args:
+        trainer: its reporters come before added callbacks, so this one moves itself to the front of its list.
+        recall_every: every so many optimizer steps, how many of the blocks that the measured scores would keep the
+            predictors keep, on the step's last batch; costs a forward and a capture of the layers. None: never.
+    """
+
+    def __init__(self, trainer: Trainer, recall_every: int | None = None) -> None:
+        if recall_every is not None and recall_every < 1:
+            raise ConfigError(f"recall_every={recall_every} must be a number of steps, or None for never")
+        self.trainer = trainer
+        self.recall_every = recall_every
+        self._batch: dict[str, Any] | None = None
+        self._hook: Any = None
+        self._recall: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go before the reporters; raise NotTransformedError where there is nothing to log."""
+        report(kwargs["model"])
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch for the batch of a step whose recall is wanted."""
+        if self.recall_every and (state.global_step + 1) % self.recall_every == 0:
+            self._forget()  # of a step that never ended (auto_find_batch_size)
+            self._hook = kwargs["model"].register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = kwargs
+
+    def _forget(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._batch = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure the recall on the batch that was watched for."""
+        batch = self._batch
+        self._forget()
+        if batch is not None:
+            values = defaultdict(list)
+            for site in report(kwargs["model"], recall_on=batch).sites:
+                if site.recall is not None:
+                    values[site.site.split("_")[0]].append(site.recall)
+            self._recall = {f"lemo/recall_{kind}": fmean(recalls) for kind, recalls in values.items()}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add to a training log; those of evaluations and of the whole run are left alone."""
+        model, logs = kwargs["model"], kwargs["logs"]
+        if "loss" not in logs:
+            return
+        entries = {**_kept_shares(model), "lemo/peak_memory_gib": _peak_memory(model) / 2**30, **self._recall}
+        self._recall = {}
+        # The history got a copy before the callbacks were asked.
+        for target in (logs, state.log_history[-1]):
+            target.update(entries)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no hook behind."""
+        self._forget()
+
+
+def _kept_shares(model: nn.Module) -> dict[str, float]:
+    done = report(model)
+    shares = defaultdict(list)
+    for site in done.sites:
+        if site.kept_share is not None:
+            shares[site.site.split("_")[0]].append(1.0 if done.dense else site.kept_share)
+    return {f"lemo/kept_{kind}": fmean(values) for kind, values in shares.items()}
+
+
+def _peak_memory(model: nn.Module) -> int:
+    """Bytes."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.accelerator.max_memory_allocated(device)
+
+
+class DenseFinish(TrainerCallback):
+    """Trains the last steps densely: `Trainer(..., callbacks=[DenseFinish(0.15)])`.
+
+    The step's number decides, so a resumed run switches where an uninterrupted one does. In a plain loop, call
+    `lemo_fx.set_dense(model, step >= (1 - share) * steps)` before each step.
+
+    Args:
+        share: of the optimizer steps that are dense, in [0, 1]; rounded to whole steps.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"share={share!r} must be in [0, 1]: the share of the steps that are dense")
+        self.share = share
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Dense or sparse, by the number of the step."""
+        set_dense(kwargs["model"], state.global_step >= state.max_steps - round(self.share * state.max_steps))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The model leaves training as it entered it."""
+        set_dense(kwargs["model"], False)

@@ -1,0 +1,106 @@
+"""How many of the blocks that the measured scores would keep the predictors keep, on a batch, with the model as it is.
+
+One forward as in training, without gradient. Where a layer with predictors is entered, a graph of its own measures the
+true scores on the very stream that the rewritten layer sees; the MLP's on that stream plus the layer's dense attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lemo_fx import runtime
+from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, remove_dead_nodes
+from lemo_fx.install import STATE, targets_of
+from lemo_fx.parallel import gathered
+from lemo_fx.parts import ActivationScore, AttentionScore, PredictedScore, SelectBlocks
+from lemo_fx.passes.insert_scores import insert_scores
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.sites import find_sites, site_name
+
+
+def measure_recall(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Any]
+) -> dict[tuple[str, str], float]:
+    """Recall by (layer name, site name), for the sites whose blocks are chosen by a predictor.
+
+    Args:
+        layers: rewritten decoder layers by name.
+        batch: keyword arguments of the model; of a sharded one every rank must pass its own. Random state and training
+            mode are left as they were.
+    """
+    found: dict[tuple[str, str], float] = {}
+
+    def observe(name: str, layer: nn.Module, probe: fx.GraphModule, sites: list[str]) -> Callable:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            settings = vars(layer)[STATE].settings
+            if not settings.applies(layer, args, kwargs):
+                return
+            given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+            mask = given.get("attention_mask")
+            for site, (stream, true) in zip(sites, probe(*args, **kwargs), strict=True):
+                predicted = layer.get_submodule(f"lemo_{site}_score")(stream, mask)
+                found[name, site] = _recall(layer.get_submodule(f"lemo_{site}_select"), predicted, true, stream, mask)
+
+        return hook
+
+    hooks = []
+    training = [(module, module.training) for module in model.modules()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    try:
+        for name, layer in layers.items():
+            sites = _scored_sites(layer)
+            if sites:
+                with gathered(layer):
+                    hook = observe(name, layer, _probe(layer, sites), sites)
+                hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if hooks:
+            model.train()
+            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+                model(**batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    return found
+
+
+def _scored_sites(layer: nn.Module) -> list[str]:
+    """Names of the layer's sites whose score is predicted."""
+    parts = {name: part for name, part in layer.named_children() if isinstance(part, PredictedScore)}
+    return [name.removeprefix("lemo_").removesuffix("_score") for name in parts]
+
+
+def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
+    """A module with the layer's arguments that returns (stream [B, S, H], measured scores [B, n]) per named site."""
+    graph = capture(layer, ABSENT_IN_TRAINING)
+    sites, _ = find_sites(graph)
+    by_name = {site_name(site, sites): site for site in sites}
+    rewrite = LayerRewrite(layer, graph, [PlannedSite(name, by_name[name], "skip") for name in names])
+    for planned in rewrite.sites:
+        mixer = layer.get_submodule(str(planned.site.mixer.target))
+        block_size = layer.get_submodule(f"lemo_{planned.name}_select").block_size
+        score = AttentionScore if planned.site.kind == "attention" else ActivationScore
+        rewrite.modules[f"lemo_{planned.name}_score"] = score(mixer, block_size)  # type: ignore[arg-type]
+    insert_scores(rewrite)
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (tuple((planned.site.stream, planned.scores) for planned in rewrite.sites),)
+    remove_dead_nodes(graph)
+    return build_module(
+        {**targets_of(layer, graph, besides=rewrite.modules), **rewrite.modules}, graph, type(layer).__name__
+    )
+
+
+def _recall(select: Any, predicted: torch.Tensor, true: torch.Tensor, stream: torch.Tensor, mask: Any) -> float:
+    """Share of the real tokens chosen by the true scores that the predicted ones choose too."""
+    assert isinstance(select, SelectBlocks)
+    valid = runtime.valid_tokens(mask, stream)
+    wanted, got = (select.choose(scores, stream, valid) for scores in (true, predicted))
+    both = wanted & got
+    if valid is not None:
+        wanted, both = wanted & valid, both & valid
+    return float(both.sum() / wanted.sum())
