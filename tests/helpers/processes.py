@@ -145,7 +145,7 @@ def fit_and_kill(folder):
     assert in_fork(fit, folder / "whole") == 0
     number, code = 0, KILLED
     while code == KILLED and number < 200:
-        number += 4
+        number += 7
         code = in_fork(fit_and_die, folder / "killed", number)
         if (folder / "killed" / "unfinished").exists():
             last = folder / "last"
@@ -154,7 +154,7 @@ def fit_and_kill(folder):
     assert code == 0
     assert number > 20
     # From what the last killed run left: kills while the result is saved and the intermediate results are removed.
-    for number in range(1, 200):
+    for number in range(1, 200, 3):
         again = folder / f"again{number}"
         shutil.copytree(last, again)
         if in_fork(fit_and_die, again, number) == 0:
