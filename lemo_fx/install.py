@@ -184,7 +184,10 @@ def rewritten_class(
         subclass: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
-        subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
+        forward: Any = make_forward(original.forward, compiled["forward"])
+        # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
+        forward.__code__ = forward.__code__.replace()
+        subclass.forward = forward  # type: ignore[method-assign]
         subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -26,6 +25,9 @@ from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, sele
 from lemo_fx.sites import holds_matrix
 
 PROBE = "lemo_fx_probe"
+
+SHARES = 2**20
+"""Denominator of a budget; fine enough that rounding the share down leaves a whole number of blocks what it is."""
 
 
 def _probe(module: nn.Module, query, key, value, attention_mask, scaling=None, lemo_documents=None, **kwargs):
@@ -254,10 +256,12 @@ class SelectBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.block_size = block_size
-        self.threshold = threshold
         self.balance = balance
-        share = Fraction(keep if keep is not None else 1).limit_denominator(4096)
-        self.keep = (share.numerator, share.denominator)
+        # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew.
+        # It reads the values of tensors at run time, and finds out which of their sizes vary. No buffers: those move,
+        # are cast, and count as fixed in size.
+        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
+        self.budget = torch.empty(0, max(2, int((1 if keep is None else keep) * SHARES)), device="cpu")
         self.step = step
         self.register_buffer("site", torch.tensor([salt]), persistent=False)
 
@@ -269,10 +273,9 @@ class SelectBlocks(nn.Module):
         valid = runtime.valid_tokens(attention_mask, stream)
         labelled = runtime.labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
-            return select_by_threshold(
-                scores, valid, labelled, stream, self.site, self.block_size, float(self.threshold)
-            )
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+            return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
+        keep = (self.budget.shape[1], SHARES)
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, keep)
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
