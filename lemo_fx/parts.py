@@ -260,7 +260,7 @@ class SelectBlocks(nn.Module):
         # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew.
         # It reads the values of tensors at run time, and finds out which of their sizes vary. No buffers: those move,
         # are cast, and count as fixed in size.
-        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
+        self.set_threshold(threshold)
         self.budget = torch.empty(0, max(2, int((1 if keep is None else keep) * SHARES)), device="cpu")
         self.step = step
         self.register_buffer("site", torch.tensor([salt]), persistent=False)
@@ -274,8 +274,16 @@ class SelectBlocks(nn.Module):
         labelled = runtime.labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
             return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
-        keep = (self.budget.shape[1], SHARES)
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, keep)
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.share)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The budget as (numerator, denominator)."""
+        return self.budget.shape[1], SHARES
+
+    def set_threshold(self, value: float | None) -> None:
+        """Keep what reaches this score instead of a budget, or the budget again."""
+        self.threshold = None if value is None else torch.tensor(value, dtype=torch.float32, device="cpu")
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
@@ -284,7 +292,7 @@ class SelectBlocks(nn.Module):
         if self.threshold is not None:
             tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
         else:
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.share)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
 
