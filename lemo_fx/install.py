@@ -184,10 +184,7 @@ def rewritten_class(
         subclass: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
-        forward: Any = make_forward(original.forward, compiled["forward"])
-        # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
-        forward.__code__ = forward.__code__.replace()
-        subclass.forward = forward  # type: ignore[method-assign]
+        subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
         subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]
@@ -223,6 +220,8 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
             return self._gradient_checkpointing_func(functools.partial(original, self, **kwargs), *args)
         return original(self, *args, **kwargs)
 
+    # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     return forward
 
 

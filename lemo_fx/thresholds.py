@@ -86,7 +86,7 @@ class Tuning:
         """(held-out loss, kept share by layer and kind) of the sparse forward under thresholds; None for a budget."""
         for key, parts in self.selects.items():
             for part in parts:
-                part.threshold = thresholds[key]
+                part.set_threshold(thresholds[key])
         losses: list[float] = []
         shares: dict[Key, list[float]] = {key: [] for key in self.selects}
         with torch.no_grad():
