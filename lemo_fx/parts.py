@@ -244,6 +244,8 @@ class SelectBlocks(nn.Module):
     """
 
     site: torch.Tensor
+    budget: torch.Tensor
+    threshold: torch.Tensor | None
 
     def __init__(
         self,
@@ -257,11 +259,8 @@ class SelectBlocks(nn.Module):
         super().__init__()
         self.block_size = block_size
         self.balance = balance
-        # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew.
-        # It reads the values of tensors at run time, and finds out which of their sizes vary. No buffers: those move,
-        # are cast, and count as fixed in size.
+        self.set_keep(1.0 if keep is None else keep)
         self.set_threshold(threshold)
-        self.budget = torch.empty(0, max(2, int((1 if keep is None else keep) * SHARES)), device="cpu")
         self.step = step
         self.register_buffer("site", torch.tensor([salt]), persistent=False)
 
@@ -274,16 +273,24 @@ class SelectBlocks(nn.Module):
         labelled = runtime.labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
             return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.share)
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+
+    # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew. Of
+    # tensors it reads the values at run time, and finds out which sizes vary. No buffers: those move, are cast, and
+    # count as fixed in size.
+
+    def set_keep(self, keep: float) -> None:
+        """Keep this share of the blocks, unless there is a threshold."""
+        self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
 
     @property
-    def share(self) -> tuple[int, int]:
-        """The budget as (numerator, denominator)."""
+    def keep(self) -> tuple[int, int]:
+        """The share of the blocks as a fraction."""
         return self.budget.shape[1], SHARES
 
-    def set_threshold(self, value: float | None) -> None:
-        """Keep what reaches this score instead of a budget, or the budget again."""
-        self.threshold = None if value is None else torch.tensor(value, dtype=torch.float32, device="cpu")
+    def set_threshold(self, threshold: float | None) -> None:
+        """Keep the blocks whose score reaches this; None goes by the share again."""
+        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
@@ -292,7 +299,7 @@ class SelectBlocks(nn.Module):
         if self.threshold is not None:
             tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
         else:
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.share)
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
 

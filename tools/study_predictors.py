@@ -17,7 +17,6 @@ import json
 import lzma
 import random
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +328,7 @@ def thresholds(args: argparse.Namespace) -> None:
         for name, values in budgets.items():
             for key, parts in tuning.selects.items():
                 for part in parts:
-                    part.keep = Fraction(values[key]).limit_denominator(4096).as_integer_ratio()
+                    part.set_keep(values[key])
             loss, kept_share = tuning.loss(dict.fromkeys(shares, None))
             found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
         print(seed, losses, {name: rows[-1] for name, rows in found.items()}, flush=True)

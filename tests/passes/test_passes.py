@@ -9,7 +9,7 @@ from lemo_fx.capture import capture, remove_dead_nodes
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_op
-from lemo_fx.parts import SHARES, RandomScore, SelectBlocks
+from lemo_fx.parts import RandomScore, SelectBlocks
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
@@ -209,7 +209,7 @@ def test_a_layer_with_every_token_kept_computes_the_same(layer):
     rewrite = rewrite_of(module)
     for part in rewrite.modules.values():
         if isinstance(part, SelectBlocks):
-            part.budget = torch.empty(0, SHARES)
+            part.set_keep(1.0)
     run_passes(rewrite)
     from lemo_fx.install import graph_module
 
