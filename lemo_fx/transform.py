@@ -63,7 +63,7 @@ def transform(
     Args:
         model: a transformers causal language model, with or without PEFT adapters.
         config: what to eliminate; `LemoConfig()` if None.
-        predictors: from `lemo_fx.fit`; without them the scores are measured from Q and K themselves.
+        predictors: from `lemo_fx.fit`; where a score is "auto", they choose (see `Elimination`).
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
 
     Returns:
