@@ -58,7 +58,8 @@ def transform(
     error leaves the model as it was.
 
     Threads: several may transform, run and revert models at a time, each its own. One model in two threads is not safe:
-    a step leaves its labels and choices on the model for its own layers and for the recompute in its backward.
+    a step leaves its labels and choices on the model for its own layers and for the recompute in its backward. Dropout
+    under activation checkpointing is not reproducible in threads, since they share torch's one generator.
 
     Args:
         model: a transformers causal language model, with or without PEFT adapters.

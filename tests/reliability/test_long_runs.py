@@ -1,5 +1,6 @@
 """Many steps, several models and several threads in one process."""
 
+import functools
 import gc
 import sys
 import threading
@@ -123,12 +124,8 @@ def in_threads(*functions):
 def test_two_models_in_two_threads(restless):
     """Each thread makes, transforms and trains its own model, while the other one does."""
     runs = [("llama", 0), ("gpt_neox", 0), ("llama", 1)]
-    made = threading.Lock()
 
-    def threaded(which):
-        # Random weights are drawn from the one generator of the process.
-        with made:
-            model = tiny(which[0], seed=which[1])
+    def threaded(which, model):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         losses = []
         for number in range(4):
@@ -139,7 +136,9 @@ def test_two_models_in_two_threads(restless):
 
     expected = [separate(*which) for which in runs]
     for _ in range(3):
-        found = in_threads(*(lambda which=which: threaded(which) for which in runs))
+        # Before the threads start: a checkpoint sets back the process's one generator, from which weights are drawn.
+        models = [tiny(architecture, seed=seed) for architecture, seed in runs]
+        found = in_threads(*(functools.partial(threaded, *which) for which in zip(runs, models, strict=True)))
         for one, other in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
