@@ -220,6 +220,8 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
             return self._gradient_checkpointing_func(functools.partial(original, self, **kwargs), *args)
         return original(self, *args, **kwargs)
 
+    # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     return forward
 
 

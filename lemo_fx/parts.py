@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -26,6 +25,9 @@ from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, sele
 from lemo_fx.sites import holds_matrix
 
 PROBE = "lemo_fx_probe"
+
+SHARES = 2**20
+"""Denominator of a budget; fine enough that rounding the share down leaves a whole number of blocks what it is."""
 
 
 def _probe(module: nn.Module, query, key, value, attention_mask, scaling=None, lemo_documents=None, **kwargs):
@@ -242,6 +244,8 @@ class SelectBlocks(nn.Module):
     """
 
     site: torch.Tensor
+    budget: torch.Tensor
+    threshold: torch.Tensor | None
 
     def __init__(
         self,
@@ -254,10 +258,9 @@ class SelectBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.block_size = block_size
-        self.threshold = threshold
         self.balance = balance
-        share = Fraction(keep if keep is not None else 1).limit_denominator(4096)
-        self.keep = (share.numerator, share.denominator)
+        self.set_keep(1.0 if keep is None else keep)
+        self.set_threshold(threshold)
         self.step = step
         self.register_buffer("site", torch.tensor([salt]), persistent=False)
 
@@ -269,10 +272,25 @@ class SelectBlocks(nn.Module):
         valid = runtime.valid_tokens(attention_mask, stream)
         labelled = runtime.labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
-            return select_by_threshold(
-                scores, valid, labelled, stream, self.site, self.block_size, float(self.threshold)
-            )
+            return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
         return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+
+    # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew. Of
+    # tensors it reads the values at run time, and finds out which sizes vary. No buffers: those move, are cast, and
+    # count as fixed in size.
+
+    def set_keep(self, keep: float) -> None:
+        """Keep this share of the blocks, unless there is a threshold."""
+        self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
+
+    @property
+    def keep(self) -> tuple[int, int]:
+        """The share of the blocks as a fraction."""
+        return self.budget.shape[1], SHARES
+
+    def set_threshold(self, threshold: float | None) -> None:
+        """Keep the blocks whose score reaches this; None goes by the share again."""
+        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -83,11 +84,17 @@ def token_wise_branch(
     function: Callable, checkpointing: bool, recompute: str, rows: torch.Tensor, *args: Any
 ) -> torch.Tensor:
     """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
-    length = rows.shape[1]
-    if not checkpointing or not torch.is_grad_enabled() or length <= SEGMENT:
+    if not checkpointing or not torch.is_grad_enabled():
+        return function(rows, *args)
+    length, pieces = rows.shape[1], 1
+    # While a compiler traces, the number of tokens that a threshold keeps is open: then as many pieces as it may need.
+    while pieces < MOST_SEGMENTS and not guard_or_false(length <= pieces * SEGMENT):
+        pieces += 1
+    if pieces == 1:
         return branch(function, checkpointing, recompute, rows, *args)
-    size = max(SEGMENT, (length + MOST_SEGMENTS - 1) // MOST_SEGMENTS)
-    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(size, dim=1)]
+    size = length // pieces
+    sizes = [size] * (pieces - 1) + [length - size * (pieces - 1)]
+    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(sizes, dim=1)]
     return torch.cat(parts, dim=1)
 
 

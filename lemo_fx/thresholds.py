@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import lemo_fx.transform as transformation
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.predictors import Predictors
 from lemo_fx.sites import decoder_layers
+from lemo_fx.transform import revert, suspended, transform
 
 LEAST = 0.05
 """Smallest kept share of a layer."""
@@ -59,7 +59,7 @@ class Tuning:
         self.model = model
         plan: dict[str, Any] = {"attention": None, "mlp": None, **sites}
         sparse = dataclasses.replace(config, **plan, active="always", loss_segments=None)
-        transformation.transform(model, sparse, predictors=predictors)
+        transform(model, sparse, predictors=predictors)
         self.selects: dict[Key, list[SelectBlocks]] = {}
         for index, (_, layer) in enumerate(decoder_layers(model)):
             for name, part in layer._modules.items():
@@ -86,7 +86,7 @@ class Tuning:
         """(held-out loss, kept share by layer and kind) of the sparse forward under thresholds; None for a budget."""
         for key, parts in self.selects.items():
             for part in parts:
-                part.threshold = thresholds[key]
+                part.set_threshold(thresholds[key])
         losses: list[float] = []
         shares: dict[Key, list[float]] = {key: [] for key in self.selects}
         with torch.no_grad():
@@ -197,14 +197,14 @@ def tune(
     longest = max(ids.shape[1] for ids in sequences)
     device = next(model.parameters()).device
     was_training = [(module, module.training) for module in model.modules()]
-    with transformation.suspended(model):
+    with suspended(model):
         try:
             used = [ids.to(device) for ids in sequences if ids.shape[1] == longest]
             model.eval()
             tuning = Tuning(model, used, config, predictors)
             shares, losses = tuning.run(tick=tick)
         finally:
-            transformation.revert(model)
+            revert(model)
             for module, training in was_training:
                 module.training = training
     thresholds = tuning.thresholds(shares)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, NotTransformedError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
-from lemo_fx.parts import SelectBlocks
+from lemo_fx.kernels import lowering
+from lemo_fx.loss import segmented_loss
+from lemo_fx.parts import AttentionScore, SelectBlocks
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.report import Report, SiteReport
@@ -60,7 +64,7 @@ def transform(
     Args:
         model: a transformers causal language model, with or without PEFT adapters.
         config: what to eliminate; `LemoConfig()` if None.
-        predictors: from `lemo_fx.fit`; without them the scores are measured from Q and K themselves.
+        predictors: from `lemo_fx.fit`; where a score is "auto", they choose (see `Elimination`).
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
 
     Returns:
@@ -149,7 +153,27 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                 )
             )
     dense = any(plan.settings.step.dense for plan in done.plans)
-    return Report(config=done.config, sites=rows, notes=list(done.notes), dense=dense)
+    return Report(config=done.config, sites=rows, notes=[*done.notes, *_lowerings(done)], dense=dense)
+
+
+def _lowerings(done: Transformation) -> list[str]:
+    """What the ops of the rewritten graphs run as where their layers are now."""
+    ops: dict[str, list[str]] = {}
+    for plan in done.plans:
+        device = next(plan.module.parameters()).device
+        for node in itertools.chain.from_iterable(g.nodes for g in (plan.graph, *plan.functions.values())):
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lemo_fx":
+                op = node.target._opname
+            elif node.target is segmented_loss:
+                op = "segmented_cross_entropy"
+            elif isinstance(plan.parts.get(str(node.target)), AttentionScore):
+                op = "block_scores"
+            else:
+                continue
+            known = ops.setdefault(lowering.explain(op, device, block_size=done.config.block_size), [])
+            if op not in known:
+                known.append(op)
+    return [f"{', '.join(names)}: {what}" for what, names in ops.items()]
 
 
 def set_dense(model: Model, dense: bool = True) -> Model:

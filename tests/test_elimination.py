@@ -481,26 +481,3 @@ def test_layers_that_are_called_by_themselves_draw_their_own_choice():
         with Recorder(model) as recorder:
             model.model.layers[2](x, position_embeddings=rope).sum().backward()
         assert {tokens.shape for (tokens,) in recorder.tokens.values()} == {(1, length // 2)}
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["by_layer", "whole_model"])
-def test_one_choice_for_the_whole_step_compiled(whole):
-    model = tiny("llama", 4)
-    site = Elimination(keep=0.5, eliminated="exact", score="step")
-    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=(0,)))
-    batches = [batch(2, 64, seed=seed) for seed in range(3)]
-    expected = [step(model, inputs) for inputs in batches]
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    if whole:
-        model.compile(fullgraph=True, backend="aot_eager")
-    else:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True, backend="aot_eager")
-    for inputs, (loss, gradient) in zip(batches, expected, strict=True):
-        found_loss, found = step(model, inputs)
-        torch.testing.assert_close(found_loss, loss, **TOLERANCE["compiled"])
-        for name in gradient:
-            torch.testing.assert_close(found[name], gradient[name], **TOLERANCE["compiled"])
-    # A dense layer, the layer that chooses and those that follow.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if whole else 3)

@@ -19,7 +19,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 @pytest.mark.parametrize("treatment", ["skip", "exact"])
 def test_llama(treatment):
-    site = Elimination(keep=0.5, eliminated=treatment)
+    site = Elimination(keep=0.5, eliminated=treatment, score="measured")
     model = lemo_fx.transform(tiny("llama"), LemoConfig(site, site, block_size=8, dense_layers=()))
     layer = model.model.layers[0]
     record = vars(layer)[STATE]

@@ -3,18 +3,20 @@
 python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
 python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
 python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
+python tools/study_predictors.py limits --work runs/predictors --sequences 8         # recall of parts of the true score
 python tools/study_predictors.py thresholds --work runs/predictors --sequences 16    # the same under Algorithm 1
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import datetime
+import functools
 import json
 import lzma
 import random
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,60 @@ def balance(args: argparse.Namespace) -> None:
     (args.out / "balance.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def limits(args: argparse.Namespace) -> None:
+    """Recall of the true attention score itself, disturbed or computed from a part of what it is made of."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ids = torch.load(args.work / "heldout.pt")[: args.sequences]
+    found: dict[int, dict[str, list[torch.Tensor]]] = {}
+
+    def observe(layer, attention, _, kwargs):
+        rows = kwargs["hidden_states"]
+        heads = (*rows.shape[:2], -1, attention.head_dim)
+        query, key = (p(rows).view(heads).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        parts: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
+        for start in range(0, LENGTH, 64):
+            scores = (query[0, :, start : start + 64] @ key[0].transpose(1, 2)).relu()
+            causal = torch.arange(LENGTH) <= torch.arange(start, start + 64)[:, None]
+            all_heads, half = (torch.where(causal, s.mean(0), 0.0).view(64, -1, 64) for s in (scores, scores[::2]))
+            parts["exact"].append(all_heads.amax((0, 2)))
+            parts["every 2nd query"].append(all_heads[1::2].amax((0, 2)))
+            parts["every 8th query"].append(all_heads[3::8].amax((0, 2)))
+            parts["half of the heads"].append(half.amax((0, 2)))
+            parts["mean over keys"].append(all_heads.amax(0).mean(1))
+        for name, rows in parts.items():
+            found.setdefault(layer, {}).setdefault(name, []).append(torch.stack(rows).sum(0))
+
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(functools.partial(observe, i), with_kwargs=True)
+    with torch.no_grad():
+        for row in ids:
+            model(row[None], use_cache=False, logits_to_keep=1)
+    generator = torch.Generator().manual_seed(0)
+    result: dict = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": "2-core CPU",
+        "keep": KEEP,
+        "heldout_sequences": len(ids),
+        "recall": {},
+    }
+    for i, parts in found.items():
+        scores = {name: torch.stack(rows) for name, rows in parts.items()}
+        true = scores.pop("exact")
+        for noise in (0.02, 0.03, 0.05):
+            disturbed = 1 + noise * torch.randn(true.shape, generator=generator)
+            scores[f"{noise:.0%} of noise"] = true * disturbed
+        real = torch.ones_like(true, dtype=torch.bool)
+        result["recall"][i] = {name: round(recall(s, true, real, KEEP), 3) for name, s in scores.items()}
+        print(i, result["recall"][i], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "limits.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def fitted(model, data, folder: Path) -> Predictors:
     """Predictors of the default recipe, trained once."""
     if not folder.exists():
@@ -272,7 +328,7 @@ def thresholds(args: argparse.Namespace) -> None:
         for name, values in budgets.items():
             for key, parts in tuning.selects.items():
                 for part in parts:
-                    part.keep = Fraction(values[key]).limit_denominator(4096).as_integer_ratio()
+                    part.set_keep(values[key])
             loss, kept_share = tuning.loss(dict.fromkeys(shares, None))
             found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
         print(seed, losses, {name: rows[-1] for name, rows in found.items()}, flush=True)
@@ -415,9 +471,12 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
     figure.savefig(folder / "prediction.png", dpi=110)
 
 
+STAGES = {"profile": profile, "train": study, "balance": balance, "thresholds": thresholds, "limits": limits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("profile", "train", "balance", "thresholds"))
+    parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
     parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
     parser.add_argument("--sequences", type=int, default=300)
@@ -429,7 +488,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"profile": profile, "train": study, "balance": balance, "thresholds": thresholds}[args.stage](args)
+    STAGES[args.stage](args)
 
 
 if __name__ == "__main__":

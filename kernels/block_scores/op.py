@@ -1,10 +1,10 @@
 """The ops `lemo_fx::block_scores` and `lemo_fx::random_scores`: schema and fake. Neither has a gradient."""
 
 import torch
-from torch.utils._triton import has_triton
 from torch.utils.flop_counter import register_flop_formula
 
 from lemo_fx.kernels.block_scores import reference
+from lemo_fx.kernels.lowering import obstacle
 
 
 @torch.library.custom_op("lemo_fx::block_scores", mutates_args=())
@@ -17,8 +17,7 @@ def block_scores(
     block_size: int,
 ) -> torch.Tensor:
     """Block informativeness from Q and K; arguments and result as `reference.block_scores`."""
-    # A mask of arbitrary form has no kernel: it is S x S already, so the reference costs no more memory.
-    if query.is_cuda and mask is None and block_size <= 128 and has_triton():
+    if not obstacle("block_scores", query.device, mask=mask, block_size=block_size):
         from lemo_fx.kernels.block_scores import triton
 
         return triton.block_scores(query, key, documents, scaling, block_size)

@@ -6,9 +6,7 @@ from torch.nn import functional
 
 def per_block(values: torch.Tensor, block_size: int) -> torch.Tensor:
     """[..., S] -> [..., ceil(S / b)]: the maximum of each block of positions; a ragged tail is a block of its own."""
-    tail = -values.shape[-1] % block_size
-    if tail:
-        values = functional.pad(values, (0, tail), value=float("-inf"))
+    values = functional.pad(values, (0, -values.shape[-1] % block_size), value=float("-inf"))
     return values.unflatten(-1, (-1, block_size)).amax(-1)
 
 

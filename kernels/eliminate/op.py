@@ -4,9 +4,9 @@ Each is the other's backward. Neither saves more than the token indices; `torch.
 """
 
 import torch
-from torch.utils._triton import has_triton
 
 from lemo_fx.kernels.eliminate import reference
+from lemo_fx.kernels.lowering import obstacle
 
 
 @torch.library.custom_op("lemo_fx::eliminate", mutates_args=())
@@ -20,7 +20,7 @@ def eliminate(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, K, H], contiguous.
     """
-    if stream.is_cuda and has_triton():
+    if not obstacle("eliminate", stream.device):
         from lemo_fx.kernels.eliminate import triton
 
         return triton.eliminate(stream, tokens)
@@ -35,7 +35,7 @@ def _(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("lemo_fx::scatter_rows", mutates_args=())
 def scatter_rows(rows: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
     """Rows [B, K, H] put back at `tokens` [B, K] of a zero stream [B, length, H]."""
-    if rows.is_cuda and has_triton():
+    if not obstacle("scatter_rows", rows.device):
         from lemo_fx.kernels.eliminate import triton
 
         return triton.scatter(None, rows, tokens, length, rows.dtype)

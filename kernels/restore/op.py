@@ -1,9 +1,9 @@
 """The ops `lemo_fx::restore` and `lemo_fx::restore_exact`: schema, fake and autograd; both save indices only."""
 
 import torch
-from torch.utils._triton import has_triton
 
 from lemo_fx.kernels.eliminate.op import eliminate
+from lemo_fx.kernels.lowering import obstacle
 from lemo_fx.kernels.restore import reference
 
 
@@ -19,7 +19,7 @@ def restore(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> t
     Returns:
         [B, S, H] in the promoted dtype.
     """
-    if stream.is_cuda and has_triton():
+    if not obstacle("restore", stream.device):
         from lemo_fx.kernels.eliminate import triton
 
         dtype = torch.promote_types(stream.dtype, rows.dtype)

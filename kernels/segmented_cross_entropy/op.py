@@ -4,9 +4,9 @@ The forward computes the gradients too, so the backward only scales them and no 
 """
 
 import torch
-from torch.utils._triton import has_triton
 from torch.utils.flop_counter import register_flop_formula
 
+from lemo_fx.kernels.lowering import obstacle
 from lemo_fx.kernels.segmented_cross_entropy import reference
 
 
@@ -25,7 +25,7 @@ def segmented_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed cross entropy over segments of `rows` tokens; see `reference.segmented_cross_entropy`."""
     per_segment = reference.loss_and_gradient
-    if hidden.is_cuda and has_triton():
+    if not obstacle("segmented_cross_entropy", hidden.device):
         from lemo_fx.kernels.segmented_cross_entropy import triton
 
         per_segment = triton.loss_and_gradient

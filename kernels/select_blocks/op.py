@@ -92,10 +92,12 @@ def _recall(record: SiteRecord, digest: torch.Tensor, length: int, block_size: i
     if len({c.kept for c in known}) == 1 and digest.device.type != "cpu":
         torch._assert_async(near[best], _FORGOTTEN)
         blocks, kept = torch.stack([c.blocks for c in known]).index_select(0, best[None])[0], known[0].kept
-    elif bool(near[best]):
-        blocks, kept = known[int(best)].blocks, known[int(best)].kept
     else:
-        raise SelectionError(_FORGOTTEN)
+        # Counts that differ, of a threshold, are read on the host.
+        found = int(torch.where(near[best], best, -1))
+        if found < 0:
+            raise SelectionError(_FORGOTTEN)
+        blocks, kept = known[found].blocks, known[found].kept
     tokens = blocks.long()[:, :, None] * block_size + torch.arange(block_size, device=blocks.device)
     return tokens.flatten(1)[:, :kept].contiguous()
 
@@ -164,16 +166,15 @@ def select_blocks(
 
 
 @torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def select_by_threshold(
+def _select_by_threshold(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
     labelled: torch.Tensor | None,
     stream: torch.Tensor,
     site: torch.Tensor,
     block_size: int,
-    threshold: float,
+    threshold: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens of every block over a threshold, see `reference.select_by_threshold`; the count depends on the data."""
     record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
     if _in_backward():
         return _recall(record, digest, length, block_size)
@@ -182,7 +183,26 @@ def select_by_threshold(
     return _remember(record, tokens, digest, length, block_size)
 
 
-@select_by_threshold.register_fake
+@_select_by_threshold.register_fake
 def _(scores, valid, labelled, stream, site, block_size, threshold):
-    kept = torch.library.get_ctx().new_dynamic_size()
+    # More than one, or a compiler could not tell a kept sequence from the single token of a decoding step.
+    kept = torch.library.get_ctx().new_dynamic_size(min=2)
     return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)
+
+
+def select_by_threshold(
+    scores: torch.Tensor,
+    valid: torch.Tensor | None,
+    labelled: torch.Tensor | None,
+    stream: torch.Tensor,
+    site: torch.Tensor,
+    block_size: int,
+    threshold: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens of every block that reaches a threshold [], see `reference.select_by_threshold`.
+
+    The count depends on the data: a compiler leaves that size open, so one compilation does for every count.
+    """
+    tokens = _select_by_threshold(scores, valid, labelled, stream, site, block_size, threshold)
+    torch._check(tokens.shape[1] <= stream.shape[1])
+    return tokens

@@ -36,17 +36,16 @@ def budget(blocks: int, keep: tuple[int, int]) -> int:
 
 
 def pinned_blocks(blocks: int, valid: torch.Tensor | None, block_size: int, batch: int, device) -> torch.Tensor:
-    """[B, n] bool: first block (attention sink) and last block of each sample's real tokens, and a ragged tail."""
-    pinned = torch.zeros(batch, blocks, dtype=torch.bool, device=device)
+    """[B, n] bool: first block (attention sink) and last block of each sample's real tokens."""
     if valid is None:
+        pinned = torch.zeros(batch, blocks, dtype=torch.bool, device=device)
         pinned[:, 0] = pinned[:, -1] = True
         return pinned
-    pinned[:, -1] = valid.shape[1] % block_size != 0
     real = block_any(valid, block_size)
     position = torch.arange(blocks, device=device)
-    first = torch.where(real, position, blocks - 1).amin(1)
-    last = torch.where(real, position, 0).amax(1)
-    return pinned | (position == first[:, None]) | (position == last[:, None])
+    first = torch.where(real, position, blocks - 1).amin(1, keepdim=True)
+    last = torch.where(real, position, 0).amax(1, keepdim=True)
+    return (position == first) | (position == last)
 
 
 def block_any(tokens: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -59,39 +58,38 @@ def rank(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
     labelled: torch.Tensor | None,
+    length: int,
     block_size: int,
     count: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with the rules that outrank them: pinned ends > few labels, NaN (to be safe) > scored > all padding.
+) -> torch.Tensor:
+    """Scores [B, n] with the rules that outrank them.
 
-    Returns:
-        (scores [B, n], pinned [B, n]).
+    A ragged tail > pinned ends > few labels, NaN (to be safe) > scored > all padding. The tail comes first because it
+    must be taken in every sample, even where more blocks are pinned than the budget holds: what it lacks is then cut
+    off the end.
     """
     top = torch.finfo(torch.float32).max
-    ranked = torch.nan_to_num(scores.float(), nan=top, posinf=top, neginf=-top)
+    ranked = torch.nan_to_num(scores.float(), nan=top / 2, neginf=-top).clamp_max(top / 2)
     if labelled is not None:
         labels = block_any(labelled, block_size)
         few = labels.sum(1, keepdim=True) <= count // 2
-        ranked = ranked.masked_fill(labels & few, top)
+        ranked = ranked.masked_fill(labels & few, top / 2)
     if valid is not None:
         ranked = ranked.masked_fill(~block_any(valid, block_size), -torch.inf)
     pinned = pinned_blocks(scores.shape[1], valid, block_size, scores.shape[0], scores.device)
-    return ranked.masked_fill(pinned, torch.inf), pinned
+    ranked = ranked.masked_fill(pinned, top)
+    # No branch on the length, which would compile ragged lengths apart.
+    ends = torch.arange(1, scores.shape[1] + 1, device=scores.device) * block_size
+    return ranked.masked_fill(ends > length, torch.inf)
 
 
 def take(ranked: torch.Tensor, count: int, block_size: int, length: int) -> torch.Tensor:
     """[B, n] -> [B, K]: the tokens of the `count` best blocks, ascending; ties go to the earlier block."""
+    blocks = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
     missing = ranked.shape[1] * block_size - length
-    if missing:
-        # A ragged tail is taken in every sample, even where more blocks are pinned than the budget holds: what it
-        # lacks is then cut off the end.
-        best = ranked[:, :-1].sort(dim=1, descending=True, stable=True).indices[:, : count - 1]
-        tail = best.new_full((best.shape[0], 1), ranked.shape[1] - 1)
-        blocks = torch.cat([best.sort(1).values, tail], dim=1)
-    else:
-        blocks = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
-    tokens = (blocks[:, :, None] * block_size + torch.arange(block_size, device=ranked.device)).flatten(1)
-    return tokens[:, : count * block_size - missing].contiguous()
+    kept = torch.arange(count * block_size - missing, device=ranked.device)
+    # Spelled out rather than cut off the end, since a compiler would tell a cut result from an uncut one.
+    return blocks.index_select(1, kept // block_size) * block_size + kept % block_size
 
 
 def select_blocks(
@@ -115,7 +113,7 @@ def select_blocks(
         [B, K] int64, ascending and unique; K depends on S alone.
     """
     count = budget(scores.shape[1], keep)
-    ranked, _ = rank(scores, valid, labelled, block_size, count)
+    ranked = rank(scores, valid, labelled, length, block_size, count)
     return take(ranked, count, block_size, length)
 
 
@@ -125,14 +123,14 @@ def select_by_threshold(
     labelled: torch.Tensor | None,
     length: int,
     block_size: int,
-    threshold: float,
+    threshold: torch.Tensor | float,
 ) -> torch.Tensor:
     """Tokens of every block that reaches the threshold (LeMo section 4.1), and of the next best up to a bucket.
 
     The largest count in the batch decides for all samples; reading it is the one host synchronisation.
     """
     blocks = scores.shape[1]
-    ranked, _ = rank(scores, valid, labelled, block_size, blocks)
+    ranked = rank(scores, valid, labelled, length, block_size, blocks)
     bucket = -(-blocks // THRESHOLD_BUCKETS)
     wanted = int((ranked >= threshold).sum(1).max())
     count = min(max(-(-wanted // bucket) * bucket, 2), blocks)

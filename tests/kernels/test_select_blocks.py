@@ -170,8 +170,10 @@ def test_opcheck(site):
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     tokens, digest, nan = select_blocks(scores, None, None, 18, 4, (1, 2)), torch.randn(2, 16), torch.tensor(False)
     torch.library.opcheck(op.remember, (tokens, digest, nan, site, 18, 4), test_utils=utilities)
+    limit = torch.tensor(0.5)
     for x in (stream, stream.transpose(0, 1).contiguous().transpose(0, 1)):
-        torch.library.opcheck(op.select_by_threshold, (scores, None, None, x, site, 4, 0.5), test_utils=utilities)
+        arguments = (scores, None, None, x, site, 4, limit)
+        torch.library.opcheck(torch.ops.lemo_fx.select_by_threshold.default, arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17, 18, 19, 20, 64])

@@ -209,7 +209,7 @@ def test_a_layer_with_every_token_kept_computes_the_same(layer):
     rewrite = rewrite_of(module)
     for part in rewrite.modules.values():
         if isinstance(part, SelectBlocks):
-            part.keep = (1, 1)
+            part.set_keep(1.0)
     run_passes(rewrite)
     from lemo_fx.install import graph_module
 

@@ -1,0 +1,121 @@
+"""torch.compile: no graph break, and a number of compilations that no budget, length or step makes grow."""
+
+import pytest
+import torch
+from tiny import assert_same_step, batch, selections, step, tiny, with_lora
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig, runtime
+from lemo_fx.kernels.select_blocks import op
+
+
+def transformed(site, layers=4, checkpointing=False, mlp=None, **settings):
+    """A model whose first layer (the original's code) and last layer (a graph of its own) are dense."""
+    model = with_lora(tiny("llama", layers))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return lemo_fx.transform(model, LemoConfig(site, mlp or site, block_size=8, **settings))
+
+
+def compilations(model, batches, whole=False, backend="eager"):
+    """Compilations in each step; the numbers must be the eager model's, and no graph may break."""
+    expected = [step(model, inputs) for inputs in batches]
+    torch._dynamo.reset()
+    counters.clear()
+    for module in [model] if whole else model.get_decoder().layers:
+        module.compile(fullgraph=True, backend=backend)
+    counts = []
+    for inputs, eager in zip(batches, expected, strict=True):
+        before = counters["stats"]["unique_graphs"]
+        assert_same_step(step(model, inputs), eager, "compiled")
+        counts.append(counters["stats"]["unique_graphs"] - before)
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+    return counts
+
+
+HALF = Elimination(keep=0.5, eliminated="exact", score="random")
+VARIANTS = {
+    "skip": (Elimination(keep=0.5), {}),
+    "shared": (Elimination(keep=0.5), {"mlp": Elimination(keep=0.5, score="shared")}),
+    "checkpointing": (Elimination(keep=0.5, balance=True), {"checkpointing": True}),
+    "projections": (HALF, {"checkpointing": True, "recompute": "projections"}),
+    "float8": (HALF, {"forward": "float8"}),
+    "offload": (HALF, {"checkpointing": True, "offload": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_compilation_for_each_kind_of_layer(variant):
+    site, settings = VARIANTS[variant]
+    batches = [batch(2, 64, padding=side, seed=seed) for seed, side in enumerate(("right", "left", "both"))]
+    # A dense layer, the sparse ones and the last one; rewritten dense layers are all alike.
+    kinds = 2 if variant == "offload" else 3
+    assert compilations(transformed(site, **settings), batches, backend="aot_eager") == [kinds, 0, 0]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["by_layer", "whole_model"])
+def test_the_leader_of_a_shared_choice_is_one_more(whole):
+    model = transformed(Elimination(keep=0.5, eliminated="exact", score="step"), layers=5)
+    batches = [batch(1, 64, seed=seed) for seed in range(2)]
+    assert compilations(model, batches, whole, backend="aot_eager") == [1 if whole else 4, 0]
+
+
+@pytest.mark.parametrize(("layers", "whole"), [(5, False), (9, False), (5, True)])
+def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole):
+    model = transformed(Elimination(keep=[1 - layer / 10 for layer in range(layers)], score="random"), layers)
+    # By layer: both dense ones, the first sparse one for its budget alone, and the second for all further ones.
+    assert compilations(model, [batch(1, 80, seed=seed) for seed in range(2)], whole) == [1 if whole else 4, 0]
+    kept = [select.record.kept_tokens for select in selections(model).values()]
+    assert len(set(kept)) == layers - 2
+
+
+@pytest.mark.parametrize(("layers", "kinds"), [(4, 3), (1, 1)], ids=["by_layer", "whole_model"])
+@pytest.mark.parametrize("site", [Elimination(keep=0.4), Elimination(threshold=3.0)], ids=["keep", "threshold"])
+def test_any_length_compiles_twice(site, layers, kinds):
+    # Static, then dynamic, which takes a ragged tail too.
+    batches = [batch(2, length, padding="both") for length in (64, 96, 73)]
+    assert compilations(transformed(site, layers), batches, whole=layers == 1) == [kinds, kinds, 0]
+
+
+@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
+def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
+    if segment:
+        monkeypatch.setattr(runtime, "SEGMENT", segment)
+    thresholds = [0.0, 0.2, 0.5, 0.7, 0.9, 0.0]
+    model = transformed(Elimination(threshold=thresholds, score="random"), len(thresholds), checkpointing=True)
+    batches = [batch(1, 80, seed=seed) for seed in range(3)]
+    assert compilations(model, batches, backend="aot_eager") == [3, 0, 0]
+    assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
+
+
+class HostReads(TorchDispatchMode):
+    """How often a value is read on the host, also inside lemo_fx's threshold op."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+        if func is torch.ops.lemo_fx.select_by_threshold.default:
+            # A mode is off while it handles an operation, and would not see what a custom op does.
+            with self:
+                return op._select_by_threshold._init_fn(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("site", "reads"), [(Elimination(keep=0.5), 0), (Elimination(threshold=3.0), 4)])
+def test_only_a_threshold_reads_and_one_number_per_site(site, reads, monkeypatch):
+    # On an accelerator NaN is only marked.
+    monkeypatch.setattr(op, "_note_nan", lambda *_: None)
+    inputs = batch(2, 64, padding="both")
+    model, counts = transformed(site), []
+    for _ in range(2):
+        with HostReads() as found:
+            step(model, inputs)
+        counts.append(found.count)
+        lemo_fx.revert(model)
+    # transformers reads a few itself.
+    assert counts[0] - counts[1] == reads
