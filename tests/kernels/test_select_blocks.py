@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lemo_fx import runtime
 from lemo_fx.errors import SelectionError
 from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.restore.op import restore
@@ -15,6 +16,7 @@ from lemo_fx.kernels.select_blocks.reference import (
     select_blocks,
     select_by_threshold,
 )
+from lemo_fx.parts import SelectBlocks
 
 
 def blocks_of(tokens, size):
@@ -211,3 +213,14 @@ def test_a_recompute_that_no_forward_made_is_an_error(site):
 
     with pytest.raises(SelectionError, match="did not record"):
         Recompute.apply(torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_pinned_blocks_reach_every_threshold():
+    valid = torch.arange(30) >= torch.tensor([[9], [0]])
+    valid[:, 21:] = False
+    part = SelectBlocks(4, None, float("inf"), 0, runtime.Step())
+    kept = part(torch.zeros(2, 8), torch.randn(2, 30, 4), valid.long())
+    # The first and the last real block, and the ragged tail, in either sample.
+    assert [row[-1] for row in blocks_of(kept, 4)] == [7, 7]
+    assert {2, 5, 7} <= set(blocks_of(kept, 4)[0])
+    assert {0, 5, 7} <= set(blocks_of(kept, 4)[1])
