@@ -102,7 +102,7 @@ class HostReads(TorchDispatchMode):
         if func is torch.ops.lemo_fx.select_by_threshold.default:
             # A mode is off while it handles an operation, and would not see what a custom op does.
             with self:
-                return op._select_by_threshold._init_fn(*args)
+                return op.select_by_threshold._init_fn(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -166,30 +166,6 @@ def select_blocks(
 
 
 @torch.library.custom_op("lemo_fx::select_by_threshold", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _select_by_threshold(
-    scores: torch.Tensor,
-    valid: torch.Tensor | None,
-    labelled: torch.Tensor | None,
-    stream: torch.Tensor,
-    site: torch.Tensor,
-    block_size: int,
-    threshold: torch.Tensor,
-) -> torch.Tensor:
-    record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
-    if _in_backward():
-        return _recall(record, digest, length, block_size)
-    _note_nan(record, scores.isnan().any())
-    tokens = reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
-    return _remember(record, tokens, digest, length, block_size)
-
-
-@_select_by_threshold.register_fake
-def _(scores, valid, labelled, stream, site, block_size, threshold):
-    # More than one, or a compiler could not tell a kept sequence from the single token of a decoding step.
-    kept = torch.library.get_ctx().new_dynamic_size(min=2)
-    return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)
-
-
 def select_by_threshold(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
@@ -203,6 +179,17 @@ def select_by_threshold(
 
     The count depends on the data: a compiler leaves that size open, so one compilation does for every count.
     """
-    tokens = _select_by_threshold(scores, valid, labelled, stream, site, block_size, threshold)
-    torch._check(tokens.shape[1] <= stream.shape[1])
-    return tokens
+    record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
+    if _in_backward():
+        return _recall(record, digest, length, block_size)
+    _note_nan(record, scores.isnan().any())
+    tokens = reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
+    return _remember(record, tokens, digest, length, block_size)
+
+
+@select_by_threshold.register_fake
+def _(scores, valid, labelled, stream, site, block_size, threshold):
+    # More than one, or a compiler could not tell a kept sequence from the single token of a decoding step.
+    kept = torch.library.get_ctx().new_dynamic_size(min=2)
+    torch._check(kept <= stream.shape[1])
+    return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)
