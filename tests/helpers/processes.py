@@ -14,6 +14,7 @@ import psutil
 import torch
 import transformers
 from tiny import VOCABULARY, anatomy, batch, tiny, with_lora
+from training import Rows, arguments
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
@@ -77,15 +78,6 @@ def in_clean_process(function, *arguments):
 SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(3, VOCABULARY, (64,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
-
-
 def train(folder, die_in=None, resume=False):
     """Six steps of the Trainer, a checkpoint after every second; the losses are written at the end.
 
@@ -94,20 +86,10 @@ def train(folder, die_in=None, resume=False):
     """
     torch.set_num_threads(1)
     model = lemo_fx.transform(with_lora(tiny("llama"), dropout=0.1), SPARSE)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=2,
-        gradient_checkpointing=True,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
+    given = arguments(
+        folder, gradient_checkpointing=True, lr_scheduler_type="linear", save_strategy="steps", save_steps=2
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=Rows())
+    trainer = transformers.Trainer(model, given, train_dataset=Rows())
     if die_in is not None:
         parameter = next(p for p in model.parameters() if p.requires_grad)
         parameter.register_hook(lambda _: die() if trainer.state.global_step == die_in - 1 else None)

@@ -28,6 +28,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from training import Rows, arguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lemo_fx
@@ -335,39 +336,24 @@ def fit_runs_on_a_rank_of_its_own_or_is_refused():
         raises("several ranks must not write one folder", lemo_fx.fit, make(), sequences, config(), folder="unused")
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(3, 97, (64,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
-
-
 def train(folder, rows, resume=False, **settings):
     """Losses of a Trainer run with the middle layer dense, and the model; the adapter is saved."""
     model = lemo_fx.transform(make(), config(dense_layers=(1,)))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
+    given = arguments(
+        folder,
         max_steps=4,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
+        save_strategy="steps",
         save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
         **settings,
     )
     if "fsdp" in settings:
         # accelerate takes its FSDP plugin for granted on accelerators only, but its sharding runs anywhere.
-        for state in (vars(arguments.distributed_state), PartialState._shared_state):
+        for state in (vars(given.distributed_state), PartialState._shared_state):
             state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = transformers.Trainer(model, arguments, train_dataset=Rows())
+    trainer = transformers.Trainer(model, given, train_dataset=Rows())
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     trainer.save_model(folder)
     AcceleratorState._reset_state(reset_partial_state=True)
