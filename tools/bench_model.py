@@ -271,19 +271,19 @@ def measure(
             _reset_peak(device)
         if variant.mode != "default":
             torch.compiler.cudagraph_mark_step_begin()
-        marks = [_mark(device)]
+        marks = [mark(device)]
         loss = model(input_ids=ids, labels=ids).loss
-        marks.append(_mark(device))
+        marks.append(mark(device))
         held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        marks.append(_mark(device))
-        _wait(device)
+        marks.append(mark(device))
+        wait(device)
         if step == 0:
             compiled = time.perf_counter() - began
         if step >= warm_up:
-            times.append((_between(*marks[:2]), _between(*marks[1:])))
+            times.append((between(*marks[:2]), between(*marks[1:])))
         if times and time.perf_counter() - began > cap:
             break
     forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
@@ -327,7 +327,7 @@ def _kernels(model: torch.nn.Module, ids: torch.Tensor, rows: int = 30) -> str:
     def phase(name: str, run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         with torch.profiler.profile(activities=activities) as profiler:
             result = run()
-            _wait(ids.device)
+            wait(ids.device)
         spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == kind)
         busy, until = 0.0, float("-inf")
         for start, end in spans:
@@ -351,10 +351,10 @@ def _kernels(model: torch.nn.Module, ids: torch.Tensor, rows: int = 30) -> str:
 
 def _alive_at_peak(model: torch.nn.Module, ids: torch.Tensor, rows: int = 40) -> str:
     """What a step allocated and still held when its memory peaked, by the source line that asked for it."""
-    _wait(ids.device)
+    wait(ids.device)
     torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
     model(input_ids=ids, labels=ids).loss.backward()
-    _wait(ids.device)
+    wait(ids.device)
     trace = torch.cuda.memory._snapshot()["device_traces"][0]
     torch.cuda.memory._record_memory_history(enabled=None)
     model.zero_grad()
@@ -389,7 +389,7 @@ def _place(frames: list[dict]) -> str:
     return f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}: {line[:120]}"
 
 
-def _mark(device: torch.device):
+def mark(device: torch.device):
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -397,11 +397,11 @@ def _mark(device: torch.device):
     return event
 
 
-def _between(start, end) -> float:
+def between(start, end) -> float:
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -413,7 +413,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, weights: str = "random") -> dict[str, str]:
     """What a reader needs to repeat the run."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -423,7 +423,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "lemo_fx": lemo_fx.__version__,
-        "weights": "random",
+        "weights": weights,
     }
 
 

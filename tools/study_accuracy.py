@@ -11,12 +11,9 @@ are appended to a file as runs end, and runs that are in it already are skipped,
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from bench_model import between, environment, mark, wait
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -301,7 +299,7 @@ def train(
             torch.cuda.reset_peak_memory_stats()
         for step in range(steps):
             if plan.finish and step == round(steps * (1 - plan.finish)):
-                lemo_fx.transform(model, DENSE)
+                lemo_fx.set_dense(model)
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
             ids = sampler.batch(args.batch)[0][:, :length]
@@ -356,23 +354,6 @@ def half_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @dataclass(frozen=True)
 class Arguments:
     """What all runs of one call share."""
@@ -385,19 +366,6 @@ class Arguments:
     curve: int
     stand_in_rank: int | None
     timing: bool
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the figures were made."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "lemo_fx": lemo_fx.__version__,
-    }
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -470,7 +438,9 @@ def run(
 def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
     """Append one line, and say its figures."""
     with path.open("a") as file:
-        file.write(json.dumps({**row, "environment": environment(device)}) + "\n")
+        file.write(
+            json.dumps({**row, "environment": {**environment(device, "trained"), "peft": peft.__version__}}) + "\n"
+        )
     shown = (
         "plan",
         "context",
