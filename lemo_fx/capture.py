@@ -25,11 +25,11 @@ from lemo_fx.errors import CaptureError
 SPLAT = "_splat_"
 """Keyword under which a node holds a `**mapping` argument; printed and executed as `**mapping`."""
 
+NO_CACHE: Mapping[str, Any] = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
+"""A layer's cache under all its names, and the values that say that there is none."""
+
 ABSENT_IN_TRAINING: Mapping[str, Any] = {
-    "past_key_values": None,
-    "past_key_value": None,
-    "layer_past": None,
-    "use_cache": False,
+    **NO_CACHE,
     "encoder_hidden_states": None,
     "encoder_attention_mask": None,
 }
@@ -141,6 +141,17 @@ class Tracer(fx.Tracer):
 PATCHING = threading.RLock()
 """Held while fx has patched `nn.Module`: two threads would undo each other's patches in the wrong order, and a class
 that is made meanwhile would keep them for good."""
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever a with block does to them, the model's modules have their training modes back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def capture(

@@ -17,7 +17,7 @@ from torch import fx, nn
 from transformers.utils.generic import can_return_tuple
 
 from lemo_fx import parallel, runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, build_module
+from lemo_fx.capture import ABSENT_IN_TRAINING, NO_CACHE, PATCHING, build_module
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
 from lemo_fx.kernels.select_blocks.op import forget
@@ -25,8 +25,6 @@ from lemo_fx.loss import segmentable
 from lemo_fx.offload import offloading
 from lemo_fx.parts import SelectBlocks
 from lemo_fx.passes.rewrite import LayerRewrite
-
-NO_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx import prediction, runtime
 from lemo_fx.capture import build_module, capture, module_of, remove_dead_nodes
+from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
@@ -64,6 +65,8 @@ class AttentionScore(nn.Module):
     Called exactly as the attention module is. It runs a twin that shares all of the attention's submodules but
     dispatches to `_probe`; nothing of the model is modified.
     """
+
+    note = ""
 
     def __init__(self, attention: nn.Module, block_size: int) -> None:
         super().__init__()
@@ -149,6 +152,11 @@ def _own_input(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _output(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp(x)
+
+
+def measured_score(mixer: nn.Module, kind: SiteKind, block_size: int) -> AttentionScore | ActivationScore:
+    """The measured score of a site, by the kind of what it mixes or activates."""
+    return (AttentionScore if kind == "attention" else ActivationScore)(mixer, block_size)
 
 
 class PredictedScore(nn.Module):

@@ -16,7 +16,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
-from lemo_fx.parts import ActivationScore, AttentionScore, RandomScore, SelectBlocks, StepScore
+from lemo_fx.parts import RandomScore, SelectBlocks, StepScore, measured_score
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
@@ -203,10 +203,8 @@ def _plan_site(
     budget = f"keep {keep:g}" if keep is not None else f"threshold {threshold:g}"
     row = _row(planned.name, elimination.eliminated, score, budget)
     salt = 2 * index + (planned.site.kind == "mlp") + 1
-    if score == "measured" and planned.site.kind == "attention":
-        rewrite.modules[f"lemo_{planned.name}_score"] = AttentionScore(mixer, config.block_size)
-    elif score == "measured":
-        part = ActivationScore(mixer, config.block_size)
+    if score == "measured":
+        part = measured_score(mixer, planned.site.kind, config.block_size)
         rewrite.modules[f"lemo_{planned.name}_score"] = part
         row["note"] = part.note
     elif score == "predicted":

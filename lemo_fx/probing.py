@@ -10,9 +10,9 @@ from torch import nn
 
 from lemo_fx import install as installing
 from lemo_fx import runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx.capture import ABSENT_IN_TRAINING, capture, modes_kept
 from lemo_fx.config import LemoConfig, SiteKind
-from lemo_fx.parts import ActivationScore, AttentionScore
+from lemo_fx.parts import measured_score
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
@@ -31,8 +31,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterab
     A probe is called with the branch's normed input and output [B, S, H]; where it wants scores also with the stream
     that the branch reads [B, S, H], the true scores [B, n] and the layer's attention mask.
     """
-    was_training = [(module, module.training) for module in model.modules()]
-    with suspended(model):
+    with modes_kept(model), suspended(model):
         plans = _plans(model, layers, choose)
         installing.install(plans)
         try:
@@ -43,8 +42,6 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterab
         finally:
             for plan in plans:
                 installing.uninstall(plan.module)
-            for module, training in was_training:
-                module.training = training
 
 
 def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[installing.Plan]:
@@ -65,8 +62,7 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
             modules[f"lemo_{own}_probe"], per_score = chosen
             if per_score is not None:
                 mixer = layer.get_submodule(str(site.mixer.target))
-                score = AttentionScore if site.kind == "attention" else ActivationScore
-                modules[f"lemo_{own}_score"] = score(mixer, per_score)
+                modules[f"lemo_{own}_score"] = measured_score(mixer, site.kind, per_score)
                 planned[-1].treatment, planned[-1].score = "skip", "measured"
         rewrite = LayerRewrite(layer, graph, planned, modules=modules)
         insert_scores(rewrite)

@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 
 from lemo_fx import runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, remove_dead_nodes
+from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
 from lemo_fx.install import STATE, targets_of
 from lemo_fx.parallel import gathered
-from lemo_fx.parts import ActivationScore, AttentionScore, PredictedScore, SelectBlocks
+from lemo_fx.parts import PredictedScore, SelectBlocks, measured_score
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.sites import find_sites, site_name
@@ -48,7 +48,6 @@ def measure_recall(
         return hook
 
     hooks = []
-    training = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     try:
         for name, layer in layers.items():
@@ -58,14 +57,17 @@ def measure_recall(
                     hook = observe(name, layer, _probe(layer, sites), sites)
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if hooks:
-            model.train()
-            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with (
+                modes_kept(model),
+                torch.no_grad(),
+                torch.random.fork_rng(devices),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                model.train()
                 model(**batch)
     finally:
         for handle in hooks:
             handle.remove()
-        for module, mode in training:
-            module.training = mode
     return found
 
 
@@ -84,8 +86,8 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
     for planned in rewrite.sites:
         mixer = layer.get_submodule(str(planned.site.mixer.target))
         block_size = layer.get_submodule(f"lemo_{planned.name}_select").block_size
-        score = AttentionScore if planned.site.kind == "attention" else ActivationScore
-        rewrite.modules[f"lemo_{planned.name}_score"] = score(mixer, block_size)  # type: ignore[arg-type]
+        score = measured_score(mixer, planned.site.kind, block_size)  # type: ignore[arg-type]
+        rewrite.modules[f"lemo_{planned.name}_score"] = score
     insert_scores(rewrite)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (tuple((planned.site.stream, planned.scores) for planned in rewrite.sites),)

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, module_of, remove_dead_nodes
+from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, modes_kept, module_of, remove_dead_nodes
 from lemo_fx.config import SiteKind
 
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -229,24 +229,19 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, width, generator=generator).to(device, dtype)
     order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for submodule, _ in modes:
-                # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
-                submodule.training = submodule.training and is_quantised(submodule)
-            try:
-                whole = module(x)
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-                if _feeds_from_inner_width(module, width):
-                    return why_not_token_wise(module, _feeds_from_inner_width(module, width))
-                return f"could not be tried on [1, 8, {width}] rows: {str(error).splitlines()[0]}"
-            if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
-                return "does not return one row per token"
-            permuted, alone = module(x[:, order]), module(x[:, 2:5])
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
+    with modes_kept(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for submodule in module.modules():
+            # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
+            submodule.training = submodule.training and is_quantised(submodule)
+        try:
+            whole = module(x)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if _feeds_from_inner_width(module, width):
+                return why_not_token_wise(module, _feeds_from_inner_width(module, width))
+            return f"could not be tried on [1, 8, {width}] rows: {str(error).splitlines()[0]}"
+        if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
+            return "does not return one row per token"
+        permuted, alone = module(x[:, order]), module(x[:, 2:5])
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_fx.capture import modes_kept
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError
 from lemo_fx.parts import SelectBlocks
@@ -196,8 +197,7 @@ def tune(
     """
     longest = max(ids.shape[1] for ids in sequences)
     device = next(model.parameters()).device
-    was_training = [(module, module.training) for module in model.modules()]
-    with suspended(model):
+    with modes_kept(model), suspended(model):
         try:
             used = [ids.to(device) for ids in sequences if ids.shape[1] == longest]
             model.eval()
@@ -205,8 +205,6 @@ def tune(
             shares, losses = tuning.run(tick=tick)
         finally:
             revert(model)
-            for module, training in was_training:
-                module.training = training
     thresholds = tuning.thresholds(shares)
     return {
         "sequences": len(used),

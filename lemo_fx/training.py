@@ -30,11 +30,13 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 import lemo_fx
 from lemo_fx import data, page
 from lemo_fx.callback import LemoCallback
+from lemo_fx.capture import modes_kept
 from lemo_fx.config import LemoConfig
 from lemo_fx.data import Document, Row, Window
 from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
+from lemo_fx.files import write_text
 from lemo_fx.predictors import RECORD, Predictors
 from lemo_fx.sites import causal_model, decoder_layers
 from lemo_fx.transform import suspended
@@ -174,15 +176,12 @@ def keeps_documents_apart(model: nn.Module) -> bool:
         one, other = (model(input_ids=row, position_ids=positions, use_cache=False).logits[0, length:] for row in rows)
         return float((one.float() - other.float()).abs().max())
 
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model):
         model.eval()
-        return change(starting_again) <= change(going_on) / 100
-    except TypeError:
-        return False
-    finally:
-        for module, training in modes:
-            module.training = training
+        try:
+            return change(starting_again) <= change(going_on) / 100
+        except TypeError:
+            return False
 
 
 class Windows(torch.utils.data.Dataset):
@@ -439,10 +438,7 @@ def _different(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is either whole or absent."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
