@@ -34,6 +34,12 @@ ROLES = {
 SPINE, BRANCH, CHOICE = 0.0, 3.15, 6.8
 """Horizontal places: the residual stream, what computes, and what chooses. Units: a line of text is 0.32 high."""
 
+OUTLINED = (
+    runtime.branch,
+    runtime.token_wise_branch,
+    runtime.without_gradient,
+    runtime.token_wise_without_gradient,
+)
 WIDTH = {SPINE: 2.3, BRANCH: 3.0, CHOICE: 3.0}
 LINE, GAP = 0.32, 0.32
 
@@ -121,7 +127,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return Call(str(node.target).removeprefix("lemo_"), role, (type(called).__name__,))
     if node.op != "call_function":
         return None
-    if node.target in (runtime.branch, runtime.token_wise_branch, runtime.without_gradient, runtime.forward_in_float8):
+    if node.target in OUTLINED:
         return _outlined(node, module)
     name = str(node.target)
     if "eliminate" in name:

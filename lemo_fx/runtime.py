@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lemo_fx.errors import InputError
+from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.float8_linear.op import Float8Forward
 from lemo_fx.kernels.select_blocks import reference as selection
 
@@ -86,28 +88,52 @@ def token_wise_branch(
     """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
     if not checkpointing or not torch.is_grad_enabled():
         return function(rows, *args)
+    parts = segments(rows)
+    if len(parts) == 1:
+        return branch(function, checkpointing, recompute, rows, *args)
+    return torch.cat([checkpoint(function, part, *args, use_reentrant=False) for part in parts], dim=1)
+
+
+def segments(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """[B, K, H] in pieces of the tokens."""
     length, pieces = rows.shape[1], 1
     # While a compiler traces, the number of tokens that a threshold keeps is open: then as many pieces as it may need.
     while pieces < MOST_SEGMENTS and not guard_or_false(length <= pieces * SEGMENT):
         pieces += 1
     if pieces == 1:
-        return branch(function, checkpointing, recompute, rows, *args)
+        return (rows,)
     size = length // pieces
-    sizes = [size] * (pieces - 1) + [length - size * (pieces - 1)]
-    parts = [checkpoint(function, part, *args, use_reentrant=False) for part in rows.split(sizes, dim=1)]
-    return torch.cat(parts, dim=1)
+    return rows.split([size] * (pieces - 1) + [length - size * (pieces - 1)], dim=1)
 
 
-def without_gradient(function: Callable, *args: Any) -> torch.Tensor:
-    """Run a function for its values only; nothing is saved for the backward."""
-    with torch.no_grad():
+def without_gradient(function: Callable, *args: Any, float8: bool = False) -> torch.Tensor:
+    """Run a function for its values only: nothing is saved for the backward.
+
+    Args:
+        float8: with the frozen linear layers' products in float8.
+    """
+    with torch.no_grad(), Float8Forward() if float8 else nullcontext():
         return function(*args)
 
 
-def forward_in_float8(function: Callable, *args: Any) -> torch.Tensor:
-    """`without_gradient` with the frozen linear layers' products in float8."""
-    with torch.no_grad(), Float8Forward():
-        return function(*args)
+def token_wise_without_gradient(
+    function: Callable, rows: torch.Tensor, *args: Any, float8: bool = False
+) -> torch.Tensor:
+    """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in segments of tokens."""
+    parts = [without_gradient(function, part, *args, float8=float8) for part in segments(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def rows_for_values(stream: torch.Tensor, tokens: torch.Tensor, checkpointing: bool) -> torch.Tensor:
+    """The rows of the stream [B, S, H] that a token-wise branch must also run on for its values, kept tokens [B, K].
+
+    The dropped ones, [B, S - K, H]. Where the kept ones' branch is recomputed in the backward, a compiler leaves it out
+    of the forward if its values come from elsewhere; every row without gradient is then as much work, and no row moves.
+    """
+    stream = stream.detach()
+    if checkpointing and torch.compiler.is_compiling():
+        return stream
+    return eliminate(stream, dropped_tokens(tokens, stream))
 
 
 def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

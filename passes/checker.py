@@ -4,7 +4,7 @@ from torch import fx
 
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.eliminate.op import eliminate_op
-from lemo_fx.kernels.restore.op import restore_exact_op, restore_op
+from lemo_fx.kernels.restore.op import restore_exact, restore_op
 from lemo_fx.passes.rewrite import META, LayerRewrite
 
 
@@ -28,7 +28,7 @@ def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
             raise GraphCheckError(
                 f"after {after}: {node} eliminates tokens that no restore brings back, or more than one"
             )
-        if node.target in (restore_op, restore_exact_op) and finished:
+        if node.target in (restore_op, restore_exact) and finished:
             _check_restore(node, after)
         if finished and node.meta.get(META) is not None:
             raise GraphCheckError(f"after {after}: {node} is still marked as part of a region")
@@ -55,7 +55,7 @@ def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:
     tokens = node.args[1]
     assert isinstance(tokens, fx.Node)
     takes = [u for u in tokens.users if u.target is eliminate_op]
-    gives = [u for u in tokens.users if u.target in (restore_op, restore_exact_op) and u.args[-1] is tokens]
+    gives = [u for u in tokens.users if u.target in (restore_op, restore_exact) and u.args[-1] is tokens]
     return len(gives) == len(takes) and len(node.users) >= 1
 
 

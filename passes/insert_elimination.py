@@ -6,7 +6,7 @@ after:   tokens = lemo_attention_select(scores, x);  rows = eliminate(x, tokens)
          n = norm(x);  a = attention(n, mask, rope);  y = x + a           # replaced by insert_restoration
 
 What becomes of the other tokens: `skip` adds nothing; `stand_in` runs a linear map on them; `exact` runs the branch
-itself on them, without gradient (attention needs every token for that, an MLP only the dropped ones).
+itself without gradient (attention needs every token for that, an MLP the dropped ones, see rows_for_values).
 """
 
 from torch import fx
@@ -77,16 +77,18 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
 
 def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     graph, site, name = rewrite.graph, planned.site, planned.name
-    if planned.treatment == "exact" and site.kind == "attention":
-        region = Region(f"lemo_{name}_forward", gradient=False, float8=rewrite.forward == "float8")
-        return clone(graph, site.nodes, {}, region, "forward")[site.branch]
+    if planned.treatment == "exact":
+        token_wise = site.kind == "mlp"
+        region = Region(f"lemo_{name}_forward", False, token_wise, float8=rewrite.forward == "float8")
+        values = {}
+        if token_wise:
+            switch = graph.create_node("get_attr", "gradient_checkpointing")
+            args = (site.stream, planned.tokens, switch)
+            values[site.stream] = call(graph, runtime.rows_for_values, args, f"{name}_other_rows")
+        return clone(graph, site.nodes, values, region, "forward")[site.branch]
     planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
-    exact = planned.treatment == "exact"
-    kind = "forward" if exact else "approximation"
-    region = Region(f"lemo_{name}_{kind}", gradient=False, float8=exact and rewrite.forward == "float8")
+    region = Region(f"lemo_{name}_approximation", gradient=False)
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
-    if exact:
-        return clone(graph, site.nodes, {site.stream: rows}, region, "forward")[site.branch]
     source = normed_input(rewrite, site)
     before = site.nodes[: site.nodes.index(source) + 1] if source is not site.stream else ()
     copies = clone(graph, before, {site.stream: rows}, region, "stand_in")

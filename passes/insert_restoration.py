@@ -2,8 +2,8 @@
 
 before:  a' = attention(...);  a = attention(norm(x), ...);  y = x + a
 after:   a' = attention(...);  y = restore(x, a', tokens)
-`exact` attention: y = restore_exact(x, forward, a', tokens).  `stand_in` and `exact` MLP: one more restore, for the
-dropped tokens' rows.  Parallel branches are restored one after the other.
+`exact`: y = restore_exact(x, forward, a', tokens).  `stand_in`: one more restore, for the dropped tokens' rows.
+Parallel branches are restored one after the other.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import operator
 
 from torch import fx
 
-from lemo_fx.kernels.restore.op import restore_exact_op, restore_op
+from lemo_fx.kernels.restore.op import restore_exact, restore_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, call
 
 
@@ -37,8 +37,8 @@ def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx
     graph, name = rewrite.graph, f"{planned.name}_restored"
     if planned.treatment is None:
         return call(graph, operator.add, (stream, planned.output), name)
-    if planned.treatment == "exact" and planned.dropped is None:
-        return call(graph, restore_exact_op, (stream, planned.rest, planned.output, planned.tokens), name)
+    if planned.treatment == "exact":
+        return call(graph, restore_exact, (stream, planned.rest, planned.output, planned.tokens), name)
     if planned.rest is not None:
         args = (stream, planned.rest, planned.dropped)
         stream = call(graph, restore_op, args, f"{planned.name}_rest_restored")

@@ -47,8 +47,9 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
             run = runtime.token_wise_branch if region.token_wise else runtime.branch
             result = call(rewrite.graph, run, (function, switch, rewrite.recompute, *inputs), name)
         else:
-            quiet = runtime.forward_in_float8 if region.float8 else runtime.without_gradient
-            result = call(rewrite.graph, quiet, (function, *inputs), name)
+            quiet = runtime.token_wise_without_gradient if region.token_wise else runtime.without_gradient
+            precision = {"float8": True} if region.float8 else {}
+            result = call(rewrite.graph, quiet, (function, *inputs), name, kwargs=precision)
     outputs[0].replace_all_uses_with(result)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

@@ -3,12 +3,17 @@
 import pytest
 import torch
 from tiny import assert_same_step, batch, selections, step, tiny, with_lora
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, runtime
 from lemo_fx.kernels.select_blocks import op
+
+aten = torch.ops.aten
 
 
 def transformed(site, layers=4, checkpointing=False, mlp=None, **settings):
@@ -90,6 +95,38 @@ def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
     batches = [batch(1, 80, seed=seed) for seed in range(3)]
     assert compilations(model, batches, backend="aot_eager") == [3, 0, 0]
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
+
+
+@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
+@pytest.mark.parametrize("recompute", ["all", "projections"])
+def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(recompute, segment, monkeypatch):
+    if segment:
+        monkeypatch.setattr(runtime, "SEGMENT", segment)
+    site = Elimination(keep=0.25, eliminated="exact", score="random")
+    model = transformed(site, layers=5, checkpointing=True, recompute=recompute)
+    inputs = batch(1, 64)
+    expected = step(model, inputs)
+    forwards, layers = [], model.get_decoder().layers
+    compiled = aot_autograd(fw_compiler=lambda graph, _: forwards.append(graph) or make_boxed_func(graph.forward))
+    for layer in (layers[0], layers[2]):
+        layer.compile(fullgraph=True, backend=compiled)
+    assert_same_step(step(model, inputs), expected, "compiled")
+    torch._dynamo.reset()
+
+    def rows_multiplied(graph):
+        """By the frozen weights, not by the adapters."""
+        products = [n for n in graph.graph.nodes if n.target in (aten.mm.default, aten.addmm.default)]
+        shapes = [[a.meta["val"].shape for a in n.args] for n in products]
+        return sum(s[-2][0] * s[-1].numel() for s in shapes if min(s[-1]) > 8)
+
+    dense, sparse = forwards[0], forwards[1]
+    whole = 64 * sum(w.weight.numel() for w in layers[2].modules() if type(w) is nn.Linear and min(w.weight.shape) > 8)
+    assert rows_multiplied(dense) == whole
+    if recompute == "all":
+        assert rows_multiplied(sparse) == whole
+    else:
+        # What the attention gave is kept, so it is computed.
+        assert whole < rows_multiplied(sparse) < 1.25 * whole
 
 
 class HostReads(TorchDispatchMode):

@@ -1,10 +1,11 @@
-"""The ops `lemo_fx::restore` and `lemo_fx::restore_exact`: schema, fake and autograd; both save indices only."""
+"""The op `lemo_fx::restore` with its schema, fake and autograd, and `restore_exact`; both save indices only."""
 
 import torch
 
 from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.lowering import obstacle
 from lemo_fx.kernels.restore import reference
+from lemo_fx.kernels.select_blocks.reference import dropped_tokens
 
 
 @torch.library.custom_op("lemo_fx::restore", mutates_args=())
@@ -33,30 +34,10 @@ def _(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.T
     return torch.empty(stream.shape, dtype=dtype, device=stream.device)
 
 
-@torch.library.custom_op("lemo_fx::restore_exact", mutates_args=())
-def restore_exact(stream: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The residual add of the `exact` treatment: every token's forward, the kept tokens' gradient.
-
-    Args:
-        stream: [B, S, H] residual stream.
-        full: [B, S, H] the branch's output for every token, computed without gradient.
-        rows: [B, K, H] the branch run on the kept rows with gradient; its values are not used.
-        tokens: [B, K] int64, unique per sample.
-    """
-    return reference.restore_exact(stream, full, rows, tokens)
-
-
-@restore_exact.register_fake
-def _(stream: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(stream.dtype, full.dtype)
-    return torch.empty(stream.shape, dtype=dtype, device=stream.device)
-
-
 def _save(ctx, inputs, output) -> None:
-    *streams, rows, tokens = inputs
+    stream, rows, tokens = inputs
     ctx.save_for_backward(tokens)
-    ctx.stream_dtype, ctx.rows_dtype = streams[0].dtype, rows.dtype
-    ctx.others = len(streams) - 1
+    ctx.stream_dtype, ctx.rows_dtype = stream.dtype, rows.dtype
 
 
 def _backward(ctx, grad):
@@ -64,11 +45,41 @@ def _backward(ctx, grad):
     # Only what is asked for: a stream that needs no gradient must not cost a cast of its length.
     stream_grad = grad.to(ctx.stream_dtype) if ctx.needs_input_grad[0] else None
     rows_grad = eliminate(grad, tokens).to(ctx.rows_dtype) if ctx.needs_input_grad[-2] else None
-    return stream_grad, *[None] * ctx.others, rows_grad, None
+    return stream_grad, rows_grad, None
 
 
 restore.register_autograd(_backward, setup_context=_save)
-restore_exact.register_autograd(_backward, setup_context=_save)
 
 restore_op = torch.ops.lemo_fx.restore.default
-restore_exact_op = torch.ops.lemo_fx.restore_exact.default
+
+
+class _ValuesAndGradient(torch.autograd.Function):
+    """Open to a compiler, unlike a custom op: it sees that the forward reads no rows, and leaves them out of it."""
+
+    @staticmethod
+    def forward(ctx, stream, values, rows, tokens):
+        _save(ctx, (stream, rows, tokens), None)
+        return reference.restore_exact(stream, values, rows, tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        stream_grad, rows_grad, _ = _backward(ctx, grad)
+        return stream_grad, None, rows_grad, None
+
+
+def restore_exact(stream: torch.Tensor, rest: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual add of the `exact` treatment: every token's forward, the kept tokens' gradient.
+
+    Args:
+        stream: [B, S, H] residual stream.
+        rest: the branch's output without gradient, of every token [B, S, H], or of the dropped ones [B, S - K, H].
+        rows: [B, K, H] the branch run on the kept rows with gradient; its values count where `rest` lacks them.
+        tokens: [B, K] int64, ascending and unique per sample.
+
+    Returns:
+        [B, S, H] in the promoted dtype.
+    """
+    if rest.shape[1] == stream.shape[1]:
+        return _ValuesAndGradient.apply(stream, rest, rows, tokens)
+    dropped = dropped_tokens(tokens, stream.shape[1])
+    return restore(restore(stream, rest, dropped), rows, tokens)

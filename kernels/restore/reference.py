@@ -13,7 +13,7 @@ def restore(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> t
     return out.scatter_add_(1, tokens[:, :, None].expand(rows.shape), rows.to(dtype))
 
 
-def restore_exact(stream: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """stream + full; the gradient that belongs to `full` at tokens flows into rows instead."""
+def restore_exact(stream: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """stream + values; the gradient that belongs to `values` at tokens flows into rows instead."""
     del rows, tokens
-    return (stream + full).contiguous()
+    return (stream + values).contiguous()
