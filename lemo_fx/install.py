@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -259,7 +259,9 @@ class HeadForward:
         if model is None:
             return self.forward
         own = vars(model).get("forward")
-        return (self.forward if own is None else telling_labels(_unbound(own))).__get__(model)
+        forward = self.forward if own is None else telling_labels(_unbound(own))
+        # torch 2.11 cannot compile the making of a bound method; libraries look for one (accelerate for `__func__`).
+        return functools.partial(forward, model) if torch.compiler.is_compiling() else MethodType(forward, model)
 
     def __set__(self, model: nn.Module, forward: Callable) -> None:
         vars(model)["forward"] = forward

@@ -169,6 +169,11 @@ VARIANTS = {
             )
             for keep in (0.5, 0.375, 0.25)
         ),
+        Variant(
+            "step-0.5-float8-offload",
+            dataclasses.replace(sparse(0.5, "exact", "step", recompute="projections", offload=True), forward="float8"),
+            checkpointed=True,
+        ),
         Variant("lora-checkpointed-offload", OFFLOAD_ONLY, checkpointed=True),
         offloaded("skip-0.5-shared-offload", 0.5),
         offloaded("skip-0.5-shared-offload-attention-kept", 0.5, recompute="projections"),

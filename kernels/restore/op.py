@@ -63,8 +63,8 @@ class _ValuesAndGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        stream_grad, rows_grad, _ = _backward(ctx, grad)
-        return stream_grad, None, rows_grad, None
+        (tokens,) = ctx.saved_tensors
+        return grad.to(ctx.stream_dtype), None, eliminate(grad, tokens).to(ctx.rows_dtype), None
 
 
 def restore_exact(stream: torch.Tensor, rest: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
