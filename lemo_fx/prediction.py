@@ -87,8 +87,8 @@ def attention_scores(
     """
     blocks = outputs.shape[2]
     position = torch.arange(blocks, device=outputs.device)
-    decays = torch.tensor(DECAYS, device=outputs.device)
-    bias = torch.exp(-decays * position[:, None]) @ weights["distance"].float()
+    # Not a tensor of decays, whose copy to a GPU would wait for all that the GPU has queued.
+    bias = torch.stack([torch.exp(-decay * position) for decay in DECAYS], 1) @ weights["distance"].float()
     distance = position[:, None] - position
     worth = outputs[0] @ outputs[1].transpose(1, 2) + bias[distance.clamp_min(0)]
     allowed = (distance >= 0)[None]
