@@ -52,6 +52,8 @@ PASSAGE, KEY = 48, 16
 PROBES = (0, 1, 4)
 """Retrieval: tokens of a planted passage, how many of them ask for the rest, and how many passages are planted."""
 KEYS = tuple(f"keys-{keys}" for keys in PROBES)
+BENCH_TOKENS = 32768
+"""Length at which `bench_model` says how fast a plan is."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Plan:
         finish: share of the steps, at the end, that run dense.
         rival: a context that changes the model while it trains, from `rivals`.
         rate: learning rate as a multiple of the others'.
+        windows: windows of a step as a multiple of the others'.
     """
 
     config: LemoConfig | Callable[[int], LemoConfig] | None = None
@@ -74,6 +77,7 @@ class Plan:
     finish: float = 0.0
     rival: Callable[[Any], Any] | None = None
     rate: float = 1.0
+    windows: float = 1.0
 
 
 def both(keep: float, **settings: Any) -> LemoConfig:
@@ -100,6 +104,7 @@ def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
 PLANS: dict[str, Plan] = {
     "lora": Plan(),
     "lora-0.5-steps": Plan(steps=0.5),
+    "lora-half-batch": Plan(windows=0.5),
     "lora-half-rate": Plan(rate=0.5),
     "lora-double-rate": Plan(rate=2.0),
     "truncated-0.5": Plan(tokens=0.5),
@@ -127,8 +132,15 @@ PLANS: dict[str, Plan] = {
     "step-0.375": Plan(exact(0.375, score="step")),
     "step-0.25": Plan(exact(0.25, score="step")),
     "step-0.125": Plan(exact(0.125, score="step")),
+    "step-0.5-float8": Plan(replace(exact(0.5, score="step"), forward="float8")),
+    "step-0.5-float8-more": Plan(replace(exact(0.5, score="step"), forward="float8"), steps=1.175),
     "step-0.375-float8": Plan(replace(exact(0.375, score="step"), forward="float8")),
     "step-0.25-float8": Plan(replace(exact(0.25, score="step"), forward="float8")),
+    "step-0.25-block-16": Plan(replace(exact(0.25, score="step"), block_size=16)),
+    "step-0.25-block-256": Plan(replace(exact(0.25, score="step"), block_size=256)),
+    "step-0.25-block-1024": Plan(replace(exact(0.25, score="step"), block_size=1024)),
+    "step-0.25-all-layers": Plan(exact(0.25, score="step", dense_layers=())),
+    "step-0.25-double-rate": Plan(exact(0.25, score="step"), rate=2.0),
     "step-0.25-finish": Plan(exact(0.25, score="step"), finish=0.25),
     "step-0.125-finish": Plan(exact(0.125, score="step"), finish=0.25),
     "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),
@@ -197,12 +209,11 @@ def make_probes(
     return ids, (torch.arange(context, device=device) >= context - PASSAGE + KEY).expand(ids.shape)
 
 
-def load_model(base: Path, context: int, seed: int, rank: int, device: torch.device) -> torch.nn.Module:
+def load_model(base: Path, context: int, stretch: float, seed: int, rank: int, device: torch.device) -> torch.nn.Module:
     """The base with a longer RoPE base and fresh LoRA adapters."""
     config = transformers.AutoConfig.from_pretrained(base)
     trained = config.max_position_embeddings
-    # As much longer as Llama's long versions make it (10,000 to 500,000 for eight times the context).
-    theta = config.rope_parameters["rope_theta"] * (context / trained) ** 2
+    theta = config.rope_parameters["rope_theta"] * (context / trained) ** stretch
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     config.max_position_embeddings = context
     config.use_cache = False
@@ -279,7 +290,7 @@ def train(
 ) -> dict[str, Any]:
     """One run of a plan, and its figures."""
     plan = PLANS[name]
-    model = load_model(base, args.context, seed, args.rank, device).train()
+    model = load_model(base, args.context, args.stretch, seed, args.rank, device).train()
     config = plan.config(model.config.num_hidden_layers) if callable(plan.config) else plan.config
     if "stand_in" in repr(config) and name not in fitted:
         fitted[name] = fit_stand_ins(model, texts, config, args)
@@ -292,6 +303,7 @@ def train(
     sampler = WindowSampler(texts.train, args.context, texts.separator, device, seed)
     steps = round(args.steps * plan.steps)
     length = round(args.context * plan.tokens)
+    rows = round(args.batch * plan.windows)
     losses, durations, curve = [], [], []
     quick = texts.heldout[: max(1, len(texts.heldout) // 4)]
     with plan.rival(model) if plan.rival else nullcontext():
@@ -302,7 +314,7 @@ def train(
                 lemo_fx.set_dense(model)
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
-            ids = sampler.batch(args.batch)[0][:, :length]
+            ids = sampler.batch(rows)[0][:, :length]
             start = mark(device)
             with half_precision(device):
                 loss = model(input_ids=ids, labels=ids).loss
@@ -326,7 +338,7 @@ def train(
         "context": args.context,
         "seed": seed,
         "steps": steps,
-        "tokens_per_step": args.batch * length,
+        "tokens_per_step": rows * length,
         "rate": args.rate * plan.rate,
         "first_loss": round(statistics.fmean(values[:5]), 4),
         "last_loss": round(statistics.fmean(values[-5:]), 4),
@@ -359,6 +371,7 @@ class Arguments:
     """What all runs of one call share."""
 
     context: int
+    stretch: float
     steps: int
     batch: int
     rank: int
@@ -390,6 +403,13 @@ def run(
     plans: Annotated[str, typer.Option(help=f"comma-separated, from {', '.join(PLANS)}")] = ",".join(PLANS),
     seeds: Annotated[str, typer.Option()] = "0",
     context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,
+    stretch: Annotated[
+        float,
+        typer.Option(
+            help="RoPE's base grows by (context / trained length) to this power: 2 is about what Llama's long versions "
+            "do (10,000 to 500,000 for eight times the context); with 1, new positions must be learned"
+        ),
+    ] = 2.0,
     steps: Annotated[int, typer.Option()] = 120,
     batch: Annotated[int, typer.Option(help="windows of a step")] = 4,
     rank: Annotated[int, typer.Option(help="of the adapters")] = 16,
@@ -407,7 +427,7 @@ def run(
     if unknown:
         raise typer.BadParameter(f"no such plan: {', '.join(sorted(unknown))}")
     out.mkdir(parents=True, exist_ok=True)
-    args = Arguments(context, steps, batch, rank, rate, curve, stand_in_rank, timing)
+    args = Arguments(context, stretch, steps, batch, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
     done = {(row["plan"], row["context"], row["seed"]) for row in read_results(results)}
     texts = load_texts(base, corpus, context, windows, device)
@@ -416,7 +436,7 @@ def run(
     todo = [(plan, int(seed)) for seed in seeds.split(",") for plan in plans.split(",")]
     fitted: dict[str, lemo_fx.Predictors] = {}
     if ("none", context, 0) not in done:
-        model = load_model(base, context, 0, rank, device)
+        model = load_model(base, context, stretch, 0, rank, device)
         write(
             results,
             {"plan": "none", "context": context, "seed": 0, **evaluate(model, texts, batch, None, None)},
@@ -535,26 +555,28 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
 def speeds(benches: list[Path]) -> dict[str, tuple[float, float]]:
     """(times faster, share of the memory) of plans against checkpointed, compiled LoRA, from bench_model's JSON files.
 
-    Of the whole training: a plan of half the steps is twice as fast. What ends dense needs what dense steps need.
+    Of the whole training: a plan of half the steps or half the windows is twice as fast. What ends dense needs what
+    dense steps need. Files are read in order, each against its own LoRA; of several the first counts.
     """
-    measured: dict[str, tuple[float, float]] = {"lora": (1.0, 1.0)}
+    measured: dict[tuple[str, float], tuple[float, float]] = {("lora", 1.0): (1.0, 1.0)}
     for bench in benches:
         runs = [run for run in json.loads(bench.read_text())["runs"] if "step_ms" in run]
-        lora = next(run for run in runs if run["variant"] == "lora-checkpointed")
+        lora = next(run for run in runs if run["variant"] == "lora-checkpointed" and run["tokens"] == BENCH_TOKENS)
         for run in runs:
-            name = run["variant"].removesuffix("-checkpointed")
+            key = run["variant"].removesuffix("-checkpointed"), run["tokens"] / BENCH_TOKENS
             memory = run["peak_allocated_gb"] / lora["peak_allocated_gb"]
-            measured.setdefault(name, (lora["step_ms"] / run["step_ms"], memory))
+            measured.setdefault(key, (lora["step_ms"] / run["step_ms"], memory))
     result = {}
     for name, plan in PLANS.items():
-        base = "lora" if plan.config is None and plan.rival is None and plan.tokens == 1 else name
-        variant = base.removesuffix("-finish")
+        base = "lora" if plan.config is None and plan.rival is None else name
+        variant = base.removesuffix("-finish").removesuffix("-more")
         # One choice a site or one a step: the cost is the same.
         twin = variant.replace("exact-", "step-")
-        faster, memory = measured.get(variant, measured.get(twin, (None, None)))
-        if faster is not None and memory is not None:
-            share = (1 - plan.finish) / faster + plan.finish
-            result[name] = (1 / (plan.steps * share), max(memory, 1.0 if plan.finish else 0.0))
+        found = measured.get((variant, plan.tokens)) or measured.get((twin, plan.tokens))
+        if found is not None:
+            share = (1 - plan.finish) / found[0] + plan.finish
+            memory = max(found[1], 1.0 if plan.finish else 0.0)
+            result[name] = (1 / (plan.steps * plan.windows * share), memory)
     return result
 
 
