@@ -310,8 +310,10 @@ def measure(
         result["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["weights_gb"] = round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2)
     if profile is not None:
-        text = _kernels(model, ids) + (_alive_at_peak(model, ids) if ids.is_cuda else "")
-        (profile / f"{variant.name}-{tokens}.profile.txt").write_text(text)
+        path = profile / f"{variant.name}-{tokens}.profile.txt"
+        path.write_text(_kernels(model, ids))
+        if ids.is_cuda:
+            path.write_text(path.read_text() + _alive_at_peak(model, ids))
     del loss, optimizer
     return result
 
@@ -358,10 +360,16 @@ def _alive_at_peak(model: torch.nn.Module, ids: torch.Tensor, rows: int = 40) ->
     """What a step allocated and still held when its memory peaked, by the source line that asked for it."""
     wait(ids.device)
     torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
-    model(input_ids=ids, labels=ids).loss.backward()
-    wait(ids.device)
-    trace = torch.cuda.memory._snapshot()["device_traces"][0]
-    torch.cuda.memory._record_memory_history(enabled=None)
+    try:
+        model(input_ids=ids, labels=ids).loss.backward()
+        wait(ids.device)
+        trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    except Exception as error:
+        # With torch 2.11 recording can fail in compiled code; the step's own figures must not be lost with it.
+        model.zero_grad()
+        return f"what is alive at the peak was not recorded: {type(error).__name__}: {error}\n"
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
     model.zero_grad()
     held: dict[int, dict] = {}
     now, peak, at_peak = 0, 0, []

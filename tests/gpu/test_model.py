@@ -129,7 +129,7 @@ def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
     stream = ids.numel() * 512 * 2
     attention = Elimination(keep=0.5, score="random")
     found = []
-    for offload in (False, True):
+    for offload in (False, False, True):
         config = LemoConfig(attention, Elimination(keep=0.5, score="shared"), dense_layers=(), offload=offload)
         lemo_fx.transform(model, config)
         torch._dynamo.reset()
@@ -146,11 +146,13 @@ def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
             loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((during, loss.detach(), gradient))
-    (kept, loss, gradient), (left, new_loss, new_gradient) = found
+    (kept, loss, gradient), (_, _, again), (left, new_loss, new_gradient) = found
     # Of 16 layers' rows (half a stream each), two stay.
     assert kept - left >= 0.8 * 14 * stream / 2
     torch.testing.assert_close(new_loss, loss, rtol=1e-5, atol=0)
-    assert float((new_gradient - gradient).float().norm() / gradient.float().norm()) < 1e-3
+    # Flash attention's backward adds in no fixed order: the same model differs from itself by a few thousandths.
+    noise = float((again - gradient).norm() / gradient.norm())
+    assert float((new_gradient - gradient).norm() / gradient.norm()) <= 2 * noise + 1e-6
 
 
 @pytest.mark.parametrize("eliminated", [None, "skip"])
