@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import Recorder, assert_same_step, batch, step, tiny, with_lora
 from training import Rows, losses, plan, run
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import TrainerCallback
 
 import lemo_fx
@@ -150,7 +151,7 @@ def test_dense_layers_are_checkpointed_as_the_original_ones_are():
 def test_switching_compiles_twice():
     torch._dynamo.reset()
     model, inputs = tiny("llama"), {**batch(2, 64), "use_cache": False}
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     lemo_fx.transform(model, plan(score="random"))
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     expected = {}
