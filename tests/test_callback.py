@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tiny import Recorder, assert_same_step, batch, step, tiny, with_lora
-from training import Rows, losses, plan, run
 from torch._dynamo.testing import CompileCounterWithBackend
+from training import Rows, losses, plan, run
 from transformers import TrainerCallback
 
 import lemo_fx
