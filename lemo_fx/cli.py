@@ -334,6 +334,9 @@ def train(
     pack: Annotated[bool, typer.Option(help="Short documents share a window, none seeing another.")] = True,
     assistant_only: Annotated[bool, typer.Option(help="Of chats, learn only what the assistant says.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing.")] = True,
+    compile: Annotated[
+        bool | None, typer.Option(help="Compile every decoder layer (torch.compile); by default on a GPU.")
+    ] = None,
     attention: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")] = None,
     seed: Annotated[int, typer.Option(help="Of the adapters, the order, and what is held out.")] = 0,
 ) -> None:

@@ -61,6 +61,7 @@ class Settings:
         pack: several short documents share a window where the model keeps them apart, see `keeps_documents_apart`.
         assistant_only: of chats, learn only what the assistant says.
         checkpointing: activation checkpointing.
+        compile: torch.compile of every decoder layer by itself; None: on a GPU.
         attention: attention implementation; None is transformers' choice.
         eval_share: of the tokens, held out where no held-out data is given; eval_windows: held-out windows at most.
         eval_every, save_every: optimizer steps between held-out losses, and between checkpoints; None: a tenth of all.
@@ -76,6 +77,7 @@ class Settings:
     pack: bool = True
     assistant_only: bool = False
     checkpointing: bool = True
+    compile: bool | None = None
     attention: str | None = None
     eval_share: float = 0.1
     eval_windows: int = 32
@@ -505,6 +507,11 @@ def _trainer(
     except ValueError as error:
         raise ConfigError(f"targets={targets!r} do not fit {type(model).__name__}: {error}") from error
     lemo_fx.transform(model, plan, predictors=predictors)
+    layers = decoder_layers(model)
+    if settings.compile or (settings.compile is None and next(model.parameters()).is_cuda):
+        # Not the whole model: transformers would then build a mask of length x length.
+        for _, layer in layers:
+            layer.compile()
 
     steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(windows) / settings.batch))
     log_every = math.ceil(steps / LOGS)
@@ -550,7 +557,7 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LemoCallback(trainer, recall_every=eval_every if predictors is not None else None))
-    trainer.add_callback(Timeline([name for name, _ in decoder_layers(model)]))
+    trainer.add_callback(Timeline([name for name, _ in layers]))
     return trainer
 
 

@@ -122,6 +122,25 @@ def test_the_whole_job(folder, tmp_path):
     assert fmean(losses) == pytest.approx(found["heldout_loss"]["after"], rel=TOLERANCE["fp32"]["rtol"])
 
 
+def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
+    """Windows of several lengths, evaluation between steps, and the graph on the page drawn of a compiled model."""
+    compiled = []
+
+    def compile_by_aot(layer):
+        compiled.append(layer)
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_aot)
+    for name, options in {"plain": [], "compiled": ["--compile"]}.items():
+        torch._dynamo.reset()
+        result = lemo_train(folder, tmp_path / name, *SHORT, *options, "--no-pack", "--rank", "4")
+        assert result.exit_code == 0, result.output
+        assert len(compiled) == (4 if name == "compiled" else 0)
+    torch._dynamo.reset()
+    losses = training_losses(tmp_path / "compiled")
+    assert losses == pytest.approx(training_losses(tmp_path / "plain"), rel=TOLERANCE["fp32"]["rtol"])
+
+
 def test_killed_and_resumed(folder, tmp_path):
     """kill -9 in a step, with a checkpoint half written: the resumed run's losses are the uninterrupted run's."""
     options = [*SHORT, "--eliminated", "exact", "--score", "random", "--save-every", "2", "--eval-every", "3"]
