@@ -174,6 +174,7 @@ VARIANTS = {
             dataclasses.replace(sparse(0.5, "exact", "step", recompute="projections", offload=True), forward="float8"),
             checkpointed=True,
         ),
+        Variant("step-0.375-eager-checkpointed", sparse(0.375, "exact", "step"), compiled=False, checkpointed=True),
         Variant("lora-checkpointed-offload", OFFLOAD_ONLY, checkpointed=True),
         offloaded("skip-0.5-shared-offload", 0.5),
         offloaded("skip-0.5-shared-offload-attention-kept", 0.5, recompute="projections"),
