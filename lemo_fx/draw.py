@@ -26,7 +26,7 @@ ROLES = {
     "select": ("select blocks", "#7b4fa3", "#efe6f7"),
     "eliminate": ("eliminate", "#b23a3a", "#fae3e3"),
     "branch": ("the model's own modules, kept tokens", "#2f6fb0", "#e1edf9"),
-    "rest": ("the dropped tokens (no gradient)", "#8a6d5a", "#f3ebe5"),
+    "rest": ("values without gradient", "#8a6d5a", "#f3ebe5"),
     "restore": ("restore / residual add", "#2e7d4f", "#e0f2e7"),
 }
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
@@ -129,11 +129,13 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return None
     if node.target in OUTLINED:
         return _outlined(node, module)
+    if node.target is runtime.rows_for_values:
+        return Call(_name(node), "eliminate", ("dropped rows of the stream",))
     name = str(node.target)
     if "eliminate" in name:
         return Call(_name(node), "eliminate", ("kept rows of the stream",))
     if "restore" in name:
-        rows = "stream + all rows" if "exact" in name else "stream[tokens] += rows"
+        rows = "stream + rows" if "exact" in name else "stream[tokens] += rows"
         return Call(_name(node), "restore", (rows,))
     if node.target in (operator.add, operator.iadd):
         return Call(_name(node), "restore", ("stream + branch",))

@@ -45,6 +45,15 @@ def test_a_score_that_is_one_module_is_drawn_as_a_score():
     assert "attention_score" in [call.label for _, call in drawn.nodes(data="call")]
 
 
+def test_every_box_but_the_stream_reads_another():
+    _, after = pictures(LlamaForCausalLM(LlamaConfig(**SIZE)), "model.layers.0", eliminated="exact")
+    drawn = draw.calls(after)
+    assert [label for label, count in drawn.in_degree if not count] == ["hidden_states"]
+    assert ("mlp_other_rows", "mlp_forward") in [
+        tuple(drawn.nodes[end]["call"].label for end in edge) for edge in drawn.edges
+    ]
+
+
 def test_boxes_do_not_overlap_and_lie_below_what_they_read():
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE))
     for graph in pictures(model, "gpt_neox.layers.0", eliminated="exact"):
