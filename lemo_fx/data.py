@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FIELDS = ("text", "messages", "input_ids")
 SUFFIXES = (".jsonl", ".txt", ".md")
 CHUNK = 64
+IGNORED = -100
+"""Label of a token that is not learnt, as everywhere in transformers."""
 """Texts that a tokenizer gets at once."""
 
 
@@ -33,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens [N] of one document, or of a piece of it, and the labels [N] (-100: not learnt), both int32."""
+    """Tokens [N] of one document, or of a piece of it, and the labels [N] (IGNORED: not learnt), both int32."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -62,7 +64,9 @@ def read_rows(path: Path) -> list[Row]:
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     rows = [row for file in files for row in _rows_of(file)]
     if not rows:
-        raise InputError(f"{path} holds no text: give a .jsonl file, a text file, or a folder of them ({SUFFIXES})")
+        raise InputError(
+            f"{path} holds no text: give a .jsonl file, a text file, or a folder of them ({', '.join(SUFFIXES)})"
+        )
     return rows
 
 
@@ -143,7 +147,7 @@ def tokenise(
                     "another model's tokenizer?"
                 )
             array = np.asarray(ids, np.int32)
-            documents.append(Document(array, array if learnt is None else np.where(learnt, array, np.int32(-100))))
+            documents.append(Document(array, array if learnt is None else np.where(learnt, array, np.int32(IGNORED))))
         tick(len(chunk))
     return documents
 
@@ -200,10 +204,10 @@ def windows(documents: Sequence[Document], context: int, pack: bool) -> list[Win
     """Windows of at most `context` tokens. Longer documents are cut; with `pack`, shorter pieces share a window.
 
     Pieces are packed whole, each into the fullest window that has room, the longest first (best fit decreasing). A
-    piece of one token has nothing to learn and is dropped.
+    piece without a token to learn (a single one, or none of a chat that the assistant says) is dropped.
     """
     pieces = [d[at : at + context] for d in documents for at in range(0, len(d), context)]
-    pieces = [piece for piece in pieces if len(piece) > 1]
+    pieces = [piece for piece in pieces if (piece.labels[1:] != IGNORED).any()]
     if not pack:
         return [[piece] for piece in pieces]
     packed: list[list[Document]] = []

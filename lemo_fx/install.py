@@ -75,6 +75,9 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
+            # generate() in training mode: a rewritten layer cannot fill its cache.
+            if layer.training and not torch.is_grad_enabled():
+                return False
             if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):
                 return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):

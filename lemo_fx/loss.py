@@ -70,10 +70,10 @@ def segmented_loss(
             total = _fused(head, rows, targets, softcap, segments, ignore_index)
         else:
             total = _recomputed(logits_of, rows, targets, segments, ignore_index)
-        if num_items_in_batch is None:
-            return total / (targets != ignore_index).sum()
-        divisor = num_items_in_batch
-        return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+        count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=total.device)
+        # Without labels the loss is NaN, as the original's, and its gradient zero: an infinite one would reach weights.
+        return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
     return parallel.call_once(head, loss, rows) if isinstance(head, FSDPModule) else loss(rows)
 

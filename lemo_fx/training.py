@@ -359,11 +359,14 @@ def train(
         picture = _graph_picture(trainer.model)
         checkpoint = _last_checkpoint(out) if resume else None
         trainer.args.eval_on_start = checkpoint is None
-        if checkpoint:
-            say(f"going on from {checkpoint}")
+        if resume:
+            say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {out}: from the start")
         with bar() as progress:
             trainer.add_callback(Bars(progress, trainer.args.max_steps))
             _run(trainer, checkpoint)
+        last = page.entries(trainer.state.log_history, "eval_loss")[-1]["eval_loss"]
+        if not math.isfinite(last):
+            raise LemoError(f"the held-out loss is {last} in the end, so no adapter is saved: try a lower --rate")
         adapted: Any = trainer.model
         adapted.save_pretrained(out / "adapter")
         summary = summarise(trainer, model_path, windows, heldout_windows, settings, command)
@@ -463,8 +466,8 @@ def _described(
     together = max(map(len, windows))
     packed = f", up to {together} documents together" if together > 1 else ""
     return (
-        f"{len(documents):,} documents, {tokens:,} tokens in {len(windows):,} windows of up to {context:,} "
-        f"({full:.0%} full{packed}); {len(heldout)} windows held out"
+        f"to train on: documents {len(documents):,}, tokens {tokens:,}, windows of up to {context:,} {len(windows):,} "
+        f"({full:.0%} full{packed}); windows held out: {len(heldout)}"
     )
 
 

@@ -112,6 +112,15 @@ def test_chats_follow_the_template(tokenizer, monkeypatch):
         tokenise(rows, tokenizer, 2048, assistant_only=True)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_piece_without_anything_to_learn_is_dropped(pack):
+    ids = np.arange(40, dtype=np.int32)
+    # Learnt: the first token of the second piece, which nothing predicts, and one of the last piece.
+    labels = np.where((ids == 16) | (ids == 35), ids, np.int32(lemo_fx.data.IGNORED))
+    (window,) = windows([Document(ids, labels)], 16, pack)
+    assert [piece.ids.tolist() for piece in window] == [[*range(32, 40)]]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 16), st.booleans())
 def test_every_token_is_in_one_window(lengths, context, pack):

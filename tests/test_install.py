@@ -61,6 +61,17 @@ def test_active_always_is_sparse_in_evaluation():
         assert not torch.equal(model(inputs).logits, dense)
 
 
+@pytest.mark.parametrize("eliminated", ["skip", "exact"])
+def test_generate_in_training_mode(eliminated):
+    model = with_lora(tiny("llama", layers=4))
+    prompt = batch(2, 40)["input_ids"]
+    expected = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+    site = Elimination(keep=0.3, eliminated=eliminated)
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8))
+    assert model.training
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), expected)
+
+
 def test_generate_with_active_always():
     model = tiny("llama").eval()
     prompt = batch(1, 40)["input_ids"]

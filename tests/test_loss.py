@@ -52,14 +52,19 @@ def test_ignore_index():
     compare(tiny("llama"), {**inputs, "ignore_index": 7})
 
 
-def test_all_labels_ignored_is_nan_as_in_torch():
-    inputs = batch(2, 43)
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(7)}])
+@pytest.mark.parametrize("adapted_head", [False, True])
+def test_no_labels_give_torchs_loss_and_no_gradient(items, adapted_head):
+    inputs = {**batch(2, 43), **items}
     inputs["labels"][:] = -100
-    model = tiny("llama")
+    model = with_lora(tiny("llama"), targets=["q_proj", "lm_head"] if adapted_head else ["q_proj"])
     expected = model(**inputs).loss
     lemo_fx.transform(model, only_loss())
-    assert expected.isnan()
-    assert model(**inputs).loss.isnan()
+    loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3"])

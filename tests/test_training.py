@@ -122,6 +122,13 @@ def test_the_whole_job(folder, tmp_path):
     assert fmean(losses) == pytest.approx(found["heldout_loss"]["after"], rel=TOLERANCE["fp32"]["rtol"])
 
 
+def test_a_run_that_diverged_saves_no_adapter(folder, tmp_path):
+    result = lemo_train(folder, tmp_path / "out", *SHORT, "--rate", "1e30")
+    assert result.exit_code == 2
+    assert "no adapter is saved: try a lower --rate" in result.stderr
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
     """Windows of several lengths, evaluation between steps, and the graph on the page drawn of a compiled model."""
     compiled = []
