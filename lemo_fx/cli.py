@@ -30,9 +30,13 @@ WEIGHT_LIMIT = 8 * 2**30
 """Bytes of weights up to which `inspect` builds a model from its config."""
 
 Out = Annotated[Path, typer.Option(help="Folder for the files that are written.")]
-Keep = Annotated[float, typer.Option(help="Share of the token blocks that stay, in (0, 1].")]
-Treatments = Annotated[str, typer.Option(help="What happens to eliminated tokens: skip or exact.")]
-Scores = Annotated[str, typer.Option(help="What ranks the blocks: measured or random.")]
+Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")]
+Keep = Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")]
+Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
+Scores = Annotated[
+    str | None,
+    typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
+]
 
 
 Plan = Annotated[Path | None, typer.Option("--plan", "--config", help="A LemoConfig as JSON.")]
@@ -62,7 +66,7 @@ def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 6,
     context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 4096,
-    keep: Keep = 0.5,
+    keep: Annotated[float, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = 0.5,
     eliminated: Annotated[
         str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
     ] = "both",
@@ -146,22 +150,35 @@ def inspect(
     layer: Annotated[int | None, typer.Option(help="Decoder layer to show; the middle one by default.")] = None,
     out: Out = Path("lemo-inspect"),
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
-    keep: Keep = 0.5,
-    eliminated: Treatments = "skip",
-    score: Scores = "measured",
+    preset: Preset = None,
+    keep: Keep = None,
+    eliminated: Treatments = None,
+    score: Scores = None,
 ) -> None:
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
     with _errors_in_one_line():
-        _inspect(model, _plan(config, keep, eliminated, score), layer, out, dump)
+        plan = _plan(config, preset, None, {"keep": keep, "eliminated": eliminated, "score": score})
+        _inspect(model, dataclasses.replace(plan, active="always"), layer, out, dump)
 
 
-def _plan(path: Path | None, keep: float, eliminated: str, score: str) -> LemoConfig:
+def _plan(path: Path | None, preset: str | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
     from lemo_fx.config import Elimination, LemoConfig
 
-    if path is None:
-        site = Elimination(keep=keep, eliminated=eliminated, score=score)  # type: ignore[arg-type]
-        return LemoConfig(attention=site, mlp=site, active="always")
-    return dataclasses.replace(_plan_from(path), active="always")
+    given = {name: value for name, value in given.items() if value is not None}
+    if path is not None:
+        if given or preset is not None or block_size is not None:
+            raise InputError(
+                "the plan is in a file: leave out --preset, --keep, --eliminated, --score and --block-size"
+            )
+        return _plan_from(path)
+    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    usual = LemoConfig.preset(preset or "careful")
+    if given:
+        settings |= {
+            "attention": dataclasses.replace(usual.attention or Elimination(), **given),
+            "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
+        }
+    return dataclasses.replace(usual, **settings)
 
 
 def _plan_from(path: Path) -> LemoConfig:
@@ -311,17 +328,10 @@ def train(
         "all-linear"
     ),
     plan: Plan = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")
-    ] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = None,
-    eliminated: Annotated[
-        str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(help="What ranks the blocks: measured, predicted (fitted first), random, step or auto."),
-    ] = None,
+    preset: Preset = None,
+    keep: Keep = None,
+    eliminated: Treatments = None,
+    score: Scores = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
     predictors: Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")] = None,
     heldout: Annotated[
@@ -354,7 +364,7 @@ def train(
             model,
             data,
             out,
-            _training_plan(plan, preset, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
+            _plan(plan, preset, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
             training.Settings(**named),
             heldout_path=heldout,
             predictors_path=predictors,
@@ -367,21 +377,3 @@ def train(
             table.add_row(name, value)
         console.print(table)
         _print_paths([out / "adapter", out / training.PAGE, out / training.SUMMARY])
-
-
-def _training_plan(path: Path | None, preset: str | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
-    from lemo_fx.config import Elimination, LemoConfig
-
-    given = {name: value for name, value in given.items() if value is not None}
-    if path is not None:
-        if given or preset is not None or block_size is not None:
-            raise InputError("--plan says it all: leave out --preset, --keep, --eliminated, --score and --block-size")
-        return _plan_from(path)
-    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
-    usual = LemoConfig.preset(preset or "careful")
-    if given:
-        settings |= {
-            "attention": dataclasses.replace(usual.attention or Elimination(), **given),
-            "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
-        }
-    return dataclasses.replace(usual, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lemo_fx.errors import ConfigError
@@ -168,9 +168,14 @@ class LemoConfig:
         """One of the measured plans in `PRESETS`, with other fields changed: `LemoConfig.preset("fast", offload=True)`.
 
         Raises:
-            ConfigError: there is no preset of this name.
+            ConfigError: there is no preset of this name, or no such field.
         """
         _choice("preset", name, tuple(PRESETS))
+        unknown = sorted(set(changes) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]} is no field of LemoConfig: give a site as attention= or mlp=Elimination(...)"
+            )
         return replace(PRESETS[name], **changes)
 
     def site(self, kind: SiteKind) -> Elimination | None:

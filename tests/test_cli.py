@@ -45,6 +45,13 @@ def test_inspect_a_config(config, tmp_path):
     assert len(stages) > 4
 
 
+def test_inspect_shows_what_transform_would_do(config, tmp_path):
+    for options, plan in ([], ["exact", "step", "keep 0.375"]), (["--preset", "fast"], ["exact", "step", "keep 0.25"]):
+        result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
+        row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
+        assert [cell.strip() for cell in row.split("│")[3:6]] == plan
+
+
 def test_inspect_reads_a_plan(config, tmp_path):
     plan = tmp_path / "lemo.json"
     plan.write_text(json.dumps({"attention": {"keep": 0.25}, "mlp": None, "dense_layers": []}))

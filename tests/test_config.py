@@ -19,6 +19,8 @@ def test_presets_are_the_default_with_changes():
     assert (fast.attention.keep, fast.offload, fast.dense_layers) == (0.25, True, (0,))
     with pytest.raises(ConfigError, match="'careful', 'balanced', 'fast'"):
         LemoConfig.preset("quick")
+    with pytest.raises(ConfigError, match=r"keep is no field of LemoConfig: .* mlp=Elimination"):
+        LemoConfig.preset("fast", keep=0.5)
 
 
 def test_frozen_hashable_equal_and_picklable():
