@@ -75,7 +75,7 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # generate() in training mode: a rewritten layer cannot fill its cache.
+            # Nothing trains and a cache is to be filled (generate() in training mode), which a rewritten layer cannot.
             if layer.training and not torch.is_grad_enabled():
                 return False
             if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):

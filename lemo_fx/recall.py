@@ -64,7 +64,7 @@ def measure_recall(
                 torch.compiler.set_stance("force_eager"),
             ):
                 model.train()
-                model(**batch)
+                model(**{"use_cache": False, **batch})
     finally:
         for handle in hooks:
             handle.remove()
