@@ -31,7 +31,8 @@ WEIGHT_LIMIT = 8 * 2**30
 
 Out = Annotated[Path, typer.Option(help="Folder for the files that are written.")]
 Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")]
-Keep = Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")]
+KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
+Keep = Annotated[float | None, KEEP]
 Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
 Scores = Annotated[
     str | None,
@@ -66,7 +67,7 @@ def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 6,
     context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 4096,
-    keep: Annotated[float, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = 0.5,
+    keep: Annotated[float, KEEP] = 0.5,
     eliminated: Annotated[
         str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
     ] = "both",

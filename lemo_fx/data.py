@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 FIELDS = ("text", "messages", "input_ids")
 SUFFIXES = (".jsonl", ".txt", ".md")
 CHUNK = 64
+"""Texts that a tokenizer gets at once."""
 IGNORED = -100
 """Label of a token that is not learnt, as everywhere in transformers."""
-"""Texts that a tokenizer gets at once."""
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,17 @@ ROLES = {
 }
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
 
-SPINE, BRANCH, CHOICE = 0.0, 3.15, 6.8
-"""Horizontal places: the residual stream, what computes, and what chooses. Units: a line of text is 0.32 high."""
-
 OUTLINED = (
     runtime.branch,
     runtime.token_wise_branch,
     runtime.without_gradient,
     runtime.token_wise_without_gradient,
 )
+"""What calls a function that a pass made of a region."""
+
+SPINE, BRANCH, CHOICE = 0.0, 3.15, 6.8
+"""Horizontal places: the residual stream, what computes, and what chooses. Units: a line of text is 0.32 high."""
+
 WIDTH = {SPINE: 2.3, BRANCH: 3.0, CHOICE: 3.0}
 LINE, GAP = 0.32, 0.32
 

@@ -124,16 +124,17 @@ def token_wise_without_gradient(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def rows_for_values(stream: torch.Tensor, tokens: torch.Tensor, checkpointing: bool) -> torch.Tensor:
-    """The rows of the stream [B, S, H] that a token-wise branch must also run on for its values, kept tokens [B, K].
+def rows_for_values(stream: torch.Tensor, dropped: torch.Tensor, checkpointing: bool) -> torch.Tensor:
+    """The rows of the stream [B, S, H] that a token-wise branch must also run on for its values.
 
-    The dropped ones, [B, S - K, H]. Where the kept ones' branch is recomputed in the backward, a compiler leaves it out
-    of the forward if its values come from elsewhere; every row without gradient is then as much work, and no row moves.
+    Those at the dropped tokens [B, S - K]. Where the kept ones' branch is recomputed in the backward, a compiler leaves
+    it out of the forward if its values come from elsewhere; every row without gradient is then as much work, and no row
+    moves.
     """
     stream = stream.detach()
     if checkpointing and torch.compiler.is_compiling():
         return stream
-    return eliminate(stream, dropped_tokens(tokens, stream))
+    return eliminate(stream, dropped)
 
 
 def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -200,7 +200,7 @@ class Windows(torch.utils.data.Dataset):
         labels = [torch.from_numpy(piece.labels).long() for piece in pieces]
         for label in labels:
             # What a document begins with cannot be told from the end of the one before it.
-            label[0] = -100
+            label[0] = data.IGNORED
         row = {
             "input_ids": torch.cat([torch.from_numpy(piece.ids).long() for piece in pieces]),
             "labels": torch.cat(labels),

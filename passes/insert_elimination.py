@@ -77,16 +77,17 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
 
 def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     graph, site, name = rewrite.graph, planned.site, planned.name
-    if planned.treatment == "exact":
-        token_wise = site.kind == "mlp"
+    exact, token_wise = planned.treatment == "exact", site.kind == "mlp"
+    if not exact or token_wise:
+        planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
+    if exact:
         region = Region(f"lemo_{name}_forward", False, token_wise, float8=rewrite.forward == "float8")
         values = {}
         if token_wise:
             switch = graph.create_node("get_attr", "gradient_checkpointing")
-            args = (site.stream, planned.tokens, switch)
+            args = (site.stream, planned.dropped, switch)
             values[site.stream] = call(graph, runtime.rows_for_values, args, f"{name}_other_rows")
         return clone(graph, site.nodes, values, region, "forward")[site.branch]
-    planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
     region = Region(f"lemo_{name}_approximation", gradient=False)
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
     source = normed_input(rewrite, site)

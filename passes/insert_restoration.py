@@ -38,7 +38,8 @@ def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx
     if planned.treatment is None:
         return call(graph, operator.add, (stream, planned.output), name)
     if planned.treatment == "exact":
-        return call(graph, restore_exact, (stream, planned.rest, planned.output, planned.tokens), name)
+        both = (stream, planned.rest, planned.output, planned.tokens)
+        return call(graph, restore_exact, both, name, kwargs={"dropped": planned.dropped} if planned.dropped else {})
     if planned.rest is not None:
         args = (stream, planned.rest, planned.dropped)
         stream = call(graph, restore_op, args, f"{planned.name}_rest_restored")

@@ -311,10 +311,8 @@ def measure(
         result["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["weights_gb"] = round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2)
     if profile is not None:
-        path = profile / f"{variant.name}-{tokens}.profile.txt"
-        path.write_text(_kernels(model, ids))
-        if ids.is_cuda:
-            path.write_text(path.read_text() + _alive_at_peak(model, ids))
+        text = _kernels(model, ids) + (_alive_at_peak(model, ids) if ids.is_cuda else "")
+        (profile / f"{variant.name}-{tokens}.profile.txt").write_text(text)
     del loss, optimizer
     return result
 

@@ -5,7 +5,6 @@ import torch
 from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.lowering import obstacle
 from lemo_fx.kernels.restore import reference
-from lemo_fx.kernels.select_blocks.reference import dropped_tokens
 
 
 @torch.library.custom_op("lemo_fx::restore", mutates_args=())
@@ -63,11 +62,17 @@ class _ValuesAndGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (tokens,) = ctx.saved_tensors
-        return grad.to(ctx.stream_dtype), None, eliminate(grad, tokens).to(ctx.rows_dtype), None
+        stream_grad, rows_grad, _ = _backward(ctx, grad)
+        return stream_grad, None, rows_grad, None
 
 
-def restore_exact(stream: torch.Tensor, rest: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def restore_exact(
+    stream: torch.Tensor,
+    rest: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The residual add of the `exact` treatment: every token's forward, the kept tokens' gradient.
 
     Args:
@@ -75,11 +80,11 @@ def restore_exact(stream: torch.Tensor, rest: torch.Tensor, rows: torch.Tensor, 
         rest: the branch's output without gradient, of every token [B, S, H], or of the dropped ones [B, S - K, H].
         rows: [B, K, H] the branch run on the kept rows with gradient; its values count where `rest` lacks them.
         tokens: [B, K] int64, ascending and unique per sample.
+        dropped: [B, S - K] the other tokens, needed where `rest` may be of these alone.
 
     Returns:
         [B, S, H] in the promoted dtype.
     """
-    if rest.shape[1] == stream.shape[1]:
+    if dropped is None or rest.shape[1] == stream.shape[1]:
         return _ValuesAndGradient.apply(stream, rest, rows, tokens)
-    dropped = dropped_tokens(tokens, stream.shape[1])
     return restore(restore(stream, rest, dropped), rows, tokens)
