@@ -7,7 +7,7 @@ original's name (FSDP2 does the same). The object, its parameters and its state_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -50,7 +50,7 @@ class Installed:
 
 @dataclass
 class LayerSettings:
-    """What a rewritten decoder layer asks before each forward."""
+    """What a rewritten decoder layer asks before each forward; `floats` are the names of its modules' float attributes."""
 
     config: LemoConfig
     arguments: tuple[str, ...]
@@ -58,6 +58,7 @@ class LayerSettings:
     implementation: str | None
     layer_index: int
     step: runtime.Step
+    floats: tuple[str, ...]
 
     def _holds_a_past(self, cache: Any, length: int) -> bool:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
@@ -204,6 +205,23 @@ def settings_of(module: nn.Module) -> Any:
     return None if record is None else record.settings
 
 
+def floats_of(value: Any) -> list[float]:
+    """An attribute's floats: itself, or a dict's values (PEFT's scaling by adapter)."""
+    return [x for x in (value.values() if isinstance(value, dict) else (value,)) if isinstance(x, float)]
+
+
+def read_floats(layer: nn.Module, names: Sequence[str]) -> None:
+    """Use every float attribute of a layer's modules, in compiled code before all else.
+
+    Dynamo makes an input of a float that another compilation saw with another value (models of other `lora_alpha` in
+    one process), where it is used first; used first inside a checkpointed branch, it could not be used outside.
+    """
+    for module in layer.modules():
+        for name in names:
+            for value in floats_of(getattr(module, name, None)):
+                value * 1.0
+
+
 def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     """The forward of a rewritten decoder layer."""
 
@@ -213,6 +231,8 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
         if settings is None:
             return original(self, *args, **kwargs)
         if settings.applies(self, args, kwargs):
+            if torch.compiler.is_compiling():
+                read_floats(self, settings.floats)
             return graph_forward(self, *args, **kwargs)
         if self.gradient_checkpointing and self.training:
             # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
@@ -325,7 +345,10 @@ def layer_plan(
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
     layer_index = getattr(attention, "layer_idx", None) or 0
-    settings = LayerSettings(config, arguments, attention_config, implementation, layer_index, step)
+    floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
+    settings = LayerSettings(
+        config, arguments, attention_config, implementation, layer_index, step, tuple(sorted({"scaling", *floats}))
+    )
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 

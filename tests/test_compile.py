@@ -99,6 +99,24 @@ def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
 
 
 @pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
+@pytest.mark.parametrize("treatment", ["skip", "exact"])
+def test_models_of_other_scalings_compile_in_one_process(treatment, segment, monkeypatch):
+    if segment:
+        monkeypatch.setattr(runtime, "SEGMENT", segment)
+    torch._dynamo.reset()
+    inputs = batch(1, 64)
+    for alpha, epsilon, heads in ((8, 1e-6, 4), (16, 1e-6, 4), (32, 1e-4, 2)):
+        model = with_lora(tiny("llama", 3, rms_norm_eps=epsilon, num_attention_heads=heads), lora_alpha=alpha)
+        lemo_fx.transform(model, LemoConfig(*[Elimination(0.5, eliminated=treatment)] * 2, block_size=8))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        expected = step(model, inputs)
+        for layer in model.get_decoder().layers:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        assert_same_step(step(model, inputs), expected, "compiled")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
 @pytest.mark.parametrize("recompute", ["all", "projections"])
 def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(recompute, segment, monkeypatch):
     if segment:
