@@ -143,6 +143,7 @@ PLANS: dict[str, Plan] = {
     "step-0.25-all-layers": Plan(exact(0.25, score="step", dense_layers=())),
     "step-0.25-dense-first": Plan(exact(0.25, score="step", dense_layers=(0,))),
     "step-0.25-dense-last": Plan(exact(0.25, score="step", dense_layers=(-1,))),
+    "step-0.25-dense-first-two": Plan(exact(0.25, score="step", dense_layers=(0, 1, -1))),
     "step-0.25-dense-last-two": Plan(exact(0.25, score="step", dense_layers=(0, -2, -1))),
     "step-0.25-double-rate": Plan(exact(0.25, score="step"), rate=2.0),
     "step-0.25-finish": Plan(exact(0.25, score="step"), finish=0.25),
