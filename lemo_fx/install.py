@@ -50,7 +50,11 @@ class Installed:
 
 @dataclass
 class LayerSettings:
-    """What a rewritten decoder layer asks before each forward; `floats` are the names of its modules' float attributes."""
+    """What a rewritten decoder layer asks before each forward.
+
+    Attributes:
+        floats: names of its modules' float attributes.
+    """
 
     config: LemoConfig
     arguments: tuple[str, ...]
