@@ -15,7 +15,7 @@ def eliminate(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     Args:
         stream: [B, S, H], any float dtype, any strides.
-        tokens: [B, K] int64, unique per sample.
+        tokens: [B, K] int64, ascending and unique per sample.
 
     Returns:
         [B, K, H], contiguous.
@@ -34,7 +34,7 @@ def _(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("lemo_fx::scatter_rows", mutates_args=())
 def scatter_rows(rows: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows [B, K, H] put back at `tokens` [B, K] of a zero stream [B, length, H]."""
+    """Rows [B, K, H] put back at `tokens` [B, K], which ascend, of a zero stream [B, length, H]."""
     if not obstacle("scatter_rows", rows.device):
         from lemo_fx.kernels.eliminate import triton
 

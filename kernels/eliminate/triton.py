@@ -21,32 +21,36 @@ def _gather_kernel(
 
 
 @triton.jit
-def _place_kernel(TOKENS, PLACE, kept, length, BLOCK: tl.constexpr):
-    """PLACE[b, TOKENS[b, k]] = k."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
-    token = tl.load(TOKENS + b * kept + k, mask=k < kept)
-    tl.store(PLACE + b * length + token, k, mask=k < kept)
-
-
-@triton.jit
 def _scatter_kernel(
-    STREAM, ROWS, PLACE, OUT,
+    STREAM, ROWS, TOKENS, OUT,
     stride_xb, stride_xs, stride_xh, stride_rb, stride_rk, stride_rh,
-    length, width, WIDTH: tl.constexpr, ADDS: tl.constexpr, SUM: tl.constexpr,
+    kept, length, width, STEPS: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, s] = (STREAM[b, s] if ADDS else 0) + (ROWS[b, PLACE[b, s]] if s is kept else 0)."""
+    """OUT[b, s] = (STREAM[b, s] if ADDS else 0) + (ROWS[b, k] if TOKENS[b, k] == s for some k else 0).
+
+    TOKENS[b] ascends: k is found by halving, STEPS times, while the stream's row is on its way.
+    """
     s = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     b = tl.program_id(2).to(tl.int64)
     inside = column < width
     wide = column.to(tl.int64)
-    place = tl.load(PLACE + b * length + s).to(tl.int64) + tl.zeros([WIDTH], tl.int64)
-    row = tl.load(
-        ROWS + b * stride_rb + place * stride_rk + wide * stride_rh, mask=inside & (place >= 0), other=0.0
-    )  # fmt: skip
     if ADDS:
         held = tl.load(STREAM + b * stride_xb + s * stride_xs + wide * stride_xh, mask=inside)
+    # The first k whose token is not before s: of the tokens before s at most s are kept, of those from s on at most
+    # length - s.
+    start = TOKENS + b * kept
+    low = tl.maximum(kept - (length - s), 0)
+    high = tl.minimum(s, kept)
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        before = (middle < high) & (tl.load(start + tl.minimum(middle, kept - 1)) < s)
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    # low may be `kept`: the last token is then before s.
+    place = tl.where(tl.load(start + tl.minimum(low, kept - 1)) == s, low, -1) + tl.zeros([WIDTH], tl.int64)
+    row = tl.load(ROWS + b * stride_rb + place * stride_rk + wide * stride_rh, mask=inside & (place >= 0), other=0.0)
+    if ADDS:
         if OUT.dtype.element_ty == tl.float64:
             row = held.to(tl.float64) + row.to(tl.float64)
         else:
@@ -78,14 +82,14 @@ def scatter(
     """stream (zeros if None) with rows added at tokens, in one pass over the stream; for any strides."""
     batch, kept = tokens.shape
     width = rows.shape[2]
-    place = torch.full((batch, length), -1, dtype=torch.int32, device=rows.device)
-    if kept:
-        _place_kernel[(triton.cdiv(kept, 1024), batch)](tokens.contiguous(), place, kept, length, BLOCK=1024)
     out = torch.empty(batch, length, width, dtype=dtype, device=rows.device)
+    if not kept:
+        return out.zero_() if stream is None else out.copy_(stream)
     piece, pieces = _pieces(width)
     held = rows if stream is None else stream
     _scatter_kernel[(length, pieces, batch)](
-        held, rows, place, out, *held.stride(), *rows.stride(), length, width,
-        WIDTH=piece, ADDS=stream is not None, SUM=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=4,
+        held, rows, tokens.contiguous(), out, *held.stride(), *rows.stride(),
+        kept, length, width, STEPS=kept.bit_length(), WIDTH=piece,
+        ADDS=stream is not None, SUM=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip
     return out

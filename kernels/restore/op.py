@@ -14,7 +14,7 @@ def restore(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> t
     Args:
         stream: [B, S, H] residual stream.
         rows: [B, K, H] output of the branch; its dtype may differ from the stream's (autocast).
-        tokens: [B, K] int64, unique per sample.
+        tokens: [B, K] int64, ascending and unique per sample.
 
     Returns:
         [B, S, H] in the promoted dtype.
