@@ -56,7 +56,35 @@ def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if operation in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keeping_attention = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+PRODUCTS = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.baddbmm.default: 1,
+    torch.ops.aten._grouped_mm.default: 0,
+}
+"""Matrix products, and which argument is the left matrix."""
+WIDENING = 8
+
+
+def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Checkpoint policy that recomputes what is cheap: norms, casts, activation functions, an adapter's way back up.
+
+    A product whose result is `WIDENING` times as wide as its input is a low-rank adapter's second one: its input is
+    kept in its place.
+    """
+    if operation in PRODUCTS:
+        left, right = args[PRODUCTS[operation] :][:2]
+        if right.shape[-1] < WIDENING * left.shape[-1]:
+            return CheckpointPolicy.MUST_SAVE
+    return keep_attention(context, operation)
+
+
+SELECTIVE = {
+    "projections": functools.partial(create_selective_checkpoint_contexts, keep_attention),
+    "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_products),
+}
+"""`LemoConfig.recompute` -> what a checkpointed branch keeps besides its arguments."""
 
 
 def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) -> torch.Tensor:
@@ -66,13 +94,12 @@ def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) 
 
     Args:
         checkpointing: the layer's own switch (`model.gradient_checkpointing_enable()`).
-        recompute: "all", or "projections" to keep the attention's output as well.
+        recompute: as in `LemoConfig`.
     """
     if not checkpointing or not torch.is_grad_enabled():
         return function(*args)
-    if recompute == "projections":
-        return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_attention)
-    return checkpoint(function, *args, use_reentrant=False)
+    selective: dict[str, Any] = {"context_fn": SELECTIVE[recompute]} if recompute in SELECTIVE else {}
+    return checkpoint(function, *args, use_reentrant=False, **selective)
 
 
 SEGMENT = 8192
@@ -88,7 +115,8 @@ def token_wise_branch(
     """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
     if not checkpointing or not torch.is_grad_enabled():
         return function(rows, *args)
-    parts = segments(rows)
+    # Where the wide products are kept, segments save nothing.
+    parts = (rows,) if recompute == "elementwise" else segments(rows)
     if len(parts) == 1:
         return branch(function, checkpointing, recompute, rows, *args)
     return torch.cat([checkpoint(function, part, *args, use_reentrant=False) for part in parts], dim=1)

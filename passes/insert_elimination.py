@@ -84,8 +84,9 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         region = Region(f"lemo_{name}_forward", False, token_wise, float8=rewrite.forward == "float8")
         values = {}
         if token_wise:
-            switch = graph.create_node("get_attr", "gradient_checkpointing")
-            args = (site.stream, planned.dropped, switch)
+            # Where checkpointing keeps the products, the forward computes the kept rows' as well.
+            recomputed = rewrite.recompute != "elementwise" and graph.create_node("get_attr", "gradient_checkpointing")
+            args = (site.stream, planned.dropped, recomputed)
             values[site.stream] = call(graph, runtime.rows_for_values, args, f"{name}_other_rows")
         return clone(graph, site.nodes, values, region, "forward")[site.branch]
     region = Region(f"lemo_{name}_approximation", gradient=False)

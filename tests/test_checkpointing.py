@@ -24,11 +24,14 @@ def enable(model):
         model.enable_input_require_grads()
 
 
-@pytest.mark.parametrize("score", ["measured", "random", "step"])
+@pytest.mark.parametrize(
+    ("score", "recompute"),
+    [("measured", "all"), ("random", "projections"), ("random", "elementwise"), ("step", "all")],
+)
 @pytest.mark.parametrize("treatment", ["skip", "exact"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bit_for_bit(architecture, treatment, score):
-    model = lemo_fx.transform(tiny(architecture), sparse(treatment, score))
+def test_bit_for_bit(architecture, treatment, score, recompute):
+    model = lemo_fx.transform(tiny(architecture), sparse(treatment, score, recompute=recompute))
     inputs = batch(2, 61, padding="both")
     expected = step(model, inputs)
     enable(model)
@@ -36,16 +39,17 @@ def test_bit_for_bit(architecture, treatment, score):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["enabled_after", "enabled_before"])
+@pytest.mark.parametrize("recompute", ["all", "elementwise"])
 @pytest.mark.parametrize("treatment", ["skip", "exact"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_with_lora_and_dropout(treatment, dropout, before):
+def test_with_lora_and_dropout(treatment, dropout, recompute, before):
     inputs = batch(2, 64)
     found = []
     for checkpointing in (False, True):
         model = with_lora(tiny("llama"), dropout)
         if checkpointing and before:
             enable(model)
-        lemo_fx.transform(model, sparse(treatment))
+        lemo_fx.transform(model, sparse(treatment, recompute=recompute))
         if checkpointing and not before:
             enable(model)
         torch.manual_seed(5)

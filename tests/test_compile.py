@@ -49,6 +49,7 @@ VARIANTS = {
     "shared": (Elimination(keep=0.5), {"mlp": Elimination(keep=0.5, score="shared")}),
     "checkpointing": (Elimination(keep=0.5, balance=True), {"checkpointing": True}),
     "projections": (HALF, {"checkpointing": True, "recompute": "projections"}),
+    "elementwise": (HALF, {"checkpointing": True, "recompute": "elementwise"}),
     "float8": (HALF, {"forward": "float8"}),
     "offload": (HALF, {"checkpointing": True, "offload": True}),
 }
@@ -146,6 +147,32 @@ def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(reco
     else:
         # What the attention gave is kept, so it is computed.
         assert whole < rows_multiplied(sparse) < 1.25 * whole
+
+
+def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_less():
+    products, kept = {}, {}
+    for recompute in (None, "elementwise"):
+        settings = {"recompute": recompute, "checkpointing": True} if recompute else {}
+        model = transformed(Elimination(keep=0.5), **settings)
+        layer, graphs = model.get_decoder().layers[1], []
+
+        def collect(graph, _, graphs=graphs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        expected = step(model, batch(1, 80))
+        layer.compile(fullgraph=True, backend=aot_autograd(fw_compiler=collect, bw_compiler=collect))
+        assert_same_step(step(model, batch(1, 80)), expected, "compiled")
+        torch._dynamo.reset()
+        nodes = [n for graph in graphs for n in graph.graph.nodes if n.target in (aten.mm.default, aten.addmm.default)]
+        inner = [min(*n.args[-2].meta["val"].shape, *n.args[-1].meta["val"].shape) for n in nodes]
+        products[recompute] = sum(width > 4 for width in inner)
+        # What the backward takes besides parameters and the gradient of the layer's output.
+        (arguments,) = ([n for n in graph.graph.nodes if n.op == "placeholder"] for graph in graphs[1:])
+        sizes = [n.meta["val"] for n in arguments if isinstance(n.meta["val"], torch.Tensor)]
+        kept[recompute] = sum(x.nbytes for x in sizes if 40 in x.shape)
+    assert products["elementwise"] == products[None] > 0
+    assert kept["elementwise"] < 0.8 * kept[None]
 
 
 # Mixtral's experts do not compile whole on the CPU with transformers 5.17, nor under adapters, with lemo_fx or without.

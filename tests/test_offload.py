@@ -36,7 +36,7 @@ def transformed(config, architecture="llama", layers=4):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("recompute", ["all", "projections"])
+@pytest.mark.parametrize("recompute", ["all", "projections", "elementwise"])
 @pytest.mark.parametrize("treatment", ["skip", "exact", None])
 def test_same_numbers_and_all_saved_rows_leave(lane, treatment, recompute, compiled, monkeypatch):
     inputs = batch(1, 64)

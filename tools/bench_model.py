@@ -76,6 +76,7 @@ class Variant:
         attention: transformers' name of the attention implementation.
         liger: with Liger's kernels; they cannot be taken out of a model again, so it gets a fresh one.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs.
+        lean: the compiler recomputes norms and casts even where the backward must write them to memory.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Variant:
     attention: str = "sdpa"
     liger: bool = False
     mode: str = "default"
+    lean: bool = False
 
 
 def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -140,6 +142,7 @@ VARIANTS = {
     for variant in (
         Variant("lora-eager", None, compiled=False),
         Variant("lora-compiled", SEGMENTS_ONLY),
+        Variant("lora-compiled-lean", SEGMENTS_ONLY, lean=True),
         Variant("lora-eager-checkpointed", SEGMENTS_ONLY, compiled=False, checkpointed=True),
         Variant("lora-checkpointed", SEGMENTS_ONLY, checkpointed=True),
         Variant("skip-0.5", sparse(0.5)),
@@ -153,6 +156,9 @@ VARIANTS = {
             sparse(0.5, shared=True, recompute="projections"),
             checkpointed=True,
         ),
+        Variant("skip-0.5-elementwise", sparse(0.5, recompute="elementwise"), checkpointed=True),
+        Variant("skip-0.5-shared-elementwise", sparse(0.5, shared=True, recompute="elementwise"), checkpointed=True),
+        Variant("step-0.375-elementwise", sparse(0.375, "exact", "step", recompute="elementwise"), checkpointed=True),
         Variant("exact-0.25", sparse(0.25, "exact", "random")),
         Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
         Variant("exact-0.125", sparse(0.125, "exact", "random")),
@@ -250,6 +256,7 @@ def prepare(model: torch.nn.Module, variant: Variant) -> None:
     else:
         base.gradient_checkpointing_disable()
     torch._dynamo.reset()
+    torch._functorch.config.ban_recompute_materialized_backward = not variant.lean
     for _, layer in decoder_layers(base):
         layer._compiled_call_impl = None
         if variant.compiled:

@@ -58,7 +58,7 @@ def test_keep_one_is_the_original(eliminated, padded):
 
 
 @pytest.mark.parametrize("score", ["measured", "random"])
-@pytest.mark.parametrize("recompute", ["all", "projections"])
+@pytest.mark.parametrize("recompute", ["all", "projections", "elementwise"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputed_gradients_equal_saved_ones(score, recompute, compiled):
     # Random scores hash the exact bits of a layer's input. Compiled layers round differently from eager ones, so only

@@ -55,7 +55,7 @@ def random_config(draw):
         block_size=mostly(draw, [1, 3, 8, 8, 16, 64], [0, 1000, 2.5, "8"]),
         dense_layers=mostly(draw, [(), (), None, (0,), [1], (-1,)], [(9,), "all", (0.5,), 3]),
         loss_segments=mostly(draw, ["auto", None, 1, 3, 1000], [0, -2, "some", 1.5]),
-        recompute=mostly(draw, ["all", "projections"], ["none"]),
+        recompute=mostly(draw, ["all", "projections", "elementwise"], ["none"]),
         offload=mostly(draw, [False, True], ["yes"]),
         forward=mostly(draw, ["model", "float8"], ["int4"]),
         active=mostly(draw, ["training", "always"], ["never"]),
