@@ -76,7 +76,7 @@ class Variant:
         attention: transformers' name of the attention implementation.
         liger: with Liger's kernels; they cannot be taken out of a model again, so it gets a fresh one.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs.
-        lean: the compiler recomputes norms and casts even where the backward must write them to memory.
+        lean: the compiler recomputes norms and casts where by default it keeps them (`aggressive_recomputation`).
     """
 
     name: str
@@ -256,7 +256,7 @@ def prepare(model: torch.nn.Module, variant: Variant) -> None:
     else:
         base.gradient_checkpointing_disable()
     torch._dynamo.reset()
-    torch._functorch.config.ban_recompute_materialized_backward = not variant.lean
+    torch._functorch.config.aggressive_recomputation = variant.lean
     for _, layer in decoder_layers(base):
         layer._compiled_call_impl = None
         if variant.compiled:
