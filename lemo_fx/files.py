@@ -1,4 +1,4 @@
-"""Writing files where a process may be killed and a disk may be full."""
+"""Writing files where a process may be killed, a disk may be full and power may fail."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         with writing(path):
             scratch.write_text(text)
+            _settle(scratch)
             os.replace(scratch, path)
+            if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+                _settle(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -50,3 +53,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     with writing(path):
         save_file(dict(tensors), path)
+        _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk and not only in the system's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
