@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import gc
 import importlib.util
+import itertools
 import json
 import linecache
 import platform
@@ -74,7 +75,7 @@ class Variant:
         config: what lemo_fx does; None runs the model as it is.
         compiled: torch.compile per decoder layer; checkpointed: the model's activation checkpointing.
         attention: transformers' name of the attention implementation.
-        liger: with Liger's kernels; they cannot be taken out of a model again, so it gets a fresh one.
+        liger: with Liger's kernels; they cannot be taken out of a process again, so these variants come last.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs.
         lean: the compiler recomputes norms and casts where by default it keeps them (`aggressive_recomputation`).
     """
@@ -478,24 +479,26 @@ def main(
     print("correctness gate:", result["gate"], flush=True)
     model = None
     torch._dynamo.config.cache_size_limit = 64
-    for length in map(int, tokens.split(",")):
-        for name in variants.split(","):
-            variant = VARIANTS[name]
-            if time.perf_counter() - began > seconds:
-                run = {"variant": name, "tokens": length, "skipped": "out of time"}
-            elif variant.liger and not importlib.util.find_spec("liger_kernel"):
-                run = {"variant": name, "tokens": length, "skipped": "liger-kernel is not installed"}
-            else:
-                if model is None or variant.liger:
-                    model = None
-                    _release(device)
-                    model = build(shape, device, adapters)
-                run = attempt(model, variant, length, steps, device, out if name in profile.split(",") else None, cap)
-                if variant.liger:
-                    model = None
-            result["runs"].append(run)
-            print(json.dumps(run), flush=True)
-            (out / f"{shape}.json").write_text(json.dumps(result, indent=1))
+    runs = list(itertools.product(map(int, tokens.split(",")), (VARIANTS[name] for name in variants.split(","))))
+    # Liger changes the classes of the modelling file, not one model alone.
+    for length, variant in sorted(runs, key=lambda run: run[1].liger):
+        if time.perf_counter() - began > seconds:
+            run = {"variant": variant.name, "tokens": length, "skipped": "out of time"}
+        elif variant.liger and not importlib.util.find_spec("liger_kernel"):
+            run = {"variant": variant.name, "tokens": length, "skipped": "liger-kernel is not installed"}
+        else:
+            if model is None or variant.liger:
+                model = None
+                _release(device)
+                model = build(shape, device, adapters)
+            run = attempt(
+                model, variant, length, steps, device, out if variant.name in profile.split(",") else None, cap
+            )
+            if variant.liger:
+                model = None
+        result["runs"].append(run)
+        print(json.dumps(run), flush=True)
+        (out / f"{shape}.json").write_text(json.dumps(result, indent=1))
 
 
 def attempt(model: torch.nn.Module, variant: Variant, tokens: int, *rest) -> dict:
