@@ -7,22 +7,46 @@ python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import typer
 from matplotlib.figure import Figure
 
+WORDS = (
+    (r"^exact-([\d.]+)", r"exact \1, a choice a site"),
+    (r"^step-([\d.]+)", r"exact \1"),
+    (r"^(skip|truncated|tokentune)-([\d.]+)", r"\1 \2"),
+    (r"^lora", "LoRA"),
+    (r"^truncated ([\d.]+)", r"sequences cut to \1"),
+    (r"-0.5-steps", ", half the steps"),
+    (r"-half-batch", ", half the windows"),
+    (r"-more$", ", 1.36 times the steps"),
+    (r"-shared", ", one selection"),
+    (r"-attention-kept", ", attention kept"),
+    (r"-elementwise", ", elementwise recompute"),
+    (r"-lean", ", aggressive recomputation"),
+    (r"-dense-", ", dense: "),
+    (r"-(float8|offload|eager|compiled|checkpointed|liger|finish|double-rate|block-\d+|all-layers)", r", \1"),
+)
+
+
+def words(name: str) -> str:
+    """What a variant of `bench_model` or a plan of `study_accuracy` is, for a picture."""
+    for pattern, text in WORDS:
+        name = re.sub(pattern, text, name)
+    return name
+
 
 def draw(path: Path) -> Path:
     """Step time and peak memory of every variant of one result file; returns the picture's path."""
     result = json.loads(path.read_text())
-    runs = [run for run in result["runs"] if "step_ms" in run]
+    runs = [run for run in result["runs"] if "step_ms" in run and "note" not in run]
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for number, run in enumerate(runs):
-        baseline = run["variant"].startswith("lora")
-        style = {"marker": "s", "color": "#6b7178"} if baseline else {"marker": "o", "color": f"C{number}"}
-        axes.plot(run["peak_allocated_gb"], run["step_ms"], ls="", ms=8, label=run["variant"], **style)
+    for run in runs:
+        marker = "s" if run["variant"].startswith(("lora", "longlora")) else "o"
+        axes.plot(run["peak_allocated_gb"], run["step_ms"], ls="", ms=8, label=words(run["variant"]), marker=marker)
     axes.set(
         xlabel="peak memory, GB (weights included)",
         ylabel="step, ms",
@@ -51,7 +75,7 @@ def draw_scaling(paths: list[Path]) -> Path:
                 points = [r for r in runs if (r["tokens"], r["variant"]) == (length, variant)]
                 points = [r for r in points if r["wrap"] in (wrap, "none")]
                 gpus, rates = [r["gpus"] for r in points], [r["tokens_per_s"] for r in points]
-                label = f"{variant}, {wrap}" if length == lengths[0] else None
+                label = f"{words(variant)}, {wrap}" if length == lengths[0] else None
                 axes.plot(gpus, rates, ls=line, marker="o", ms=4, color=f"C{number}", label=label)
                 if gpus and gpus[0] == 1:
                     axes.plot(gpus, [rates[0] * n for n in gpus], color="#b8b8b8", lw=1, ls=":")

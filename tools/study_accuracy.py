@@ -32,6 +32,7 @@ from bench_model import between, environment, mark, wait
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from plot_benchmarks import words
 from train_small_model import WindowSampler, encode_documents, learning_rate_share, read_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -628,7 +629,7 @@ def plot(summaries: list[Summary], fast: dict[str, tuple[float, float]], path: P
             colour = next((c for prefix, c in COLOURS.items() if s.plan.startswith(prefix)), "#6b7178")
             axes.errorbar(faster, s.gap, yerr=s.spread or 0, color=colour, capsize=2, lw=1)
             axes.scatter(faster, s.gap, s=120 * memory**2, color=colour, alpha=0.8)
-            axes.annotate(s.plan, (faster, s.gap), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(words(s.plan), (faster, s.gap), xytext=(5, 4), textcoords="offset points", fontsize=7)
         axes.axhline(1, color="#999", lw=0.8, ls=":")
         axes.set(
             title=f"{context:,} tokens", xlabel="times faster than compiled, checkpointed LoRA (8B, 32K)",
