@@ -25,7 +25,10 @@ from lemo_fx.errors import CaptureError
 SPLAT = "_splat_"
 """Keyword under which a node holds a `**mapping` argument; printed and executed as `**mapping`."""
 
-NO_CACHE: Mapping[str, Any] = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What versions of transformers call a layer's cache; "cache" is the newest."""
+
+NO_CACHE: Mapping[str, Any] = {**dict.fromkeys(CACHE_NAMES), "use_cache": False}
 """A layer's cache under all its names, and the values that say that there is none."""
 
 ABSENT_IN_TRAINING: Mapping[str, Any] = {
