@@ -118,6 +118,8 @@ class LemoConfig:
         forward: precision of the forward without gradient that `exact` runs. `"model"`: the model's own. `"float8"`:
             the products of frozen linear layers in float8, rounded with one scale a token and one an output channel,
             where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own).
+        backward: the same for what `exact` computes with gradient: the kept tokens' recompute, and the gradients that
+            pass through frozen linear layers.
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
@@ -130,6 +132,7 @@ class LemoConfig:
     recompute: Literal["all", "projections", "elementwise"] = "all"
     offload: bool = False
     forward: Literal["model", "float8"] = "model"
+    backward: Literal["model", "float8"] = "model"
     active: Literal["training", "always"] = "training"
 
     def __post_init__(self) -> None:
@@ -155,6 +158,7 @@ class LemoConfig:
         if not isinstance(self.offload, bool):
             raise ConfigError(f"offload={self.offload!r} must be True or False")
         _choice("forward", self.forward, ("model", "float8"))
+        _choice("backward", self.backward, ("model", "float8"))
         _choice("active", self.active, ("training", "always"))
         if self.attention is not None and self.attention.score == "shared":
             raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")

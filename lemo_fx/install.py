@@ -17,9 +17,10 @@ from torch import fx, nn
 from transformers.utils.generic import can_return_tuple
 
 from lemo_fx import parallel, runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, NO_CACHE, PATCHING, build_module
+from lemo_fx.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, PATCHING, build_module
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError, UnsupportedModelError
+from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.kernels.select_blocks.op import forget
 from lemo_fx.loss import segmentable
 from lemo_fx.offload import offloading
@@ -263,7 +264,7 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
         if not settings.segments(self, given.get("labels"), given):
             return original(self, *args, **kwargs)
         # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
-        if given.get("use_cache") is None and given.get("past_key_values") is None:
+        if given.get("use_cache") is None and all(given.get(name) is None for name in CACHE_NAMES):
             given["use_cache"] = False
         if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
             given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
@@ -378,6 +379,8 @@ def _install(plan: Plan) -> None:
     for name, part in plan.parts.items():
         module.add_module(name, part.to(device))
         part.train(module.training)
+        if isinstance(part, Float8Switch):
+            part.connect(module)
     main = graph_module(module, plan.graph, plan.functions)
     built = {"forward": main, **{name: main.get_submodule(name) for name in plan.functions}}
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
@@ -412,4 +415,6 @@ def uninstall(module: nn.Module) -> None:
         part = module._modules.pop(name, None)
         if isinstance(part, SelectBlocks):
             forget(part.site)
+        elif isinstance(part, Float8Switch):
+            part.disconnect()
     del vars(module)[STATE]

@@ -132,7 +132,7 @@ def _plan_layer(
         rows.append(_row(refusal.kind, "dense", note=f"dense (None in the config): {refusal.node} {refusal.reason}"))
 
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, config.backward)
     for site in planned:
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):

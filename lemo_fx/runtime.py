@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.eliminate.op import eliminate
-from lemo_fx.kernels.float8_linear.op import Float8Forward
+from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.kernels.select_blocks import reference as selection
 
 MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -62,6 +61,7 @@ PRODUCTS = {
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.baddbmm.default: 1,
     torch.ops.aten._grouped_mm.default: 0,
+    torch.ops.aten._scaled_mm.default: 0,
 }
 """Matrix products, and which argument is the left matrix."""
 WIDENING = 8
@@ -87,7 +87,9 @@ SELECTIVE = {
 """`LemoConfig.recompute` -> what a checkpointed branch keeps besides its arguments."""
 
 
-def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) -> torch.Tensor:
+def branch(
+    function: Callable, checkpointing: bool, recompute: str, *args: Any, float8: Float8Switch | None = None
+) -> torch.Tensor:
     """Run a branch; where its layer checkpoints activations, keep only its arguments and recompute it in the backward.
 
     The rows that reach a branch are the kept ones, so a checkpointed layer keeps less than its full input.
@@ -95,11 +97,22 @@ def branch(function: Callable, checkpointing: bool, recompute: str, *args: Any) 
     Args:
         checkpointing: the layer's own switch (`model.gradient_checkpointing_enable()`).
         recompute: as in `LemoConfig`.
+        float8: runs the branch with the frozen linear layers' products in float8, forward and backward.
     """
     if not checkpointing or not torch.is_grad_enabled():
-        return function(*args)
+        return function(*args) if float8 is None else float8.run(function, *args)
     selective: dict[str, Any] = {"context_fn": SELECTIVE[recompute]} if recompute in SELECTIVE else {}
-    return checkpoint(function, *args, use_reentrant=False, **selective)
+    return _checkpoint(function, *args, float8=float8, **selective)
+
+
+def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **selective: Any) -> torch.Tensor:
+    selective["use_reentrant"] = False
+    if float8 is None:
+        return checkpoint(function, *args, **selective)
+    if torch.compiler.is_compiling():
+        # Traced once, and a compiler lets a checkpointed function change nothing outside of it.
+        return float8.run(checkpoint, function, *args, **selective)
+    return checkpoint(float8.run, function, *args, **selective)
 
 
 SEGMENT = 8192
@@ -110,16 +123,20 @@ layer's recompute would set the peak of the whole step."""
 
 
 def token_wise_branch(
-    function: Callable, checkpointing: bool, recompute: str, rows: torch.Tensor, *args: Any
+    function: Callable,
+    checkpointing: bool,
+    recompute: str,
+    rows: torch.Tensor,
+    *args: Any,
+    float8: Float8Switch | None = None,
 ) -> torch.Tensor:
     """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
-    if not checkpointing or not torch.is_grad_enabled():
-        return function(rows, *args)
-    # Where the wide products are kept, segments save nothing.
-    parts = (rows,) if recompute == "elementwise" else segments(rows)
+    checkpointing = checkpointing and torch.is_grad_enabled()
+    # Where nothing is recomputed, or the wide products are kept, segments save nothing.
+    parts = (rows,) if not checkpointing or recompute == "elementwise" else segments(rows)
     if len(parts) == 1:
-        return branch(function, checkpointing, recompute, rows, *args)
-    return torch.cat([checkpoint(function, part, *args, use_reentrant=False) for part in parts], dim=1)
+        return branch(function, checkpointing, recompute, rows, *args, float8=float8)
+    return torch.cat([_checkpoint(function, part, *args, float8=float8) for part in parts], dim=1)
 
 
 def segments(rows: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -134,18 +151,18 @@ def segments(rows: torch.Tensor) -> Sequence[torch.Tensor]:
     return rows.split([size] * (pieces - 1) + [length - size * (pieces - 1)], dim=1)
 
 
-def without_gradient(function: Callable, *args: Any, float8: bool = False) -> torch.Tensor:
+def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None = None) -> torch.Tensor:
     """Run a function for its values only: nothing is saved for the backward.
 
     Args:
-        float8: with the frozen linear layers' products in float8.
+        float8: runs it with the frozen linear layers' products in float8.
     """
-    with torch.no_grad(), Float8Forward() if float8 else nullcontext():
-        return function(*args)
+    with torch.no_grad():
+        return function(*args) if float8 is None else float8.run(function, *args)
 
 
 def token_wise_without_gradient(
-    function: Callable, rows: torch.Tensor, *args: Any, float8: bool = False
+    function: Callable, rows: torch.Tensor, *args: Any, float8: Float8Switch | None = None
 ) -> torch.Tensor:
     """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in segments of tokens."""
     parts = [without_gradient(function, part, *args, float8=float8) for part in segments(rows)]

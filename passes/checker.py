@@ -43,6 +43,7 @@ def _check_target(rewrite: LayerRewrite, node: fx.Node, after: str) -> None:
     if (
         node.op == "get_attr"
         and str(node.target) not in rewrite.functions
+        and str(node.target) not in rewrite.modules
         and not hasattr(rewrite.layer, str(node.target))
     ):
         raise GraphCheckError(f"after {after}: {node} reads {node.target}, which the layer lacks")

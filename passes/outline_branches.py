@@ -6,11 +6,17 @@ after:   rows = eliminate(x, t);  a = branch(self.lemo_attention_branch, ..., ro
 The functions become methods of the rewritten layer's class: what they call is looked up on the layer at run time.
 """
 
+from collections.abc import Callable
+
 from torch import fx
 
 from lemo_fx import runtime
 from lemo_fx.errors import GraphCheckError
+from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.passes.rewrite import META, LayerRewrite, Region, call
+
+FLOAT8 = "lemo_float8"
+"""Attribute of a rewritten layer: the switch of its frozen linear layers."""
 
 
 def outline_branches(rewrite: LayerRewrite) -> int:
@@ -44,12 +50,16 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
         if region.gradient:
             switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
-            run = runtime.token_wise_branch if region.token_wise else runtime.branch
-            result = call(rewrite.graph, run, (function, switch, rewrite.recompute, *inputs), name)
+            run: Callable = runtime.token_wise_branch if region.token_wise else runtime.branch
+            args: tuple = (function, switch, rewrite.recompute, *inputs)
         else:
-            quiet = runtime.token_wise_without_gradient if region.token_wise else runtime.without_gradient
-            precision = {"float8": True} if region.float8 else {}
-            result = call(rewrite.graph, quiet, (function, *inputs), name, kwargs=precision)
+            run = runtime.token_wise_without_gradient if region.token_wise else runtime.without_gradient
+            args = (function, *inputs)
+        precision = {}
+        if region.float8:
+            rewrite.modules.setdefault(FLOAT8, Float8Switch())
+            precision["float8"] = rewrite.graph.create_node("get_attr", FLOAT8)
+        result = call(rewrite.graph, run, args, name, kwargs=precision)
     outputs[0].replace_all_uses_with(result)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

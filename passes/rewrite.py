@@ -23,7 +23,7 @@ class Region:
         gradient: False where it runs under no_grad; True where it is the branch that trains, and is recomputed in the
             backward when the model checkpoints its activations.
         token_wise: whether it may run on one piece of the tokens after the other.
-        float8: whether its frozen linear layers compute in float8; only without gradient.
+        float8: whether its frozen linear layers compute in float8.
     """
 
     name: str
@@ -65,7 +65,7 @@ class LayerRewrite:
         graph: its captured graph; every pass edits it in place.
         sites: planned sites in the order in which they return to the stream.
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
-        forward: precision of the forward without gradient of `exact`, see `LemoConfig`.
+        forward, backward: precision of what `exact` computes without and with gradient, see `LemoConfig`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
         functions: graphs of the outlined functions by name.
     """
@@ -75,6 +75,7 @@ class LayerRewrite:
     sites: list[PlannedSite]
     recompute: str = "all"
     forward: str = "model"
+    backward: str = "model"
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 

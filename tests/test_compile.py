@@ -51,6 +51,7 @@ VARIANTS = {
     "projections": (HALF, {"checkpointing": True, "recompute": "projections"}),
     "elementwise": (HALF, {"checkpointing": True, "recompute": "elementwise"}),
     "float8": (HALF, {"forward": "float8"}),
+    "float8_both": (HALF, {"checkpointing": True, "forward": "float8", "backward": "float8"}),
     "offload": (HALF, {"checkpointing": True, "offload": True}),
 }
 

@@ -176,6 +176,14 @@ VARIANTS = {
             )
             for keep in (0.5, 0.375, 0.25)
         ),
+        *(
+            Variant(
+                f"step-{keep}-both-float8-checkpointed",
+                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8", backward="float8"),
+                checkpointed=True,
+            )
+            for keep in (0.5, 0.375, 0.25)
+        ),
         Variant(
             "step-0.5-float8-offload",
             dataclasses.replace(sparse(0.5, "exact", "step", recompute="projections", offload=True), forward="float8"),

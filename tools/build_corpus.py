@@ -413,6 +413,7 @@ def fetch_package(name: str, work: Path) -> tuple[Path, str]:
     archive = sorted(archives.glob(f"{name}_*.deb"))[-1]
     root = work / "root" / name
     if not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["dpkg-deb", "-x", str(archive), str(root)], check=True)
     version = subprocess.run(["dpkg-deb", "-f", str(archive), "Version"], check=True, capture_output=True, text=True)
     return root / "usr/share/doc", version.stdout.strip()

@@ -1,15 +1,15 @@
-"""`float8_linear` on the GPU's float8 products, and the mode that puts it in the place of frozen linear layers.
+"""`float8_linear` on the GPU's float8 products, its gradient, and the switch that puts it in frozen layers' place.
 
 Plain torch rather than a custom op: a compiler fuses the rounding of x into what comes before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from lemo_fx.kernels.float8_linear import reference
 
@@ -20,11 +20,28 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         return reference.float8_linear(x, weight, bias)
     rows, row_scale = reference.quantise(x.flatten(0, -2))
     columns, column_scale = reference.quantise(weight)
+    # The product wants columns that lie one after the other; those of a transposed weight do not.
     out = torch._scaled_mm(
-        rows, columns.t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
     out = out.to(x.dtype).unflatten(0, x.shape[:-1])
     return out if bias is None else out + bias
+
+
+class Float8Linear(torch.autograd.Function):
+    """`float8_linear` whose gradient for x is a product in float8 too; the weight is frozen, and all that is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `float8_linear`."""
+        ctx.save_for_backward(weight)
+        return float8_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8."""
+        (weight,) = ctx.saved_tensors
+        return float8_linear(grad, weight.t()), None, None
 
 
 @torch.compiler.assume_constant_result
@@ -39,12 +56,50 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return half and not weight.requires_grad and all(side % 16 == 0 for side in weight.shape) and has_float8(x.device)
 
 
-class Float8Forward(TorchFunctionMode):
-    """Within it, frozen linear layers compute in float8; adapters and everything else as always."""
+class Float8Switch(nn.Module):
+    """Lets a module's frozen linear layers compute in float8 for the time of a call; adapters and all else as always.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Hand linear layers over, and pass everything else through."""
-        kwargs = kwargs or {}
-        if func is F.linear and not kwargs and fits(args[0], args[1]):
-            return float8_linear(*args)
-        return func(*args, **kwargs)
+    Not a mode of torch's: within a checkpoint, a compiler does not see those.
+    """
+
+    on = False
+
+    def connect(self, module: nn.Module) -> None:
+        """Put every plain linear layer of `module` under this switch."""
+        # In a tuple, so that weights are not listed twice.
+        self.layers = tuple(layer for layer in module.modules() if type(layer) is nn.Linear)
+        for layer in self.layers:
+            vars(layer)[SWITCH] = self
+            layer.__class__ = SwitchedLinear
+
+    def disconnect(self) -> None:
+        """Give the layers their class back."""
+        for layer in self.layers:
+            vars(layer).pop(SWITCH, None)
+            if type(layer) is SwitchedLinear:
+                layer.__class__ = nn.Linear
+
+    def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)` in float8."""
+        self.on = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.on = False
+
+
+SWITCH = "_lemo_fx_float8"
+
+
+class SwitchedLinear(nn.Linear):
+    """A linear layer under a `Float8Switch`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        if not vars(self)[SWITCH].on or not fits(x, self.weight):
+            return super().forward(x)
+        return Float8Linear.apply(x, self.weight, self.bias)
+
+
+for name in ("__name__", "__qualname__", "__module__"):
+    setattr(SwitchedLinear, name, getattr(nn.Linear, name))

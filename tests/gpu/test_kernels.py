@@ -123,3 +123,7 @@ def test_float8_linear(shape, dtype):
     torch.testing.assert_close(
         op.float8_linear(x, weight, bias), reference.float8_linear(x, weight, bias), rtol=2e-2, atol=2e-2
     )
+    x.requires_grad_()
+    grad = torch.randn(*shape[:-1], 48, device="cuda", dtype=dtype)
+    op.Float8Linear.apply(x, weight, bias).backward(grad)
+    torch.testing.assert_close(x.grad, reference.float8_linear(grad, weight.t()), rtol=2e-2, atol=2e-2)

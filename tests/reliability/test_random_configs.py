@@ -58,6 +58,7 @@ def random_config(draw):
         recompute=mostly(draw, ["all", "projections", "elementwise"], ["none"]),
         offload=mostly(draw, [False, True], ["yes"]),
         forward=mostly(draw, ["model", "float8"], ["int4"]),
+        backward=mostly(draw, ["model", "float8"], ["int4"]),
         active=mostly(draw, ["training", "always"], ["never"]),
     )
 
