@@ -146,6 +146,7 @@ def measure(
     count: int,
     steps: int,
     warm_up: int,
+    cap: float,
     device: torch.device,
     adapters: str,
 ) -> None:
@@ -155,6 +156,7 @@ def measure(
         record: holds "wrap" and "tokens"; the rest goes into it.
         write: called once the record holds all but the communication, which another step is profiled for.
         count: samples per rank and step.
+        cap: seconds of timed steps after which two are enough.
     """
     began = time.perf_counter()
     tokens = record["tokens"]
@@ -167,11 +169,14 @@ def measure(
         # After sharding: a method bound before it would belong to the class without FSDP2.
         compile_layers(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    losses, times = [], []
+    losses: list[torch.Tensor] = []
+    times: list[float] = []
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     for step in range(steps + warm_up):
         if device.type == "cuda" and step == min(1, warm_up):
-            gc.collect()
-            torch.cuda.empty_cache()
+            # The cache stays: what is timed next shall not wait for the driver's memory.
             torch.cuda.reset_peak_memory_stats()
         _together(device)
         start = time.perf_counter()
@@ -180,6 +185,8 @@ def measure(
         optimizer.zero_grad()
         _together(device)
         times.append((time.perf_counter() - start) * 1e3)
+        if len(times) >= warm_up + 2 and _on_any_rank(sum(times[warm_up:]) > cap * 1e3, device):
+            break
     figures = torch.tensor([float(losses[0]), alone], device=device)
     dist.all_reduce(figures)
     loss, alone = (figures / dist.get_world_size()).tolist()
@@ -188,7 +195,7 @@ def measure(
         "samples": count * dist.get_world_size(),
         "step_ms": round(step_ms, 1),
         "slowest_step_ms": round(max(times[warm_up:]), 1),
-        "timed_steps": steps,
+        "timed_steps": len(times) - warm_up,
         "tokens_per_s": round(tokens * count * dist.get_world_size() / step_ms * 1e3),
         "loss": loss,
         "loss_one_process": alone,
@@ -205,6 +212,12 @@ def measure(
         share, hidden = communication(model, samples, device)
         record["communication_share"], record["communication_overlapped"] = round(share, 4), round(hidden, 4)
         record["seconds"] = round(time.perf_counter() - began, 1)
+
+
+def _on_any_rank(condition: bool, device: torch.device) -> bool:
+    found = torch.tensor(float(condition), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def attempt(name: str, record: dict, write: Callable[[], None], work: Callable[[], None]) -> None:
@@ -312,7 +325,7 @@ def overlap(collectives: list[tuple[float, float]], work: list[tuple[float, floa
     everything = collectives + work
     span = max(end for _, end in everything) - min(start for start, _ in everything)
     busy = _covered(collectives)
-    return busy / span, (busy + _covered(work) - _covered(everything)) / busy
+    return busy / span, max(0.0, busy + _covered(work) - _covered(everything)) / busy
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
@@ -334,6 +347,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/scaling"),
     seconds: Annotated[float, typer.Option(help="start no run that would last longer than this")] = 1e9,
     warm_up: Annotated[int, typer.Option(help="steps before the timed ones; the first one compiles")] = 2,
+    cap: Annotated[float, typer.Option(help="seconds of timed steps after which two steps are enough")] = 1e9,
 ) -> None:
     """Measure every variant, length and wrapper on the processes that torchrun started; rank 0 writes the results."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -343,17 +357,20 @@ def main(
         raise typer.BadParameter(f"--samples {samples} cannot be shared out to {world} processes")
     file = out / f"{shape}-{world}.json"
     # torchrun starts all ranks anew after a crash. Read before rank 0 can write again.
-    before = None
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and file.exists():
-        before = json.loads(file.read_text())
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    before = json.loads(file.read_text()) if start and file.exists() else None
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    more = {"device_id": device} if device.type == "cuda" else {}
+    more: dict = {"device_id": device} if device.type == "cuda" else {}
     # The longest that ranks wait for each other is while one of them compiles.
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120), **more)
+    more["timeout"] = datetime.timedelta(seconds=120)
+    # torchrun's store outlives a start, and with it the addresses of ranks that are gone.
+    store, _, _ = next(dist.rendezvous("env://", rank, world))
+    store = dist.PrefixStore(f"start {start}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, **more)
     # Layers are compiled one by one: there is nothing to split at DDP's buckets, and it cannot split checkpoints.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.cache_size_limit = 64
@@ -399,15 +416,14 @@ def main(
             continue
         run = {"wrap": kind, "variant": name, "tokens": length}
         expected = max((other.get("seconds", 0) for other in result["runs"] if other["tokens"] == length), default=0)
-        late = torch.tensor(float(time.time() - result["environment"]["began"] + expected > seconds), device=device)
-        dist.all_reduce(late, dist.ReduceOp.MAX)
+        late = _on_any_rank(time.time() - result["environment"]["began"] + expected > seconds, device)
         result["runs"].append(run)
         if "failed" in result["gate"].get(kind, {}):
             run["skipped"] = "the correctness gate failed"
         elif late:
             run["skipped"] = "out of time"
         else:
-            parts = (shape, VARIANTS[name], max(samples // world, 1), steps, warm_up, device, adapters)
+            parts = (shape, VARIANTS[name], max(samples // world, 1), steps, warm_up, cap, device, adapters)
             attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
         write()
         report(run)
