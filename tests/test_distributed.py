@@ -97,6 +97,45 @@ def test_share_of_communication(monkeypatch):
     assert overlap([(1, 2)], [(0, 4), (0, 3)]) == (0.25, 1.0)
 
 
+def test_first_named_runs_come_first(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    in_order = tool("bench_scaling").in_order
+    assert in_order([32, 8], ["ddp"], "ab") == [(32, "ddp", "a"), (32, "ddp", "b"), (8, "ddp", "a"), (8, "ddp", "b")]
+    assert in_order("ab", "xy", "12")[0] == ("a", "x", "1")
+    assert in_order("ab", "xy", "12")[-1] == ("b", "y", "2")
+
+
+def test_table_of_scaling(tmp_path):
+    """Efficiency is against one process of the same variant, speed-up against LoRA of the same number and wrapper."""
+    rates = {1: {"none": (100, 200)}, 2: {"ddp": (190, 380), "fsdp2": (180, 396)}}
+    paths = []
+    for count, wraps in rates.items():
+        runs = [
+            {"wrap": wrap, "variant": variant, "tokens": 64, "step_ms": 1.0, "tokens_per_s": rate}
+            | {"loss": 2.0, "loss_one_process": 2.0, "peak_allocated_gb": 3.0}
+            | ({"communication_share": 0.25, "communication_overlapped": 0.5} if count > 1 else {})
+            for wrap, pair in wraps.items()
+            for variant, rate in zip(("lora-checkpointed", "step-0.375-checkpointed"), pair, strict=True)
+        ]
+        runs.append({"wrap": "ddp", "variant": "step-0.25-checkpointed", "tokens": 64, "failed": "OutOfMemoryError"})
+        result = {"shape": "made-up", "processes": count, "environment": {"device": "none"}, "runs": runs}
+        paths.append(tmp_path / f"made-up-{count}.json")
+        paths[-1].write_text(json.dumps(result))
+    plots = tool("plot_benchmarks")
+    lines = plots.scaling_table(paths[::-1]).splitlines()[2:]
+    assert lines == [
+        "| 64 | LoRA, checkpointed | 1 |  | 1 ms | 100 | 100.0% | 1.00x | 3.0 GB |  | 0.0e+00 |",
+        "| 64 | exact 0.375, checkpointed | 1 |  | 1 ms | 200 | 100.0% | 2.00x | 3.0 GB |  | 0.0e+00 |",
+        "| 64 | LoRA, checkpointed | 2 | DDP | 1 ms | 190 | 95.0% | 1.00x | 3.0 GB | 25.0% (50%) | 0.0e+00 |",
+        "| 64 | exact 0.375, checkpointed | 2 | DDP | 1 ms | 380 | 95.0% | 2.00x | 3.0 GB | 25.0% (50%) | 0.0e+00 |",
+        "| 64 | LoRA, checkpointed | 2 | FSDP2 | 1 ms | 180 | 90.0% | 1.00x | 3.0 GB | 25.0% (50%) | 0.0e+00 |",
+        "| 64 | exact 0.375, checkpointed | 2 | FSDP2 | 1 ms | 396 | 99.0% | 2.20x | 3.0 GB | 25.0% (50%) | 0.0e+00 |",
+    ]
+    plots.main(paths)
+    assert (tmp_path / "made-up.png").stat().st_size > 1000
+    assert (tmp_path / "made-up.md").exists()
+
+
 def test_data_parallel_threads_are_refused():
     model = lemo_fx.transform(tiny("llama"), ranks.config())
     replica = model._replicate_for_data_parallel()

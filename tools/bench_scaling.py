@@ -4,22 +4,32 @@ Models and variants are those of tools/bench_model.py: random weights, adapters 
 segments. A correctness gate comes first: losses and gradients of the wrapped model must be those of one process that
 runs the samples of all ranks one after another. On a CPU the same runs over gloo.
 
-    for n in 1 2 4 8; do torchrun --nproc-per-node $n tools/bench_scaling.py --shape llama3-8b; done
+    for n in 1 2 4 8; do
+        torchrun --nproc-per-node $n --max-restarts 3 --virtual-local-rank tools/bench_scaling.py --shape llama3-8b
+    done
     python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
 
-Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. A run
-that does not fit ends the command (other ranks would wait for it for ever); what was measured before is kept.
+Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. What is
+named first in --tokens, --variants and --wraps is measured first, so that --seconds leaves out the last of each.
+
+A run that fails on every rank (too little memory) is written down as such, and the next one starts. If only some ranks
+fail, the others wait for them: the command ends, and with --max-restarts torchrun starts it anew after that run. Where
+every rank calls its GPU cuda:0 (--virtual-local-rank), all of them find what one has compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,10 +49,14 @@ from lemo_fx.sites import decoder_layers
 
 PICKED = (
     "lora-checkpointed",
+    "step-0.375-checkpointed",
+    "step-0.375-float8-checkpointed",
+    "step-0.25-checkpointed",
     "skip-0.5-shared-checkpointed",
-    "skip-0.5-shared-checkpointed-attention-kept",
-    "exact-0.25-checkpointed",
 )
+"""LoRA, the presets careful, balanced and fast, and LeMo's own rule with one selection a layer."""
+
+ENDED = "the command ended during it"
 
 
 def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn.Module:
@@ -87,7 +101,7 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
     """Relative errors of loss and gradients against one process, on a model cut to four layers.
 
     Raises:
-        SystemExit: they differ by more than the rounding of the dtype.
+        ArithmeticError: they differ by more than the rounding of the dtype.
     """
     worst = {"loss": 0.0, "gradient": 0.0}
     for config in (None, sparse(0.5, score="measured"), sparse(0.25, "exact", "random")):
@@ -108,7 +122,7 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
         worst["gradient"] = max(worst["gradient"], float(error))
     bound = {"loss": 1e-3, "gradient": 3e-2} if device.type == "cuda" else {"loss": 1e-6, "gradient": 1e-4}
     if any(not worst[name] <= bound[name] for name in bound):
-        sys.exit(f"correctness gate failed under {wrap}: relative errors {worst}, allowed {bound}")
+        raise ArithmeticError(f"correctness gate failed under {wrap}: relative errors {worst}, allowed {bound}")
     return worst
 
 
@@ -125,57 +139,135 @@ def make_samples(model: torch.nn.Module, tokens: int, count: int, device: torch.
 
 
 def measure(
-    shape: str, wrap: str, variant: Variant, tokens: int, count: int, steps: int, device: torch.device, adapters: str
-) -> dict:
+    record: dict,
+    write: Callable[[], None],
+    shape: str,
+    variant: Variant,
+    count: int,
+    steps: int,
+    warm_up: int,
+    cap: float,
+    device: torch.device,
+    adapters: str,
+) -> None:
     """Step time, throughput, memory and communication of one way to run the step; on every rank the same.
 
     Args:
+        record: holds "wrap" and "tokens"; the rest goes into it.
+        write: called once the record holds all but the communication, which another step is profiled for.
         count: samples per rank and step.
+        cap: seconds of timed steps after which two are enough.
     """
+    began = time.perf_counter()
+    tokens = record["tokens"]
     model = build(shape, device, adapters)
     prepare(model, variant)
     samples = make_samples(model, tokens, count, device)
     alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
-    model = wrapped(model, wrap, device)
+    model = wrapped(model, record["wrap"], device)
     if variant.compiled:
         # After sharding: a method bound before it would belong to the class without FSDP2.
         compile_layers(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    losses, times = [], []
-    for step in range(steps + 2):
-        if device.type == "cuda" and step == 1:
-            gc.collect()
-            torch.cuda.empty_cache()
+    losses: list[torch.Tensor] = []
+    times: list[float] = []
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for step in range(steps + warm_up):
+        if device.type == "cuda" and step == min(1, warm_up):
+            # The cache stays: what is timed next shall not wait for the driver's memory.
             torch.cuda.reset_peak_memory_stats()
         _together(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         losses.append(run_step(model, samples))
         optimizer.step()
         optimizer.zero_grad()
         _together(device)
-        times.append((time.perf_counter() - began) * 1e3)
-    share, hidden = communication(model, samples, device)
+        times.append((time.perf_counter() - start) * 1e3)
+        if len(times) >= warm_up + 2 and _on_any_rank(sum(times[warm_up:]) > cap * 1e3, device):
+            break
     figures = torch.tensor([float(losses[0]), alone], device=device)
     dist.all_reduce(figures)
     loss, alone = (figures / dist.get_world_size()).tolist()
-    step_ms = statistics.median(times[2:])
-    result = {
-        "wrap": wrap,
-        "variant": variant.name,
-        "tokens": tokens,
+    step_ms = statistics.median(times[warm_up:])
+    record |= {
         "samples": count * dist.get_world_size(),
         "step_ms": round(step_ms, 1),
+        "slowest_step_ms": round(max(times[warm_up:]), 1),
+        "timed_steps": len(times) - warm_up,
         "tokens_per_s": round(tokens * count * dist.get_world_size() / step_ms * 1e3),
         "loss": loss,
         "loss_one_process": alone,
-        "communication_share": round(share, 4),
-        "communication_overlapped": round(hidden, 4),
+        "first_step_s": round(times[0] / 1e3, 1),
     }
     if device.type == "cuda":
         held = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device)
         dist.all_reduce(held, dist.ReduceOp.MAX)
-        result["peak_allocated_gb"], result["peak_reserved_gb"] = (round(b / 1e9, 2) for b in held.tolist())
-    return result
+        record["peak_allocated_gb"], record["peak_reserved_gb"] = (round(b / 1e9, 2) for b in held.tolist())
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    del record["failed"]
+    write()
+    if dist.get_world_size() > 1:
+        share, hidden = communication(model, samples, device)
+        record["communication_share"], record["communication_overlapped"] = round(share, 4), round(hidden, 4)
+        record["seconds"] = round(time.perf_counter() - began, 1)
+
+
+def _on_any_rank(condition: bool, device: torch.device) -> bool:
+    found = torch.tensor(float(condition), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def attempt(name: str, record: dict, write: Callable[[], None], work: Callable[[], None]) -> None:
+    """Do `work`, which fills `record`, or record what went wrong if that is so on every rank; results are written.
+
+    A failure of some ranks ends this process, and torchrun the others, which may wait for it in a collective. The
+    record then says so already.
+    """
+    record["failed"] = ENDED
+    write()
+    failure = ""
+    try:
+        work()
+        record.pop("failed", None)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"[:1000]
+        traceback.print_exc()
+    # Outside the handler: what went wrong holds the tensors of the step.
+    if failure:
+        if not _all_failed(name):
+            print(f"rank {dist.get_rank()} failed alone in {name}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # No clean-up, which would wait for the other ranks.
+            os._exit(1)
+        record["communication_failed" if "step_ms" in record else "failed"] = failure
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    write()
+
+
+def _all_failed(name: str, seconds: float = 20) -> bool:
+    """Whether all ranks come here. They tell each other through the store: a collective could wait for ever."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"failed/{name}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], "")
+    try:
+        store.wait(keys, datetime.timedelta(seconds=seconds))
+    except RuntimeError:
+        return False
+    return True
+
+
+def in_order(*options: Sequence) -> list[tuple]:
+    """All combinations, those of what is named first before those of what is named last."""
+    numbered = [enumerate(option) for option in options]
+    combinations = sorted(itertools.product(*numbered), key=lambda one: sum(place for place, _ in one))
+    return [tuple(value for _, value in one) for one in combinations]
 
 
 @torch.no_grad()
@@ -195,7 +287,7 @@ def _together(device: torch.device) -> None:
     """All ranks have done what they were told; a step takes as long as its slowest rank."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    dist.barrier()
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def communication(model: torch.nn.Module, samples: list[torch.Tensor], device: torch.device) -> tuple[float, float]:
@@ -233,7 +325,7 @@ def overlap(collectives: list[tuple[float, float]], work: list[tuple[float, floa
     everything = collectives + work
     span = max(end for _, end in everything) - min(start for start, _ in everything)
     busy = _covered(collectives)
-    return busy / span, (busy + _covered(work) - _covered(everything)) / busy
+    return busy / span, max(0.0, busy + _covered(work) - _covered(everything)) / busy
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
@@ -246,68 +338,95 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
-    tokens: Annotated[str, typer.Option(help="tokens of a sample, comma-separated")] = "8192,32768",
+    tokens: Annotated[str, typer.Option(help="tokens of a sample, comma-separated")] = "32768,8192",
     variants: Annotated[str, typer.Option(help="comma-separated, from tools/bench_model.py")] = ",".join(PICKED),
     wraps: Annotated[str, typer.Option(help="ddp, fsdp2; a single process runs unwrapped")] = "ddp,fsdp2",
     samples: Annotated[int, typer.Option(help="samples of a step over all ranks; 0 for one on each")] = 0,
     adapters: Annotated[str, typer.Option(help="dtype of the adapters: float32 or bfloat16")] = "float32",
-    steps: Annotated[int, typer.Option(help="timed steps after two warm-up steps")] = 5,
+    steps: Annotated[int, typer.Option(help="timed steps after the warm-up")] = 3,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/scaling"),
-    seconds: Annotated[float, typer.Option(help="start no further run after this long")] = 1e9,
+    seconds: Annotated[float, typer.Option(help="start no run that would last longer than this")] = 1e9,
+    warm_up: Annotated[int, typer.Option(help="steps before the timed ones; the first one compiles")] = 2,
+    cap: Annotated[float, typer.Option(help="seconds of timed steps after which two steps are enough")] = 1e9,
 ) -> None:
     """Measure every variant, length and wrapper on the processes that torchrun started; rank 0 writes the results."""
-    began = time.perf_counter()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29511")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if samples % world:
+        raise typer.BadParameter(f"--samples {samples} cannot be shared out to {world} processes")
+    file = out / f"{shape}-{world}.json"
+    # torchrun starts all ranks anew after a crash. Read before rank 0 can write again.
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    before = json.loads(file.read_text()) if start and file.exists() else None
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    more = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, rank=rank, world_size=world, **more)
-    if samples % world:
-        raise typer.BadParameter(f"--samples {samples} cannot be shared out to {world} processes")
+    more: dict = {"device_id": device} if device.type == "cuda" else {}
+    # The longest that ranks wait for each other is while one of them compiles.
+    more["timeout"] = datetime.timedelta(seconds=120)
+    # torchrun's store outlives a start, and with it the addresses of ranks that are gone.
+    store, _, _ = next(dist.rendezvous("env://", rank, world))
+    store = dist.PrefixStore(f"start {start}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, **more)
     # Layers are compiled one by one: there is nothing to split at DDP's buckets, and it cannot split checkpoints.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.cache_size_limit = 64
     kinds = wraps.split(",") if world > 1 else ["none"]
-    result = {
+    result = before or {
         "environment": {
             **environment(device),
             "command": " ".join(["torchrun", "--nproc-per-node", str(world), *sys.argv]),
             "backend": backend,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
             "nccl_nvls_enable": os.environ["NCCL_NVLS_ENABLE"],
+            "began": time.time(),
         },
         "shape": shape,
         "adapters": adapters,
         "processes": world,
-        "gate": {kind: gate(shape, device, adapters, kind) for kind in kinds},
+        "gate": {},
         "runs": [],
     }
+
+    def write() -> None:
+        if rank == 0:
+            # In one go: the command may be killed at any time.
+            whole = file.with_suffix(".part")
+            whole.write_text(json.dumps(result, indent=1) + "\n")
+            whole.replace(file)
+
+    def report(record: dict) -> None:
+        if rank == 0:
+            print(f"{time.time() - result['environment']['began']:.0f} s: {json.dumps(record)}", flush=True)
+
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print("correctness gate:", result["gate"], flush=True)
-    for length in map(int, tokens.split(",")):
-        for name in variants.split(","):
-            for kind in kinds:
-                late = torch.tensor(float(time.perf_counter() - began > seconds), device=device)
-                dist.all_reduce(late, dist.ReduceOp.MAX)
-                if late:
-                    run = {"wrap": kind, "variant": name, "tokens": length, "skipped": "out of time"}
-                else:
-                    count = max(samples // world, 1)
-                    run = measure(shape, kind, VARIANTS[name], length, count, steps, device, adapters)
-                    torch._dynamo.reset()
-                    gc.collect()
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-                result["runs"].append(run)
-                if rank == 0:
-                    print(json.dumps(run), flush=True)
-                    (out / f"{shape}-{world}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for kind in kinds:
+        # A single process would be compared with itself.
+        if world > 1 and kind not in result["gate"]:
+            record = result["gate"][kind] = {}
+            attempt(f"gate {kind}", record, write, lambda r=record, k=kind: r.update(gate(shape, device, adapters, k)))
+            report({"gate": kind, **record})
+    done = [tuple(run[key] for key in ("tokens", "wrap", "variant")) for run in result["runs"]]
+    for length, kind, name in in_order([int(length) for length in tokens.split(",")], kinds, variants.split(",")):
+        if (length, kind, name) in done:
+            continue
+        run = {"wrap": kind, "variant": name, "tokens": length}
+        expected = max((other.get("seconds", 0) for other in result["runs"] if other["tokens"] == length), default=0)
+        late = _on_any_rank(time.time() - result["environment"]["began"] + expected > seconds, device)
+        result["runs"].append(run)
+        if "failed" in result["gate"].get(kind, {}):
+            run["skipped"] = "the correctness gate failed"
+        elif late:
+            run["skipped"] = "out of time"
+        else:
+            parts = (shape, VARIANTS[name], max(samples // world, 1), steps, warm_up, cap, device, adapters)
+            attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
+        write()
+        report(run)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """Draw committed results: time against memory of each model benchmark; throughput by GPUs of a shape's scaling runs.
 
+Scaling runs get a table as well, in markdown.
+
 python tools/plot_benchmarks.py benchmarks/model/*.json
 python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
 """
@@ -64,18 +66,23 @@ def draw(path: Path) -> Path:
 
 def draw_scaling(paths: list[Path]) -> Path:
     """Tokens per second by number of GPUs, one panel per sample length, from one file per number of GPUs."""
-    results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["processes"])
-    runs = [{**run, "gpus": result["processes"]} for result in results for run in result["runs"] if "step_ms" in run]
+    results, runs = _scaling_runs(paths)
     lengths = sorted({run["tokens"] for run in runs})
     variants = list(dict.fromkeys(run["variant"] for run in runs))
+    labelled: set[str] = set()
     figure = Figure(figsize=(5.2 * len(lengths), 4.6), layout="constrained")
     for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
         for number, variant in enumerate(variants):
             for wrap, line in (("ddp", "-"), ("fsdp2", "--")):
                 points = [r for r in runs if (r["tokens"], r["variant"]) == (length, variant)]
                 points = [r for r in points if r["wrap"] in (wrap, "none")]
+                # A variant that only one process ran is drawn once.
+                if all(r["wrap"] == "none" for r in points) and (wrap == "fsdp2" or not points):
+                    continue
                 gpus, rates = [r["gpus"] for r in points], [r["tokens_per_s"] for r in points]
-                label = f"{words(variant)}, {wrap}" if length == lengths[0] else None
+                label = f"{words(variant)}, {wrap}"
+                label = None if label in labelled else label
+                labelled.add(f"{words(variant)}, {wrap}")
                 axes.plot(gpus, rates, ls=line, marker="o", ms=4, color=f"C{number}", label=label)
                 if gpus and gpus[0] == 1:
                     axes.plot(gpus, [rates[0] * n for n in gpus], color="#b8b8b8", lw=1, ls=":")
@@ -90,8 +97,52 @@ def draw_scaling(paths: list[Path]) -> Path:
     return out
 
 
+def _scaling_runs(paths: list[Path]) -> tuple[list[dict], list[dict]]:
+    """(results by number of GPUs, their measured runs with "gpus" and, where one GPU ran the same, "efficiency")."""
+    results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["processes"])
+    runs = [{**run, "gpus": result["processes"]} for result in results for run in result["runs"] if "step_ms" in run]
+    alone = {(run["tokens"], run["variant"]): run["tokens_per_s"] for run in runs if run["gpus"] == 1}
+    for run in runs:
+        if (run["tokens"], run["variant"]) in alone:
+            run["efficiency"] = run["tokens_per_s"] / (run["gpus"] * alone[run["tokens"], run["variant"]])
+    return results, runs
+
+
+def scaling_table(paths: list[Path]) -> str:
+    """Markdown: every measured run of one shape, with its share of linear scaling and its speed-up over LoRA's."""
+    _, runs = _scaling_runs(paths)
+    lora = {
+        (run["tokens"], run["gpus"], run["wrap"]): run["tokens_per_s"]
+        for run in runs
+        if run["variant"] == "lora-checkpointed"
+    }
+    lines = [
+        "| tokens a sample | variant | GPUs | | step | tokens/s | of linear | against LoRA | peak memory a GPU "
+        "| communication (of it overlapped) | loss off one process's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=lambda run: (-run["tokens"], run["gpus"], run["wrap"])):
+        base = lora.get((run["tokens"], run["gpus"], run["wrap"]))
+        share = run.get("communication_share")
+        cells = [
+            f"{run['tokens']:,}",
+            words(run["variant"]),
+            str(run["gpus"]),
+            {"none": "", "ddp": "DDP", "fsdp2": "FSDP2"}[run["wrap"]],
+            f"{run['step_ms']:,.0f} ms",
+            f"{run['tokens_per_s']:,}",
+            f"{run['efficiency']:.1%}" if "efficiency" in run else "",
+            f"{run['tokens_per_s'] / base:.2f}x" if base else "",
+            f"{run['peak_allocated_gb']:.1f} GB" if "peak_allocated_gb" in run else "",
+            "" if share is None else f"{share:.1%} ({run['communication_overlapped']:.0%})",
+            f"{abs(run['loss'] / run['loss_one_process'] - 1):.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(results: list[Path]) -> None:
-    """Draw each result file beside itself; scaling runs of one shape together."""
+    """Draw each result file beside itself; scaling runs of one shape together, with a table."""
     shapes: dict[str, list[Path]] = {}
     for path in results:
         result = json.loads(path.read_text())
@@ -100,7 +151,10 @@ def main(results: list[Path]) -> None:
         else:
             print(draw(path))
     for paths in shapes.values():
-        print(draw_scaling(paths))
+        picture = draw_scaling(paths)
+        table = picture.with_suffix(".md")
+        table.write_text(scaling_table(paths))
+        print(picture, table, sep="\n")
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def the_benchmark():
     import bench_scaling
 
     out = Path(sys.argv[1]) / "scaling"
-    bench_scaling.main("tiny", "256", "skip-0.5-eager", "ddp,fsdp2", 4, "float32", 1, out, 1e9)
+    bench_scaling.main("tiny", "256", "skip-0.5-eager", "ddp,fsdp2", 4, "float32", 1, out, 1e9, 1)
 
 
 if __name__ == "__main__":
