@@ -111,7 +111,7 @@ class LemoConfig:
             `"all"`: a branch keeps its kept rows only. `"projections"`: it keeps the attention's output too, so that
             attention, quadratic in length, is not computed twice. `"elementwise"`: it keeps every matrix product as
             well, and computes only norms, casts and activation functions again: three quarters of the memory that
-            training without checkpointing takes, for little time.
+            training without checkpointing takes, for little time. Dense layers take part.
         offload: under activation checkpointing on a GPU, what a layer keeps for the backward waits in pinned host
             memory and comes back while the layer after it is in its backward, so that GPU memory does not grow with
             the number of layers. Dense layers take part. Changes no number; does nothing on the CPU.
@@ -205,7 +205,7 @@ class LemoConfig:
 _QUARTER = replace(DEFAULT_SITE, keep=0.25)
 PRESETS = {
     "careful": LemoConfig(),
-    "balanced": LemoConfig(forward="float8"),
+    "balanced": LemoConfig(forward="float8", backward="float8"),
     "fast": LemoConfig(attention=_QUARTER, mlp=_QUARTER),
 }
 """Plans whose speed, memory and loss in quality were measured side by side (docs/accuracy.md)."""

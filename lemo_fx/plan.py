@@ -58,11 +58,12 @@ def make_plans(
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
-            if not config.offload and (config.dense_layers is not None or index < len(layers) - 1):
+            everywhere = config.offload or config.recompute != "all"
+            if not everywhere and (config.dense_layers is not None or index < len(layers) - 1):
                 continue
             # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
-            # its graph is installed with dense branches, so that its MLP is recomputed in segments. With offload
-            # every layer's is: what is installed is what offloads.
+            # its graph is installed with dense branches, so that its MLP is recomputed in segments. With offload, or
+            # where not all is recomputed, every layer's is: what is installed does so.
         parallel.refuse_finer_units(name, layer)
         try:
             with parallel.gathered(layer):
@@ -70,7 +71,7 @@ def make_plans(
         except UnsupportedModelError as error:
             if not config.is_dense(index, len(layers)):
                 raise
-            notes.append(f"{name}: neither offloaded nor recomputed in segments: {error}")
+            notes.append(f"{name}: neither offloaded nor recomputed in parts: {error}")
             continue
         if plan is not None:
             plans.append(plan)
@@ -116,7 +117,7 @@ def _plan_layer(
     step: runtime.Step,
     dump: Path | None,
 ) -> Plan | None:
-    if config.attention is None and config.mlp is None and not config.offload:
+    if config.attention is None and config.mlp is None and not config.offload and config.recompute == "all":
         return None
     try:
         graph = capture(layer, ABSENT_IN_TRAINING)

@@ -45,8 +45,9 @@ IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_hea
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Width of a model's residual stream, where its tokens enter it."""
-    return int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    """Width of a model's residual stream; its embeddings may be narrower (OPT-350M projects them)."""
+    config: Any = model.config
+    return int((config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size)
 
 
 def fingerprint(config: Any) -> str:

@@ -207,6 +207,16 @@ def test_bfloat16_step():
     assert all(torch.isfinite(g).all() for g in gradients.values())
 
 
+def test_embeddings_narrower_than_the_stream():
+    """OPT-350M projects its embeddings up: predictors read the stream, not them."""
+    model = tiny("opt_post_norm", word_embed_proj_dim=16)
+    inputs = batch(1, 64)
+    predictors = lemo_fx.fit(model, [inputs["input_ids"][0]] * 2, CONFIG, recipe=Recipe(most_steps=8), progress=False)
+    assert predictors.record["hidden_size"] == 32
+    lemo_fx.transform(model, CONFIG, predictors=predictors)
+    assert torch.isfinite(step(model, inputs)[0])
+
+
 def test_a_layer_compiles_once_for_all_layers():
     model, _ = transformed(layers=4)
     inputs = batch(1, 64)

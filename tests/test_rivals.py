@@ -73,26 +73,3 @@ def test_shifted_groups_see_no_future_and_no_other_group(model):
     difference = (outputs[0] - outputs[1]).abs().amax(dim=(0, 2)) > 1e-7
     # Groups of 32: token 40 is in the plain group 32..63 and in the shifted group 16..47.
     assert difference.nonzero().flatten().tolist() == list(range(40, 64))
-
-
-@pytest.mark.parametrize("sampled", [False, True])
-def test_blocks_chosen_by_loss(model, sampled):
-    """Without sampling, the blocks with the least likely tokens; losses and evaluation are those of always."""
-    site = Elimination(keep=0.25, eliminated="exact")
-    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=(), loss_segments=None))
-    loss, _ = gradients(model)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        chances = model.eval()(IDS).logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0].exp()
-    worth = torch.nn.functional.pad(1 - chances, (0, 1)).unflatten(1, (-1, 8)).mean(2)
-    tokens = []
-    handle = model.model.layers[0].lemo_attention_select.register_forward_hook(lambda m, a, out: tokens.append(out))
-    with rivals.chosen_by_loss(model.train(), sampled):
-        assert gradients(model)[0] == pytest.approx(loss, rel=1e-5)
-    handle.remove()
-    kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, tokens[-1] // 8, True)
-    assert kept.sum(1).tolist() == [4, 4]
-    inner = worth[:, 1:-1]
-    best = torch.zeros_like(inner, dtype=torch.bool).scatter_(1, inner.topk(2, 1).indices, True)
-    assert torch.equal(kept[:, 1:-1], best) != sampled
-    assert gradients(model)[0] == pytest.approx(loss, rel=1e-5)

@@ -112,8 +112,7 @@ def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=
 ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
 
 SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
-
-
+ELEMENTWISE_ONLY = LemoConfig(attention=None, mlp=None, recompute="elementwise")
 OFFLOAD_ONLY = LemoConfig(attention=None, mlp=None, offload=True)
 
 
@@ -144,6 +143,7 @@ VARIANTS = {
         Variant("lora-eager", None, compiled=False),
         Variant("lora-compiled", SEGMENTS_ONLY),
         Variant("lora-compiled-lean", SEGMENTS_ONLY, lean=True),
+        Variant("lora-elementwise", ELEMENTWISE_ONLY, checkpointed=True),
         Variant("lora-eager-checkpointed", SEGMENTS_ONLY, compiled=False, checkpointed=True),
         Variant("lora-checkpointed", SEGMENTS_ONLY, checkpointed=True),
         Variant("skip-0.5", sparse(0.5)),

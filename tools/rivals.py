@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import lemo_fx
-from lemo_fx.parts import StepScore
 from lemo_fx.sites import decoder_layers
 
 
@@ -141,49 +139,3 @@ def full_keys(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def chosen_by_loss(model: nn.Module, sampled: bool = False) -> Iterator[None]:
-    """One choice a step made after a dense forward: the blocks whose tokens the model finds least likely.
-
-    What a choice made in the backward could do, at the price of one forward more. A token's loss has a gradient of
-    about 1 - p, so a block is worth the mean of that over its tokens.
-
-    Args:
-        sampled: draw blocks with chances in proportion to that (the largest of its logarithm plus Gumbel noise)
-            instead of taking the largest.
-    """
-    leader = next(m for m in model.modules() if isinstance(m, StepScore) and m.leads)
-
-    def choose(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled():
-            return
-        ids = kwargs["input_ids"]
-        lemo_fx.set_dense(model)
-        with torch.no_grad():
-            # Without labels, or the model computes no logits; a token's worth stands where its loss arises.
-            logits = model(input_ids=ids).logits
-            chance = [
-                row[:-1].float().log_softmax(-1).gather(1, t[1:, None]).exp()
-                for row, t in zip(logits, ids, strict=True)
-            ]
-            worth = F.pad(1 - torch.stack(chance).squeeze(-1), (0, 1))
-            blocks = F.pad(worth, (0, -worth.shape[1] % leader.block_size)).unflatten(1, (-1, leader.block_size))
-            scores = blocks.mean(2)
-            if sampled:
-                scores = scores.clamp_min(1e-6).log() - torch.empty_like(scores).exponential_().log()
-        lemo_fx.set_dense(model, False)
-        leader.forward = lambda stream: _lead(leader, scores)
-
-    handle = model.register_forward_pre_hook(choose, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-        vars(leader).pop("forward", None)
-
-
-def _lead(leader: StepScore, scores: torch.Tensor) -> torch.Tensor:
-    leader.step.scores = scores
-    return scores

@@ -14,12 +14,18 @@ from torch import nn
 from lemo_fx.kernels.float8_linear import reference
 
 
-def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N] in x's dtype; no gradient."""
+def float8_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, again: bool = False
+) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N] in x's dtype; no gradient.
+
+    Args:
+        again: as in `reference.quantise`, of the weight.
+    """
     if not x.is_cuda:
         return reference.float8_linear(x, weight, bias)
     rows, row_scale = reference.quantise(x.flatten(0, -2))
-    columns, column_scale = reference.quantise(weight)
+    columns, column_scale = reference.quantise(weight, again)
     # The product wants columns that lie one after the other; those of a transposed weight do not.
     out = torch._scaled_mm(
         rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
@@ -35,7 +41,7 @@ class Float8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `float8_linear`."""
         ctx.save_for_backward(weight)
-        return float8_linear(x, weight, bias)
+        return float8_linear(x, weight, bias, again=True)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -98,7 +104,8 @@ class SwitchedLinear(nn.Linear):
         """[..., K] -> [..., N]."""
         if not vars(self)[SWITCH].on or not fits(x, self.weight):
             return super().forward(x)
-        return Float8Linear.apply(x, self.weight, self.bias)
+        run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
+        return run(x, self.weight, self.bias)
 
 
 for name in ("__name__", "__qualname__", "__module__"):

@@ -5,9 +5,15 @@ import torch
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] -> (float8 [N, K], float32 scales [N, 1]); the largest magnitude of a row becomes float8's largest."""
-    scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / LARGEST
+def quantise(rows: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> (float8 [N, K], float32 scales [N, 1]); the largest magnitude of a row becomes float8's largest.
+
+    Args:
+        again: the same in other operations. A compiler that meets equal operations in forward and recompute does them
+            once and keeps the result, here a copy of the weights, from the one to the other.
+    """
+    largest = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12)
+    scale = largest * (1 / LARGEST) if again else largest / LARGEST
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 

@@ -177,3 +177,23 @@ def test_cuda_graphs(eliminated):
     for (loss, gradient), (new_loss, new_gradient) in zip(*found, strict=True):
         torch.testing.assert_close(new_loss, loss, rtol=1e-4, atol=0)
         assert float((new_gradient - gradient).norm() / gradient.norm()) < 1e-2
+
+
+def test_float8_backward_keeps_no_weights():
+    """Compiled and checkpointed, the float8 weights of the forward are rounded again, not kept for the recompute."""
+    held = {}
+    for backward in ("model", "float8"):
+        model, batch = model_and_batch(6)
+        model.to(torch.bfloat16).gradient_checkpointing_enable({"use_reentrant": False})
+        config = both(keep=0.375, eliminated="exact")
+        lemo_fx.transform(model, dataclasses.replace(config, forward="float8", backward=backward))
+        for _, layer in decoder_layers(model):
+            layer.compile()
+        step(model, batch)
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        loss = model(**batch, use_cache=False).loss
+        held[backward] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        torch._dynamo.reset()
+    assert held["float8"] < 1.02 * held["model"], held
