@@ -263,6 +263,11 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
         if not settings.segments(self, given.get("labels"), given):
             return original(self, *args, **kwargs)
+        own = next((name for name in CACHE_NAMES if name in settings.arguments), None)
+        for name in CACHE_NAMES:
+            if own is not None and name != own and given.get(name) is not None:
+                # An older name, which a decorator of the original forward would have translated.
+                given[own] = given.pop(name)
         # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
         if given.get("use_cache") is None and all(given.get(name) is None for name in CACHE_NAMES):
             given["use_cache"] = False

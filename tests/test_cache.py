@@ -39,3 +39,16 @@ def test_a_filled_cache_runs_the_original_code(model):
         expected = model(input_ids=ids, past_key_values=copy.deepcopy(cache)).logits
         assert torch.equal(model.train()(input_ids=ids, past_key_values=cache).logits, expected)
     assert shares(model) == {None}
+
+
+def test_a_filled_cache_counts_in_a_step_with_labels(model):
+    """Under whichever name it is given: prefix tuning trains through it."""
+    ids = torch.randint(0, 50, (2, 64))
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+        loss = model.train()(input_ids=ids, labels=ids, past_key_values=copy.deepcopy(cache)).loss
+        lemo_fx.revert(model)
+        expected = model(input_ids=ids, labels=ids, past_key_values=copy.deepcopy(cache)).loss
+        alone = model(input_ids=ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(loss, expected)
+    assert not torch.isclose(loss, alone)

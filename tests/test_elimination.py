@@ -2,12 +2,12 @@
 
 import itertools
 import math
-import shutil
 
 import pytest
 import torch
 from tiny import TOLERANCE, Recorder, assert_same_step, batch, fix_choice, gradients, packed, selections, step, tiny
 from torch.nn import functional
+from transformers.integrations import flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -374,11 +374,11 @@ def test_four_dimensional_masks(rows, kind, per_head):
         torch.testing.assert_close(found[name], expected[name], **TOLERANCE["fp32"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="transformers compiles flex attention")
 @pytest.mark.parametrize(("architecture", "packing"), [("llama", False), ("mistral", True)])
 @torch.no_grad()
-def test_block_masks(architecture, packing):
+def test_block_masks(architecture, packing, monkeypatch):
+    # Not compiled, as transformers would: torch's kernel for CPUs without AVX512 is wrong at some lengths (104, say).
+    monkeypatch.setattr(flex_attention, "WrappedFlexAttention", lambda training: lambda: flex_attention.flex_attention)
     inputs = packed([50, 60, 90]) if packing else batch(2, 200, padding="both")
     documents = torch.tensor([[0] * 50 + [1] * 60 + [2] * 90]) if packing else None
     model = tiny(architecture, LAYERS, "flex_attention").eval()
