@@ -119,7 +119,7 @@ class LemoConfig:
             the products of frozen linear layers in float8, rounded with one scale a token and one an output channel,
             where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own).
         backward: the same for what `exact` computes with gradient: the kept tokens' recompute, and the gradients that
-            pass through frozen linear layers. Uncompiled, the kept tokens' values come from there and are in float8 too.
+            pass through frozen linear layers. Uncompiled, the kept tokens' values come from there and are rounded too.
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
