@@ -81,8 +81,11 @@ def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole):
     assert len(set(kept)) == layers - 2
 
 
-@pytest.mark.parametrize(("layers", "kinds"), [(4, 3), (1, 1)], ids=["by_layer", "whole_model"])
-@pytest.mark.parametrize("site", [Elimination(keep=0.4), Elimination(threshold=3.0)], ids=["keep", "threshold"])
+@pytest.mark.parametrize(
+    ("site", "layers", "kinds"),
+    [(Elimination(keep=0.4), 4, 3), (Elimination(threshold=3.0), 1, 1)],
+    ids=["keep_by_layer", "threshold_whole_model"],
+)
 def test_any_length_compiles_twice(site, layers, kinds):
     # Static, then dynamic, which takes a ragged tail too.
     batches = [batch(2, length, padding="both") for length in (64, 96, 73)]
@@ -100,8 +103,7 @@ def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
 
 
-@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
-@pytest.mark.parametrize("treatment", ["skip", "exact"])
+@pytest.mark.parametrize(("treatment", "segment"), [("skip", None), ("exact", 16)], ids=["one_piece", "pieces"])
 def test_models_of_other_scalings_compile_in_one_process(treatment, segment, monkeypatch):
     if segment:
         monkeypatch.setattr(runtime, "SEGMENT", segment)
