@@ -170,18 +170,11 @@ VARIANTS = {
         ),
         *(
             Variant(
-                f"step-{keep}-float8-checkpointed",
-                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8"),
+                f"step-{keep}-{name}-checkpointed",
+                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8", backward=backward),
                 checkpointed=True,
             )
-            for keep in (0.5, 0.375, 0.25)
-        ),
-        *(
-            Variant(
-                f"step-{keep}-both-float8-checkpointed",
-                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8", backward="float8"),
-                checkpointed=True,
-            )
+            for name, backward in (("float8", "model"), ("both-float8", "float8"))
             for keep in (0.5, 0.375, 0.25)
         ),
         Variant(

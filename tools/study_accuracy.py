@@ -141,7 +141,7 @@ PLANS: dict[str, Plan] = {
     "step-0.5-both-float8": Plan(replace(exact(0.5, score="step"), **FLOAT8)),
     "step-0.375-both-float8": Plan(replace(exact(0.375, score="step"), **FLOAT8)),
     "step-0.25-both-float8": Plan(replace(exact(0.25, score="step"), **FLOAT8)),
-    # As many steps as fit into 0.6 of LoRA's time at 2.13 and 2.43 times its speed.
+    # As many steps as fit into 0.6 of LoRA's time at the speeds expected, 2.13 and 2.43 times its own.
     "step-0.5-both-float8-more": Plan(replace(exact(0.5, score="step"), **FLOAT8), steps=1.28),
     "step-0.375-both-float8-more": Plan(replace(exact(0.375, score="step"), **FLOAT8), steps=1.46),
     "step-0.25-float8": Plan(replace(exact(0.25, score="step"), forward="float8")),

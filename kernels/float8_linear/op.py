@@ -69,6 +69,7 @@ class Float8Switch(nn.Module):
     """
 
     on = False
+    layers: tuple[nn.Linear, ...] = ()
 
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
