@@ -80,11 +80,25 @@ def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Ch
     return keep_attention(context, operation)
 
 
+def keep_sums(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """`keep_products` for a compiler, which saves no more of what may be kept than the backward reads.
+
+    It may keep sums in the model's precision too: rotated queries and keys and the stream between two branches, in the
+    place of the products that they come from, which their adapters' part would have to be added to again.
+    """
+    if operation is torch.ops.aten.add.Tensor and all(isinstance(term, torch.Tensor) for term in args[:2]):
+        first, second = args[:2]
+        if first.shape == second.shape and first.dtype == second.dtype:
+            return CheckpointPolicy.MUST_SAVE
+    return keep_products(context, operation, *args, **kwargs)
+
+
 SELECTIVE = {
     "projections": functools.partial(create_selective_checkpoint_contexts, keep_attention),
     "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_products),
 }
 """`LemoConfig.recompute` -> what a checkpointed branch keeps besides its arguments."""
+SELECTIVE_COMPILED = {**SELECTIVE, "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_sums)}
 
 
 def branch(
@@ -101,7 +115,8 @@ def branch(
     """
     if not checkpointing or not torch.is_grad_enabled():
         return function(*args) if float8 is None else float8.run(function, *args)
-    selective: dict[str, Any] = {"context_fn": SELECTIVE[recompute]} if recompute in SELECTIVE else {}
+    contexts = SELECTIVE_COMPILED if torch.compiler.is_compiling() else SELECTIVE
+    selective: dict[str, Any] = {"context_fn": contexts[recompute]} if recompute in contexts else {}
     return _checkpoint(function, *args, float8=float8, **selective)
 
 

@@ -153,7 +153,7 @@ def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(reco
 
 
 def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_less():
-    products, kept = {}, {}
+    products, adapters, kept = {}, {}, {}
     for recompute in (None, "elementwise"):
         settings = {"recompute": recompute, "checkpointing": True} if recompute else {}
         model = transformed(Elimination(keep=0.5), **settings)
@@ -170,11 +170,14 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
         nodes = [n for graph in graphs for n in graph.graph.nodes if n.target in (aten.mm.default, aten.addmm.default)]
         inner = [min(*n.args[-2].meta["val"].shape, *n.args[-1].meta["val"].shape) for n in nodes]
         products[recompute] = sum(width > 4 for width in inner)
+        adapters[recompute] = len(inner) - products[recompute]
         # What the backward takes besides parameters and the gradient of the layer's output.
         (arguments,) = ([n for n in graph.graph.nodes if n.op == "placeholder"] for graph in graphs[1:])
         sizes = [n.meta["val"] for n in arguments if isinstance(n.meta["val"], torch.Tensor)]
         kept[recompute] = sum(x.nbytes for x in sizes if 40 in x.shape)
     assert products["elementwise"] == products[None] > 0
+    # Rotated queries and keys are kept, and so is the sum after the output projection; values alone are added up again.
+    assert adapters["elementwise"] <= adapters[None] + 1
     assert kept["elementwise"] < 0.8 * kept[None]
 
 
