@@ -120,6 +120,8 @@ class LemoConfig:
             where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own).
         backward: the same for what `exact` computes with gradient: the kept tokens' recompute, and the gradients that
             pass through frozen linear layers. Uncompiled, the kept tokens' values come from there and are rounded too.
+            Together with `forward="float8"` all other branches of the decoder layers compute so too, those of dense
+            layers included; a site with `keep=1.0` stays the original's.
         active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
             `"always"`: the sparse forward also runs in `eval()`, for studies.
     """
@@ -187,6 +189,16 @@ class LemoConfig:
     def site(self, kind: SiteKind) -> Elimination | None:
         """The elimination of one kind of site."""
         return self.attention if kind == "attention" else self.mlp
+
+    @property
+    def float8_everywhere(self) -> bool:
+        """Whether branches that are not `exact` compute in float8 too."""
+        return self.forward == self.backward == "float8"
+
+    @property
+    def rewrites_dense_layers(self) -> bool:
+        """Whether layers without any elimination take part in something that a rewritten layer does."""
+        return self.offload or self.recompute != "all" or self.float8_everywhere
 
     def is_dense(self, layer: int, layers: int) -> bool:
         """Whether decoder layer `layer` of `layers` is left alone.

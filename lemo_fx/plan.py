@@ -58,12 +58,11 @@ def make_plans(
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
-            everywhere = config.offload or config.recompute != "all"
-            if not everywhere and (config.dense_layers is not None or index < len(layers) - 1):
-                continue
+            last = config.dense_layers is None and index == len(layers) - 1
             # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
-            # its graph is installed with dense branches, so that its MLP is recomputed in segments. With offload, or
-            # where not all is recomputed, every layer's is: what is installed does so.
+            # its graph is installed with dense branches, so that its MLP is recomputed in segments.
+            if not (config.rewrites_dense_layers or last):
+                continue
         parallel.refuse_finer_units(name, layer)
         try:
             with parallel.gathered(layer):
@@ -71,7 +70,7 @@ def make_plans(
         except UnsupportedModelError as error:
             if not config.is_dense(index, len(layers)):
                 raise
-            notes.append(f"{name}: neither offloaded nor recomputed in parts: {error}")
+            notes.append(f"{name}: left as it is, neither offloaded, nor recomputed in parts, nor in float8: {error}")
             continue
         if plan is not None:
             plans.append(plan)
@@ -117,7 +116,7 @@ def _plan_layer(
     step: runtime.Step,
     dump: Path | None,
 ) -> Plan | None:
-    if config.attention is None and config.mlp is None and not config.offload and config.recompute == "all":
+    if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
         return None
     try:
         graph = capture(layer, ABSENT_IN_TRAINING)
@@ -133,12 +132,13 @@ def _plan_layer(
         rows.append(_row(refusal.kind, "dense", note=f"dense (None in the config): {refusal.node} {refusal.reason}"))
 
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, config.backward)
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
     for site in planned:
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
             reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
             rows.append(_row(site.name, "dense", note=reason))
+            site.float8 = config.float8_everywhere
             continue
         _refuse_unknown_arguments(name, rewrite, site)
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
@@ -198,8 +198,10 @@ def _plan_site(
     planned.score = score
     keep = elimination.at_layer("keep", index, count)
     threshold = elimination.at_layer("threshold", index, count)
-    if keep == 1 and planned.treatment == "exact":
-        # Nothing is eliminated, so nothing is to be computed a second time, in float8 perhaps.
+    if keep != 1:
+        planned.float8 = config.float8_everywhere or (planned.treatment == "exact" and config.backward == "float8")
+    elif planned.treatment == "exact":
+        # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
     budget = f"keep {keep:g}" if keep is not None else f"threshold {threshold:g}"
     row = _row(planned.name, elimination.eliminated, score, budget)

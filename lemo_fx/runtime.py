@@ -93,6 +93,12 @@ def keep_sums(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkp
     return keep_products(context, operation, *args, **kwargs)
 
 
+def keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Checkpoint policy that recomputes everything, for a compiler: see `_checkpoint`."""
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+RECOMPUTE_ALL = functools.partial(create_selective_checkpoint_contexts, keep_nothing)
 SELECTIVE = {
     "projections": functools.partial(create_selective_checkpoint_contexts, keep_attention),
     "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_products),
@@ -125,6 +131,9 @@ def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **s
     if float8 is None:
         return checkpoint(function, *args, **selective)
     if torch.compiler.is_compiling():
+        # A compiler does not see that what a function with a gradient of its own computes within a checkpoint is to be
+        # recomputed, unless a policy says so operation by operation; it would keep every product.
+        selective.setdefault("context_fn", RECOMPUTE_ALL)
         # Traced once, and a compiler lets a checkpointed function change nothing outside of it.
         return float8.run(checkpoint, function, *args, **selective)
     return checkpoint(float8.run, function, *args, **selective)

@@ -38,8 +38,8 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
     return changed
 
 
-def _branch_region(planned: PlannedSite, float8: bool = False) -> Region:
-    return Region(f"lemo_{planned.name}_branch", gradient=True, token_wise=planned.site.kind == "mlp", float8=float8)
+def _branch_region(planned: PlannedSite) -> Region:
+    return Region(f"lemo_{planned.name}_branch", True, token_wise=planned.site.kind == "mlp", float8=planned.float8)
 
 
 def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
@@ -49,7 +49,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
     else:
         mask = rewrite.placeholder("attention_mask")
         planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
-    branch = _branch_region(planned, planned.treatment == "exact" and rewrite.backward == "float8")
+    branch = _branch_region(planned)
     rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
     values = {site.stream: rows}
     if site.kind == "attention":

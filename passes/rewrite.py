@@ -42,6 +42,7 @@ class PlannedSite:
         treatment: of the eliminated tokens; None leaves the branch dense (it still becomes a function, so that
             activation checkpointing covers it).
         score: node-producing kind: "measured", "predicted", "random", "step" or "shared".
+        float8: whether what is computed with gradient computes in float8.
         tokens, dropped, rows, output, rest: filled in by the passes as they go.
     """
 
@@ -49,6 +50,7 @@ class PlannedSite:
     site: Site
     treatment: Treatment | None
     score: str = "measured"
+    float8: bool = False
     scores: fx.Node | None = None
     tokens: fx.Node | None = None
     dropped: fx.Node | None = None
@@ -65,7 +67,7 @@ class LayerRewrite:
         graph: its captured graph; every pass edits it in place.
         sites: planned sites in the order in which they return to the stream.
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
-        forward, backward: precision of what `exact` computes without and with gradient, see `LemoConfig`.
+        forward: precision of what `exact` computes without gradient, see `LemoConfig`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
         functions: graphs of the outlined functions by name.
     """
@@ -75,7 +77,6 @@ class LayerRewrite:
     sites: list[PlannedSite]
     recompute: str = "all"
     forward: str = "model"
-    backward: str = "model"
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 

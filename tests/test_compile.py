@@ -61,7 +61,7 @@ def test_one_compilation_for_each_kind_of_layer(variant):
     site, settings = VARIANTS[variant]
     batches = [batch(2, 64, padding=side, seed=seed) for seed, side in enumerate(("right", "left", "both"))]
     # A dense layer, the sparse ones and the last one; rewritten dense layers are all alike.
-    kinds = 2 if variant in ("offload", "projections", "elementwise") else 3
+    kinds = 2 if variant in ("offload", "projections", "elementwise", "float8_both") else 3
     assert compilations(transformed(site, **settings), batches, backend="aot_eager") == [kinds, 0, 0]
 
 
@@ -179,6 +179,31 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
     # Rotated queries and keys are kept, and so is the sum after the output projection; values alone are added up again.
     assert adapters["elementwise"] <= adapters[None] + 1
     assert kept["elementwise"] < 0.8 * kept[None]
+
+
+@pytest.mark.parametrize(
+    ("site", "rows"), [(None, 0), (Elimination(keep=0.5, score="random"), 2)], ids=["dense", "skip"]
+)
+def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
+    model = with_lora(tiny("llama", 1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    config = LemoConfig(site, site, block_size=8, dense_layers=(), forward="float8", backward="float8")
+    lemo_fx.transform(model, config)
+    layer, backwards, inputs = model.get_decoder().layers[0], [], batch(1, 80)
+    expected = step(model, inputs)
+    collect = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=lambda graph, _: backwards.append(graph) or make_boxed_func(graph.forward),
+    )
+    layer.compile(fullgraph=True, backend=collect)
+    assert_same_step(step(model, inputs), expected, "compiled")
+    torch._dynamo.reset()
+    (graph,) = backwards
+    saved = [n for n in graph.graph.nodes if n.op == "placeholder" and not n.name.startswith(("primals", "tangents"))]
+    values = [n.meta["val"] for n in saved if isinstance(n.meta["val"], torch.Tensor)]
+    # Nothing that float8 products gave, nor their inputs: the kept rows of each branch alone.
+    assert sum(v.is_floating_point() and {40, 80} & {*v.shape} != set() for v in values) == rows
 
 
 # Mixtral's experts do not compile whole on the CPU with transformers 5.17, nor under adapters, with lemo_fx or without.

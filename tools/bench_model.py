@@ -113,6 +113,7 @@ ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
 
 SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
 ELEMENTWISE_ONLY = LemoConfig(attention=None, mlp=None, recompute="elementwise")
+FLOAT8_ONLY = LemoConfig(attention=None, mlp=None, forward="float8", backward="float8")
 OFFLOAD_ONLY = LemoConfig(attention=None, mlp=None, offload=True)
 
 
@@ -146,12 +147,18 @@ VARIANTS = {
         Variant("lora-elementwise", ELEMENTWISE_ONLY, checkpointed=True),
         Variant("lora-eager-checkpointed", SEGMENTS_ONLY, compiled=False, checkpointed=True),
         Variant("lora-checkpointed", SEGMENTS_ONLY, checkpointed=True),
+        Variant("lora-both-float8-checkpointed", FLOAT8_ONLY, checkpointed=True),
         Variant("skip-0.5", sparse(0.5)),
         Variant("skip-0.5-random", sparse(0.5, score="random")),
         Variant("skip-0.5-eager", sparse(0.5), compiled=False),
         Variant("skip-0.5-checkpointed", sparse(0.5), checkpointed=True),
         Variant("skip-0.5-shared", sparse(0.5, shared=True)),
         Variant("skip-0.5-shared-checkpointed", sparse(0.5, shared=True), checkpointed=True),
+        Variant(
+            "skip-0.5-shared-both-float8-checkpointed",
+            dataclasses.replace(sparse(0.5, shared=True), forward="float8", backward="float8"),
+            checkpointed=True,
+        ),
         Variant(
             "skip-0.5-shared-checkpointed-attention-kept",
             sparse(0.5, shared=True, recompute="projections"),
@@ -175,6 +182,18 @@ VARIANTS = {
                 checkpointed=True,
             )
             for name, backward in (("float8", "model"), ("both-float8", "float8"))
+            for keep in (0.5, 0.375, 0.25)
+        ),
+        # More dense layers at the top: the last two, and as many of 32 layers as two are of 12.
+        *(
+            Variant(
+                f"step-{keep}-both-float8-{name}-checkpointed",
+                dataclasses.replace(
+                    sparse(keep, "exact", "step"), dense_layers=dense, forward="float8", backward="float8"
+                ),
+                checkpointed=True,
+            )
+            for name, dense in (("last-two", (0, -2, -1)), ("last-five", (0, -5, -4, -3, -2, -1)))
             for keep in (0.5, 0.375, 0.25)
         ),
         Variant(
@@ -455,7 +474,8 @@ def main(
     adapters: Annotated[
         str, typer.Option(help="dtype of the adapters: float32 (PEFT's default) or bfloat16")
     ] = "float32",
-    steps: Annotated[int, typer.Option(help="timed steps after two warm-up steps")] = 5,
+    steps: Annotated[int, typer.Option(help="timed steps")] = 5,
+    warm_up: Annotated[int, typer.Option(help="steps before them; the first compiles")] = 2,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/model"),
     profile: Annotated[
         str, typer.Option(help="variants whose kernels by device time, and what is alive at the peak, are written too")
@@ -493,7 +513,7 @@ def main(
                 _release(device)
                 model = build(shape, device, adapters)
             run = attempt(
-                model, variant, length, steps, device, out if variant.name in profile.split(",") else None, cap
+                model, variant, length, steps, device, out if variant.name in profile.split(",") else None, cap, warm_up
             )
             if variant.liger:
                 model = None

@@ -144,6 +144,18 @@ PLANS: dict[str, Plan] = {
     # As many steps as fit into 0.6 of LoRA's time at the speeds expected, 2.13 and 2.43 times its own.
     "step-0.5-both-float8-more": Plan(replace(exact(0.5, score="step"), **FLOAT8), steps=1.28),
     "step-0.375-both-float8-more": Plan(replace(exact(0.375, score="step"), **FLOAT8), steps=1.46),
+    # The same with one dense layer more at the top, and with dense steps at the end.
+    "step-0.5-both-float8-last-two-more": Plan(
+        replace(exact(0.5, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.24
+    ),
+    "step-0.375-both-float8-last-two-more": Plan(
+        replace(exact(0.375, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.4
+    ),
+    "step-0.25-both-float8-last-two-more": Plan(
+        replace(exact(0.25, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.58
+    ),
+    "step-0.375-both-float8-last-two": Plan(replace(exact(0.375, score="step", dense_layers=(0, -2, -1)), **FLOAT8)),
+    "step-0.375-both-float8-more-finish": Plan(replace(exact(0.375, score="step"), **FLOAT8), steps=1.25, finish=0.1),
     "step-0.25-float8": Plan(replace(exact(0.25, score="step"), forward="float8")),
     "step-0.25-block-16": Plan(replace(exact(0.25, score="step"), block_size=16)),
     "step-0.25-block-256": Plan(replace(exact(0.25, score="step"), block_size=256)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import batch, fix_choice, step, tiny, with_lora
+from tiny import assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch import nn
 
 import lemo_fx
@@ -94,6 +94,36 @@ def test_exact_in_a_model(architecture, precision, checkpointing):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     lemo_fx.revert(model)
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("treatment", ["skip", None], ids=["skip", "no_elimination"])
+@pytest.mark.parametrize("precision", [FORWARD, {"backward": "float8"}, BOTH], ids="+".join)
+def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precision):
+    site = treatment and Elimination(keep=0.5, eliminated=treatment)
+    model, inputs = with_lora(tiny("llama", 4)), batch(2, 64)
+    kinds = [type(module) for module in model.modules()]
+    losses = {}
+    for name, settings in (("model", {}), ("float8", precision)):
+        lemo_fx.transform(model, LemoConfig(site, site, block_size=8, **settings))
+        switches = sum(isinstance(module, Float8Switch) for module in model.modules())
+        assert switches == (4 if settings == BOTH else 0)
+        if site:
+            fix_choice(model, [0, 2, 3, 7])
+        losses[name], gradients = step(model, inputs)
+        assert all(g.isfinite().all() for g in gradients.values())
+        lemo_fx.revert(model)
+    assert (losses["float8"] != losses["model"]) == (precision == BOTH)
+    assert abs(losses["float8"] - losses["model"]) < 0.05 * losses["model"]
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_keep_one_stays_the_originals_arithmetic():
+    model, inputs = with_lora(tiny("llama", 2)), batch(2, 64)
+    expected = step(model, inputs)
+    for treatment in ("skip", "exact"):
+        site = Elimination(keep=1.0, eliminated=treatment)
+        lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=(), **BOTH))
+        assert_same_step(step(model, inputs), expected, "fp32")
 
 
 # Compiled and checkpointed, the kept rows' values come from the forward in float8; eager, from their own branch: with
