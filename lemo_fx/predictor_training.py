@@ -128,9 +128,9 @@ def train(
         heldout: sequences to report the loss on, at the end of every tenth of the training.
 
     Returns:
-        Weights on the CPU, in int8 and bfloat16, whose scores are in the measured scores' units. The record holds
-        "losses" (per step), "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of zero
-        activations).
+        Weights on the CPU, in int8 and bfloat16; an attention's scores are in the measured scores' units. The record
+        holds "losses" (per step), "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of
+        zero activations).
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(recipe.seed)
