@@ -37,11 +37,12 @@ class Elimination:
             `"stand_in"`: a frozen low-rank linear map, fitted by `lemo_fx.fit`, stands in for the branch. `"exact"`:
             the branch is computed for them without saving anything, and the gradient flows through the kept ones only.
         score: what ranks the blocks. `"measured"`: LeMo's block informativeness from Q and K, or the intermediate
-            activations of the MLP. `"predicted"`: pattern predictors. `"random"`: a stateless hash of the layer's
-            input. `"step"`: one such hash for the whole step, so that all sites keep the same blocks; with `exact`,
-            the gradient of a kept token then passes every layer (TokenTune, arXiv 2501.18824). `"shared"` (MLP only):
-            the blocks that the attention of the same layer kept. `"auto"`: predicted where predictors were given, else
-            "step" for `exact` with `keep` (a backward wants unbiased blocks), else measured.
+            activations of the MLP. `"predicted"`: pattern predictors; an MLP's name the tokens of each block whose
+            activations are measured. `"random"`: a stateless hash of the layer's input. `"step"`: one such hash for the
+            whole step, so that all sites keep the same blocks; with `exact`, the gradient of a kept token then passes
+            every layer (TokenTune, arXiv 2501.18824). `"shared"` (MLP only): the blocks that the attention of the same
+            layer kept. `"auto"`: predicted where predictors were given, else "step" for `exact` with `keep` (a backward
+            wants unbiased blocks), else measured.
         balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
             score sums over the rows that see a block, so without this the early blocks win and late ones starve.
     """

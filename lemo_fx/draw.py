@@ -125,7 +125,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
             share = numerator / denominator
             rule = f"keep {share:g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
             return Call(_name(node), "select", (rule,))
-        role = "score" if str(node.target).endswith("_score") else "dense"
+        role = "score" if str(node.target).endswith(("_score", "_candidates")) else "dense"
         return Call(str(node.target).removeprefix("lemo_"), role, (type(called).__name__,))
     if node.op != "call_function":
         return None

@@ -159,11 +159,11 @@ def measured_score(mixer: nn.Module, kind: SiteKind, block_size: int) -> Attenti
     return (AttentionScore if kind == "attention" else ActivationScore)(mixer, block_size)
 
 
-class PredictedScore(nn.Module):
-    """Block informativeness from a trained pattern predictor (LeMo section 4.2), see `lemo_fx.prediction`.
+class Predictor(nn.Module):
+    """The weights of one site's pattern predictor (LeMo section 4.2), see `lemo_fx.prediction`.
 
     Args:
-        weights: of one site's predictor; layers of one kind have equal shapes, hence one compilation.
+        weights: by name; layers of one kind have equal shapes, hence one compilation.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], block_size: int) -> None:
@@ -172,6 +172,20 @@ class PredictedScore(nn.Module):
         self.names = tuple(weights)
         for name, value in weights.items():
             self.register_buffer(name, value, persistent=False)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+
+class PredictedScore(Predictor):
+    """Block informativeness for an attention from a trained predictor."""
 
     def forward(
         self,
@@ -188,23 +202,34 @@ class PredictedScore(nn.Module):
         """
         stream = stream.detach()
         valid = runtime.valid_tokens(attention_mask, stream)
-        pairs = None
-        if "distance" in self.names:
-            others = others or {}
-            positions = others.get("position_ids") if position_ids is None else position_ids
-            documents = None
-            if positions is not None or others:
-                documents = runtime.told_documents(stream, positions, others.get("cu_seq_lens_q"))
-            pairs = runtime.block_pairs(attention_mask, documents, stream, self.block_size)
-        weights = {name: getattr(self, name) for name in self.names}
+        others = others or {}
+        positions = others.get("position_ids") if position_ids is None else position_ids
+        documents = None
+        if positions is not None or others:
+            documents = runtime.told_documents(stream, positions, others.get("cu_seq_lens_q"))
+        pairs = runtime.block_pairs(attention_mask, documents, stream, self.block_size)
         # Half precision would tie scores that differ: a sum over query blocks needs more digits than its terms.
         with torch.autocast(stream.device.type, enabled=False):
-            return prediction.scores(weights, stream, self.block_size, valid, pairs)
+            return prediction.scores(self.weights, stream, self.block_size, valid, pairs)
+
+
+class Candidates(Predictor):
+    """The few tokens of each block among which a trained predictor expects the largest MLP score.
+
+    `ActivationScore` then measures those alone: the blocks' true scores wherever the winner is among them.
+    """
 
     @property
-    def bytes(self) -> int:
-        """Size of the weights."""
-        return sum(getattr(self, name).nbytes for name in self.names)
+    def count(self) -> int:
+        """Candidates of a block, c."""
+        return prediction.candidate_count(self.block_size)
+
+    def forward(self, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        """The residual stream [B, S, H] that the branch reads, and the layer's mask -> tokens [B, n c], ascending."""
+        stream = stream.detach()
+        valid = runtime.valid_tokens(attention_mask, stream)
+        with torch.autocast(stream.device.type, enabled=False):
+            return prediction.candidates(self.weights, stream, self.block_size, valid)
 
 
 class RandomScore(nn.Module):

@@ -16,7 +16,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
-from lemo_fx.parts import RandomScore, SelectBlocks, StepScore, measured_score
+from lemo_fx.parts import Candidates, RandomScore, SelectBlocks, StepScore, measured_score
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
@@ -218,8 +218,16 @@ def _plan_site(
                 f"the predictors were trained on blocks of {predictor.block_size} tokens, but the config asks for "
                 f"block_size={config.block_size}: use theirs, or score='measured' ({layer_name}, {planned.name})"
             )
-        rewrite.modules[f"lemo_{planned.name}_score"] = predictor
+        if isinstance(predictor, Candidates) != (planned.site.kind == "mlp"):
+            raise PredictorError(f"{layer_name}, {planned.name}: the predictor is one of another kind of site")
         row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
+        if isinstance(predictor, Candidates):
+            rewrite.modules[f"lemo_{planned.name}_candidates"] = predictor
+            part = measured_score(mixer, "mlp", predictor.count)
+            rewrite.modules[f"lemo_{planned.name}_score"] = part
+            row["note"] += f"; {part.note}" if part.note else ""
+        else:
+            rewrite.modules[f"lemo_{planned.name}_score"] = predictor
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
     elif score == "step":

@@ -5,6 +5,9 @@ A predictor is a dict of tensors. For attention T = 2 networks (for Q and for K)
         third [T, v, d]: three low-rank matrices with ReLU between, which read every token;
     distance [len(DECAYS)] (attention): what a pair of blocks is worth by how far apart they are, whatever they hold;
     offset [1] (MLP; d = 1): logarithm of the score of an average token.
+
+An attention's predictor gives the scores of blocks. An MLP's says which tokens of a block may hold its maximum; their
+true scores follow from the MLP's own weights.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ that a bias learned at one length reads sensibly at another."""
 POOLING = {"attention": "mean", "mlp": "max"}
 """How a block's outputs follow from its tokens'. An MLP's measured score is a maximum over tokens, an attention's a sum
 of maxima that different tokens win; docs/predictors.md compares mean, max and min."""
+
+CANDIDATES = 16
+"""Of so many tokens, one is a candidate for the largest MLP score of its block."""
 
 QUANTUM = 1 / 128
 """What 1 means in an int8 matrix. A power of two: exact in half precision, and far from float16's limit."""
@@ -104,6 +110,34 @@ def token_scores(weights: Mapping[str, torch.Tensor], second: torch.Tensor) -> t
     return (second[0] @ weights["third"][0].float())[..., 0] + weights["offset"].float()
 
 
+def candidate_count(block_size: int) -> int:
+    """Candidates in a block; two at least, where it has as many tokens."""
+    return min(block_size, max(2, block_size // CANDIDATES))
+
+
+def candidates(
+    weights: Mapping[str, torch.Tensor], stream: torch.Tensor, block_size: int, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The tokens that an MLP's predictor expects to score highest in their block.
+
+    Args:
+        stream: [B, S, H]; valid: [B, S] bool, False on padding, or None.
+
+    Returns:
+        [B, n c] int64, c = `candidate_count(block_size)` of each of the n blocks, ascending. A block with fewer real
+        tokens repeats its best; one without any names tokens of padding.
+    """
+    scores = token_scores(weights, network(weights, stream)[1])
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    length = scores.shape[1]
+    blocks = functional.pad(scores, (0, -length % block_size), value=-torch.inf).unflatten(1, (-1, block_size))
+    best, token = blocks.topk(candidate_count(block_size), dim=2)
+    token = torch.where(best == -torch.inf, token[..., :1], token).sort(2).values
+    first = torch.arange(0, length, block_size, device=stream.device)
+    return (token + first[:, None]).clamp_max(length - 1).flatten(1)
+
+
 def block_scores(
     weights: Mapping[str, torch.Tensor],
     second: torch.Tensor,
@@ -111,7 +145,10 @@ def block_scores(
     block_size: int,
     pairs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Second activations [T, B, S, v] -> predicted informativeness [B, n] float32 in the measured score's units."""
+    """Second activations [T, B, S, v] -> predicted informativeness [B, n] float32 in the measured score's units.
+
+    Of an MLP only training asks for it.
+    """
     if "distance" not in weights:
         tokens = token_scores(weights, second)
         return pool(tokens[..., None], valid, block_size, POOLING["mlp"])[..., 0].exp()
@@ -131,7 +168,7 @@ def scores(
     valid: torch.Tensor | None = None,
     pairs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The residual stream [B, S, H] that a branch reads -> predicted informativeness [B, n] of its blocks.
+    """The residual stream [B, S, H] that an attention reads -> predicted informativeness [B, n] of its blocks.
 
     Args:
         valid: [B, S] bool, False on padding, or None.

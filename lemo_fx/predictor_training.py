@@ -128,9 +128,9 @@ def train(
         heldout: sequences to report the loss on, at the end of every tenth of the training.
 
     Returns:
-        Weights on the CPU, in int8 and bfloat16, whose scores are in the measured scores' units. The record holds
-        "losses" (per step), "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of zero
-        activations).
+        Weights on the CPU, in int8 and bfloat16; an attention's scores are in the measured scores' units. The record
+        holds "losses" (per step), "heldout_losses", "parameters" before and after elastic sizing, and "dead" (share of
+        zero activations).
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -184,7 +184,7 @@ def train(
                 value = _loss(recipe.loss, usable, prediction.network(usable, judged.stream)[1], judged, unit)
             record["heldout_losses"].append([step + 1, round(value.item(), 5)])
     weights = {name: w.detach() for name, w in _in_original_units(weights, mean, spread, unit).items()}
-    if recipe.loss == "kl":
+    if recipe.loss == "kl" and kind == "attention":
         # Shares of a total leave its size open.
         some = blocks[: 4 * recipe.batch]
         predicted = predict(weights, some, device)
@@ -194,13 +194,21 @@ def train(
 
 
 def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Predicted scores [N, n] on the CPU, a few sequences at a time."""
+    """What a layer ranks blocks by, [N, n] on the CPU, a few sequences at a time.
+
+    Of an attention its predicted scores; of an MLP the true scores of the candidates that its predictor names.
+    """
     weights = {name: weight.to(device) for name, weight in weights.items()}
     parts = []
     with torch.no_grad():
         for start in range(0, len(blocks), 4):
             part = blocks[start : start + 4].to(torch.device(device))
-            parts.append(prediction.scores(weights, part.stream, part.block_size, part.valid).cpu())
+            if "distance" in weights:
+                parts.append(prediction.scores(weights, part.stream, part.block_size, part.valid).cpu())
+                continue
+            tokens = prediction.candidates(weights, part.stream, part.block_size, part.valid)
+            count = prediction.candidate_count(part.block_size)
+            parts.append(part.scores.gather(1, tokens).unflatten(1, (-1, count)).amax(2).cpu())
     return torch.cat(parts)
 
 

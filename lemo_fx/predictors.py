@@ -23,7 +23,7 @@ from torch import nn
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.files import write_text, writing
-from lemo_fx.parts import PredictedScore, StandIn
+from lemo_fx.parts import Candidates, PredictedScore, StandIn
 from lemo_fx.prediction import DECAYS
 from lemo_fx.predictor_training import Recipe, random_weights
 from lemo_fx.sites import causal_model, decoder_layers, site_names
@@ -94,8 +94,8 @@ class Predictors:
         """Whether a pattern predictor was trained for this site."""
         return f"layers.{layer}.{site}.predictor.first" in self.tensors
 
-    def predictor(self, layer: int, site: str) -> PredictedScore:
-        """The pattern predictor of one site.
+    def predictor(self, layer: int, site: str) -> PredictedScore | Candidates:
+        """The pattern predictor of one site: an attention's, or an MLP's.
 
         Raises:
             PredictorError: none was trained.
@@ -107,7 +107,8 @@ class Predictors:
                 f"no predictor was trained for layer {layer}, {site}: fit with a config in which this site is sparse "
                 "and its score is 'auto' or 'predicted'"
             )
-        return PredictedScore(weights, int(self.record["block_size"]))
+        part = PredictedScore if "distance" in weights else Candidates
+        return part(weights, int(self.record["block_size"]))
 
     def thresholds(self, kind: SiteKind) -> tuple[float, ...]:
         """One threshold per decoder layer, for `Elimination(threshold=...)`; 0 in layers that were dense.

@@ -1,7 +1,8 @@
 """How many of the blocks that the measured scores would keep the predictors keep, on a batch, with the model as it is.
 
 One forward as in training, without gradient. Where a layer with predictors is entered, a graph of its own measures the
-true scores on the very stream that the rewritten layer sees; the MLP's on that stream plus the layer's dense attention.
+true scores on the very stream that the rewritten layer sees; the MLP's on that stream plus the layer's dense attention,
+from which the predictor names its candidates here, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lemo_fx import runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
 from lemo_fx.install import STATE, targets_of
 from lemo_fx.parallel import gathered
-from lemo_fx.parts import PredictedScore, SelectBlocks, measured_score
+from lemo_fx.parts import Predictor, SelectBlocks, measured_score
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.sites import find_sites, site_name
@@ -41,8 +42,7 @@ def measure_recall(
                 return
             given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
             mask = given.get("attention_mask")
-            for site, (stream, true) in zip(sites, probe(*args, **kwargs), strict=True):
-                predicted = layer.get_submodule(f"lemo_{site}_score")(stream, mask)
+            for site, (stream, true, predicted) in zip(sites, probe(*args, **kwargs), strict=True):
                 found[name, site] = _recall(layer.get_submodule(f"lemo_{site}_select"), predicted, true, stream, mask)
 
         return hook
@@ -73,24 +73,30 @@ def measure_recall(
 
 def _scored_sites(layer: nn.Module) -> list[str]:
     """Names of the layer's sites whose score is predicted."""
-    parts = {name: part for name, part in layer.named_children() if isinstance(part, PredictedScore)}
-    return [name.removeprefix("lemo_").removesuffix("_score") for name in parts]
+    parts = [name for name, part in layer.named_children() if isinstance(part, Predictor)]
+    return [name.removeprefix("lemo_").rpartition("_")[0] for name in parts]
 
 
 def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
-    """A module with the layer's arguments that returns (stream [B, S, H], measured scores [B, n]) per named site."""
+    """A module with the layer's arguments: per named site (stream [B, S, H], measured, predicted scores [B, n])."""
     graph = capture(layer, ABSENT_IN_TRAINING)
     sites, _ = find_sites(graph)
     by_name = {site_name(site, sites): site for site in sites}
-    rewrite = LayerRewrite(layer, graph, [PlannedSite(name, by_name[name], "skip") for name in names])
-    for planned in rewrite.sites:
+    measured = [PlannedSite(name, by_name[name], "skip") for name in names]
+    predicted = [PlannedSite(f"predicted_{name}", by_name[name], "skip", score="predicted") for name in names]
+    rewrite = LayerRewrite(layer, graph, measured + predicted)
+    for planned in measured:
         mixer = layer.get_submodule(str(planned.site.mixer.target))
         block_size = layer.get_submodule(f"lemo_{planned.name}_select").block_size
         score = measured_score(mixer, planned.site.kind, block_size)  # type: ignore[arg-type]
         rewrite.modules[f"lemo_{planned.name}_score"] = score
+        for part in ("score", "candidates"):
+            if hasattr(layer, f"lemo_{planned.name}_{part}"):
+                rewrite.modules[f"lemo_predicted_{planned.name}_{part}"] = getattr(layer, f"lemo_{planned.name}_{part}")
     insert_scores(rewrite)
     output = next(n for n in graph.nodes if n.op == "output")
-    output.args = (tuple((planned.site.stream, planned.scores) for planned in rewrite.sites),)
+    pairs = zip(measured, predicted, strict=True)
+    output.args = (tuple((true.site.stream, true.scores, guess.scores) for true, guess in pairs),)
     remove_dead_nodes(graph)
     return build_module(
         {**targets_of(layer, graph, besides=rewrite.modules), **rewrite.modules}, graph, type(layer).__name__

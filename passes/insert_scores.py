@@ -4,6 +4,8 @@ before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
          n = norm(x);  a = attention(n, mask);  y = x + a
 A predicted score reads the stream, since its predictor does without the norm: scores = lemo_attention_score(x, mask).
+An MLP's predictor only says which tokens may hold a block's maximum; those are measured:
+         tokens = lemo_mlp_candidates(x, mask);  n' = norm(x[tokens]);  scores = lemo_mlp_score(n')
 Where attention learns of documents from position_ids or cu_seq_lens (flash attention), it gets those too.
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
@@ -31,14 +33,20 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     region = Region(f"lemo_{planned.name}_scores", gradient=False)
     if planned.score in ("random", "step"):
         return call(rewrite.graph, target, (rewrite.entry,), name)
-    if planned.score == "predicted":
-        args: tuple = (planned.site.stream, rewrite.placeholder("attention_mask"))
-        if planned.site.kind == "attention" and runtime.numbers_documents(planned.site.mixer, rewrite.graph):
+    site = planned.site
+    if planned.score == "predicted" and site.kind == "attention":
+        args: tuple = (site.stream, rewrite.placeholder("attention_mask"))
+        if runtime.numbers_documents(site.mixer, rewrite.graph):
             args += (rewrite.placeholder("position_ids"), rewrite.placeholder("**kwargs"))
         return call(rewrite.graph, target, args, name)
-    site = planned.site
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
-    copies = clone(rewrite.graph, before_mixer, {}, region, "scored")
+    values = {}
+    if planned.score == "predicted":
+        args = (site.stream, rewrite.placeholder("attention_mask"))
+        tokens = call(rewrite.graph, f"lemo_{planned.name}_candidates", args, f"{planned.name}_candidates")
+        name_of_rows = f"{planned.name}_candidate_rows"
+        values[site.stream] = call(rewrite.graph, runtime.take, (site.stream, tokens), name_of_rows, region)
+    copies = clone(rewrite.graph, before_mixer, values, region, "scored")
     if site.kind == "attention":
         args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))
         return call(rewrite.graph, target, args, name, region, kwargs)

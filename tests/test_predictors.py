@@ -9,12 +9,13 @@ import torch
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors, prediction
 from lemo_fx.kernels.select_blocks.reference import WINDOWS, balanced
-from lemo_fx.parts import PredictedScore
+from lemo_fx.parts import Candidates, PredictedScore, Predictor
 from lemo_fx.predictor_training import Blocks, Recipe, compressed, predict, random_weights, recall, train
 from lemo_fx.predictors import RECORD, TENSORS
 from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, packed, step, tiny, with_lora
@@ -30,24 +31,21 @@ def random_part(kind, hidden=32, width=4, block_size=BLOCK, seed=0):
     extra = "distance" if kind == "attention" else "offset"
     weights[extra] = torch.linspace(-0.2, 0.5, weights[extra].numel()).bfloat16()
     weights["third"] = weights["third"] * 5
-    return PredictedScore(weights, block_size)
+    return (PredictedScore if kind == "attention" else Candidates)(weights, block_size)
+
+
+def naive_network(w, t, x):
+    x = x.double() / math.sqrt(float((x.double() ** 2).mean()) + 1e-6)
+    hidden = (x @ w["first"][t] * prediction.QUANTUM + w["first_bias"][t]).clamp_min(0)
+    return (hidden @ w["second"][t] + w["second_bias"][t]).clamp_min(0) @ w["third"][t]
 
 
 def naive_scores(weights, stream, block_size, documents=None):
     """One token, one block, one pair, one term at a time, for a single sample [S, H]."""
     w = {name: value.double() for name, value in weights.items()}
-    w["first"] = w["first"] * prediction.QUANTUM
     documents = [0] * len(stream) if documents is None else documents
-
-    def run(t, x):
-        x = x.double() / math.sqrt(float((x.double() ** 2).mean()) + 1e-6)
-        hidden = (x @ w["first"][t] + w["first_bias"][t]).clamp_min(0)
-        return (hidden @ w["second"][t] + w["second_bias"][t]).clamp_min(0) @ w["third"][t]
-
     blocks = [range(i, min(i + block_size, len(stream))) for i in range(0, len(stream), block_size)]
-    if "offset" in w:
-        return torch.stack([max((run(0, stream[i]) + w["offset"]).exp()[0] for i in block) for block in blocks])
-    query, key = ([torch.stack([run(t, stream[i]) for i in b]).mean(0) for b in blocks] for t in (0, 1))
+    query, key = ([torch.stack([naive_network(w, t, stream[i]) for i in b]).mean(0) for b in blocks] for t in (0, 1))
     out = torch.zeros(len(blocks), dtype=torch.float64)
     for m in range(len(blocks)):
         for n in range(m + 1):
@@ -60,20 +58,44 @@ def naive_scores(weights, stream, block_size, documents=None):
     return out
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("length", [48, 45, 8])
-def test_score_equals_a_naive_reimplementation(kind, length):
-    part = random_part(kind)
+def test_score_equals_a_naive_reimplementation(length):
+    part = random_part("attention")
     stream = torch.randn(2, length, 32)
-    weights = {name: getattr(part, name) for name in part.names}
-    expected = torch.stack([naive_scores(weights, row, BLOCK) for row in stream]).float()
+    expected = torch.stack([naive_scores(part.weights, row, BLOCK) for row in stream]).float()
     torch.testing.assert_close(part(stream), expected, **TOLERANCE["compiled"])
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize(("length", "block_size", "count"), [(48, 8, 2), (45, 8, 2), (130, 64, 4), (129, 64, 4)])
+def test_candidates_are_the_tokens_that_the_network_ranks_first(length, block_size, count):
+    part = random_part("mlp", block_size=block_size)
+    stream = torch.randn(2, length, 32)
+    w = {name: value.double() for name, value in part.weights.items()}
+    expected = []
+    for row in stream:
+        tokens = []
+        for first in range(0, length, block_size):
+            block = range(first, min(first + block_size, length))
+            ranked = sorted(block, key=lambda i, row=row: -float(naive_network(w, 0, row[i])))[:count]
+            tokens += sorted(ranked + ranked[:1] * (count - len(ranked)))
+        expected.append(tokens)
+    assert part(stream).tolist() == expected
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_neither_scores_nor_counts(kind, side):
-    part = random_part(kind)
+def test_padding_is_no_candidate(side):
+    part, stream = random_part("mlp"), torch.randn(1, 45, 32)
+    padded, mask = torch.randn(1, 69, 32) * 9, torch.zeros(1, 69, dtype=torch.int64)
+    where = slice(24, 69) if side == "left" else slice(0, 45)
+    padded[:, where], mask[:, where] = stream, 1
+    found = part(padded, mask)[0]
+    assert found[mask[0, found].bool()].sub(where.start).tolist() == part(stream)[0].tolist()
+    assert part(padded, mask).shape == (1, 2 * 9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_neither_scores_nor_counts(side):
+    part = random_part("attention")
     stream = torch.randn(1, 48, 32)
     padded = torch.zeros(1, 64, 32).normal_()
     mask = torch.zeros(1, 64, dtype=torch.int64)
@@ -104,8 +126,7 @@ def test_pairs_across_documents_score_nothing(told_by):
         "position_ids": lambda: (None, positions),
         "cu_seq_lens": lambda: (None, None, {"cu_seq_lens_q": torch.tensor([0, 13, 16, 40, 61])}),
     }[told_by]()
-    weights = {name: getattr(part, name) for name in part.names}
-    expected = naive_scores(weights, stream[0], BLOCK, number.tolist()).float()[None]
+    expected = naive_scores(part.weights, stream[0], BLOCK, number.tolist()).float()[None]
     torch.testing.assert_close(part(stream, *arguments), expected, **TOLERANCE["compiled"])
     assert not torch.allclose(part(stream), expected, rtol=0.01)
 
@@ -163,15 +184,41 @@ def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
     before = list(with_lora(tiny("llama")).state_dict())
     model, _ = transformed()
     graph = next(g for name, g in lemo_fx.graphs(model).items() if name.endswith("layers.0")).graph
-    nodes = [n for n in graph.nodes if n.op == "call_module" and str(n.target).endswith("_score")]
-    assert [str(n.target) for n in nodes] == ["lemo_attention_score", "lemo_mlp_score"]
-    # The predictor reads the stream itself: no norm is computed for the sake of a score.
+    nodes = [n for n in graph.nodes if str(n.target).endswith(("_score", "_candidates"))]
+    assert [str(n.target) for n in nodes] == ["lemo_attention_score", "lemo_mlp_candidates"]
+    # The predictors read the stream itself: no norm is computed of every token for the sake of a score.
     assert nodes[0].args[0].op == "placeholder"
+    assert nodes[1].args[0].name == "attention_restored"
     assert list(model.state_dict()) == before
     rows = [s for s in lemo_fx.report(model).sites if s.site in ("attention", "mlp")]
     assert all(s.score == "predicted" and "KiB" in s.note for s in rows)
     lemo_fx.revert(model)
-    assert not any(isinstance(m, PredictedScore) for m in model.modules())
+    assert not any(isinstance(m, Predictor) for m in model.modules())
+
+
+def test_an_mlp_block_scores_the_measured_maximum_of_its_candidates():
+    model, _ = transformed()
+    layer, seen = model.get_base_model().model.layers[0], {}
+    layer.lemo_mlp_candidates.register_forward_hook(lambda _, args, out: seen.update(stream=args[0], tokens=out))
+    layer.lemo_mlp_score.register_forward_hook(lambda _, __, out: seen.update(scores=out))
+    model(**batch(2, 64))
+    normed = layer.post_attention_layernorm(seen["stream"])
+    activation = functional.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+    candidates = activation.abs().mean(-1).gather(1, seen["tokens"])
+    torch.testing.assert_close(seen["scores"], candidates.unflatten(1, (8, 2)).amax(2), **TOLERANCE["fp32"])
+    assert not seen["scores"].requires_grad
+
+
+def test_a_predictor_of_another_kind_of_site_is_refused():
+    model = with_lora(tiny("llama"))
+    predictors = Predictors.random(model, CONFIG)
+    swapped = {"attention": "mlp", "mlp": "attention"}
+    tensors = {
+        ".".join([*name.split(".")[:2], swapped[name.split(".")[2]], *name.split(".")[3:]]): value
+        for name, value in predictors.tensors.items()
+    }
+    with pytest.raises(PredictorError, match="another kind of site"):
+        lemo_fx.transform(model, CONFIG, predictors=Predictors(tensors, predictors.record))
 
 
 def test_auto_measures_where_nothing_was_trained():

@@ -39,10 +39,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, Predictors, measure, prediction
+from lemo_fx import Elimination, LemoConfig, Predictors, measure, prediction, runtime
 from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.reference import balanced
-from lemo_fx.parts import PredictedScore
+from lemo_fx.parts import ActivationScore, Candidates, PredictedScore
 from lemo_fx.predictor_training import Blocks, Recipe, kept, predict, random_weights, recall, train
 from lemo_fx.predictors import fingerprint, hidden_size, identity
 from lemo_fx.thresholds import Tuning
@@ -330,15 +330,19 @@ def balance(args: argparse.Namespace) -> None:
 
 
 def limits(args: argparse.Namespace) -> None:
-    """Recall of the true attention score itself, disturbed or computed from a part of what it is made of."""
+    """Recall of the true scores themselves, disturbed or computed from a part of what they are made of.
+
+    And of MLP predictors of several sizes without candidates and with more or fewer of them, trained on the profile.
+    """
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     model = load(args)
     if model.config.model_type != "llama":
-        sys.exit("limits reads Llama's attention")
+        sys.exit("limits reads Llama's layers")
+    data, _ = read(args.work / "train", *sizes_of(args, model))
     ids = torch.load(args.work / "heldout.pt")[: args.sequences].to(DEVICE)
     length = ids.shape[1]
-    found: dict[int, dict[str, list[torch.Tensor]]] = {}
+    found: dict[Site, dict[str, list[torch.Tensor]]] = collections.defaultdict(lambda: collections.defaultdict(list))
 
     def observe(layer, attention, _, kwargs):
         rows = kwargs["hidden_states"]
@@ -360,10 +364,13 @@ def limits(args: argparse.Namespace) -> None:
             parts["half of the heads"].append(half.amax((0, 2)))
             parts["mean over keys"].append(all_heads.amax(0).mean(1))
         for name, rows in parts.items():
-            found.setdefault(layer, {}).setdefault(name, []).append(torch.stack(rows).sum(0).cpu())
+            found[layer, "attention"][name].append(torch.stack(rows).sum(0).cpu())
 
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(functools.partial(observe, i), with_kwargs=True)
+        note = functools.partial(mlp_parts, layer.mlp, mlp_networks(data[i, "mlp"]), found[i, "mlp"])
+        layer.post_attention_layernorm.register_forward_hook(note)
+        print(i, "MLP networks trained", flush=True)
     with torch.no_grad():
         for row in ids:
             model(row[None], use_cache=False, logits_to_keep=1)
@@ -371,19 +378,68 @@ def limits(args: argparse.Namespace) -> None:
     result: dict = {
         "environment": surroundings(named(model)),
         "keep": KEEP,
+        "train_sequences": len(data[0, "mlp"]),
         "heldout_sequences": len(ids),
-        "recall": {},
+        "recall": {"attention": {}, "mlp": {}},
     }
-    for i, parts in found.items():
+    for (i, kind), parts in found.items():
         scores = {name: torch.stack(rows) for name, rows in parts.items()}
         true = scores.pop("exact")
-        for noise in (0.02, 0.03, 0.05):
+        for noise in (0.01, 0.02, 0.03, 0.05, 0.1):
             disturbed = 1 + noise * torch.randn(true.shape, generator=generator)
             scores[f"{noise:.0%} of noise"] = true * disturbed
         real = torch.ones_like(true, dtype=torch.bool)
-        result["recall"][i] = {name: round(recall(s, true, real, KEEP), 3) for name, s in scores.items()}
-        print(i, result["recall"][i], flush=True)
+        recalls = {name: round(recall(s, true, real, KEEP), 3) for name, s in scores.items()}
+        result["recall"][kind][i] = recalls
+        print(i, kind, recalls, flush=True)
+    for kind, layers in result["recall"].items():
+        rows = list(layers.values())
+        result.setdefault("mean and least", {})[kind] = {
+            name: [round(float(np.mean([row[name] for row in rows])), 3), min(row[name] for row in rows)]
+            for name in rows[0]
+        }
     write(args, result)
+
+
+def mlp_networks(blocks: Blocks) -> dict[str, dict[str, torch.Tensor]]:
+    """Predictors of one MLP, of the default width and of four times that."""
+    hidden = blocks.stream.shape[-1]
+    return {
+        f"network of H / {share}": train("mlp", blocks, Recipe(mlp_width=hidden // share), device=DEVICE).weights
+        for share in (16, 4)
+    }
+
+
+def mlp_parts(mlp, networks, found, _, args: tuple[torch.Tensor], normed: torch.Tensor) -> None:
+    """Append block scores [n] by what they are computed from; a hook of the norm before a gated MLP."""
+
+    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return (mlp.act_fn(normed[0] @ gate.T) * (normed[0] @ up.T)).abs()
+
+    def note(name: str, tokens: torch.Tensor) -> None:
+        found[name].append(tokens.view(-1, BLOCK).amax(1).cpu())
+
+    channels = activation(mlp.gate_proj.weight, mlp.up_proj.weight)
+    true = channels.mean(1)
+    note("exact", true)
+    for step in (2, 4, 8):
+        note(f"one channel in {step}", channels[:, ::step].mean(1))
+    for share in (8, 4):
+        matrices = []
+        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
+            left, size, right = torch.linalg.svd(weight, full_matrices=False)
+            rank = len(right) // share
+            matrices.append((left[:, :rank] * size[:rank]) @ right[:rank])
+        note(f"gate and up of rank H / {share}", activation(*matrices).mean(1))
+    of_blocks = true.view(-1, BLOCK)
+    for name, weights in networks.items():
+        weights = {part: weight.to(DEVICE) for part, weight in weights.items()}
+        tokens = prediction.token_scores(weights, prediction.network(weights, args[0])[1])[0]
+        note(name, tokens)
+        for count in (1, 2, 4, 8):
+            best = of_blocks.gather(1, tokens.view(-1, BLOCK).topk(count).indices).amax(1)
+            found[f"{count} candidates of the {name}"].append(best.cpu())
+    found["4 candidates by position"].append(of_blocks[:, 7::16].amax(1).cpu())
 
 
 def fitted(model, data, folder: Path) -> Predictors:
@@ -465,6 +521,22 @@ def device_ms(run: Callable[[], object], calls: int = 20) -> float:
     return statistics.median(times)
 
 
+class MlpScore(torch.nn.Module):
+    """A layer's nodes for an MLP's predicted score: candidates, their norm, their measured score."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.candidates = Candidates(weights, BLOCK)
+        self.norm = layer.post_attention_layernorm
+        self.score = ActivationScore(layer.mlp, self.candidates.count)
+        self.bytes = self.candidates.bytes
+
+    @torch.no_grad()
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, n]."""
+        return self.score(self.norm(runtime.take(stream, self.candidates(stream))))
+
+
 def cost(args: argparse.Namespace) -> None:
     """Time of a layer's predictors alone; a step runs each once, checkpointed or not, in all but two layers."""
     config = SHAPES[args.shape]()
@@ -473,10 +545,12 @@ def cost(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     stream = torch.randn(1, tokens, hidden, generator=generator).to(DEVICE, dtype)
+    config.num_hidden_layers, config.vocab_size = 1, 128
+    layer = AutoModelForCausalLM.from_config(config, dtype=dtype).to(DEVICE).model.layers[0]
     sites: dict[str, dict[str, float]] = {}
     for kind in ("attention", "mlp"):
         weights = random_weights(kind, hidden, Recipe().width_of(kind, hidden), generator)
-        part = PredictedScore(weights, BLOCK).to(DEVICE)
+        part = (PredictedScore(weights, BLOCK) if kind == "attention" else MlpScore(weights, layer)).to(DEVICE)
         found: dict[str, float] = {"bytes": part.bytes, "flops": measure.flops(lambda part=part: part(stream))}
         found["eager_ms"] = device_ms(lambda part=part: part(stream))
         torch._dynamo.reset()
@@ -540,7 +614,7 @@ def all_trained(args: argparse.Namespace, shape: tuple[int, int], sites: list[Si
 
 
 def compared(data, heldout, sites: list[Site], seeds: int) -> tuple[dict, dict]:
-    """Recall by loss and by pooling of the tokens' outputs (one seed), at some sites."""
+    """Recall by loss, and for attention by pooling of the tokens' outputs (one seed), at some sites."""
     losses: dict = {}
     pooling: dict = {}
     for site in sites:
@@ -549,6 +623,8 @@ def compared(data, heldout, sites: list[Site], seeds: int) -> tuple[dict, dict]:
             recalls = [trained(data, heldout, site, seed, loss)[0][0] for seed in range(seeds)]
             losses.setdefault(name, {})[loss] = mean_spread(recalls)
         print(name, losses[name], flush=True)
+        if site[1] == "mlp":
+            continue
         usual = prediction.POOLING[site[1]]
         for how in ("mean", "max", "min"):
             prediction.POOLING[site[1]] = how
