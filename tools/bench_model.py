@@ -166,6 +166,11 @@ VARIANTS = {
         ),
         Variant("skip-0.5-elementwise", sparse(0.5, recompute="elementwise"), checkpointed=True),
         Variant("skip-0.5-shared-elementwise", sparse(0.5, shared=True, recompute="elementwise"), checkpointed=True),
+        Variant(
+            "skip-0.5-shared-elementwise-both-float8",
+            dataclasses.replace(sparse(0.5, shared=True, recompute="elementwise"), forward="float8", backward="float8"),
+            checkpointed=True,
+        ),
         Variant("step-0.375-elementwise", sparse(0.375, "exact", "step", recompute="elementwise"), checkpointed=True),
         Variant("exact-0.25", sparse(0.25, "exact", "random")),
         Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
