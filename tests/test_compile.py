@@ -44,6 +44,8 @@ def compilations(model, batches, whole=False, backend="eager"):
 
 
 HALF = Elimination(keep=0.5, eliminated="exact", score="random")
+BY_DYNAMO = ("skip", "float8")
+"""Variants that go through AOTAutograd in test_equality.py and test_float8_linear.py."""
 VARIANTS = {
     "skip": (Elimination(keep=0.5), {}),
     "shared": (Elimination(keep=0.5), {"mlp": Elimination(keep=0.5, score="shared")}),
@@ -62,17 +64,20 @@ def test_one_compilation_for_each_kind_of_layer(variant):
     batches = [batch(2, 64, padding=side, seed=seed) for seed, side in enumerate(("right", "left", "both"))]
     # A dense layer, the sparse ones and the last one; rewritten dense layers are all alike.
     kinds = 2 if variant in ("offload", "projections", "elementwise", "float8_both") else 3
-    assert compilations(transformed(site, **settings), batches, backend="aot_eager") == [kinds, 0, 0]
+    backend = "eager" if variant in BY_DYNAMO else "aot_eager"
+    assert compilations(transformed(site, **settings), batches, backend=backend) == [kinds, 0, 0]
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["by_layer", "whole_model"])
 def test_the_leader_of_a_shared_choice_is_one_more(whole):
-    model = transformed(Elimination(keep=0.5, eliminated="exact", score="step"), layers=5)
+    model = transformed(Elimination(keep=0.5, eliminated="exact", score="step"), layers=4 if whole else 5)
     batches = [batch(1, 64, seed=seed) for seed in range(2)]
-    assert compilations(model, batches, whole, backend="aot_eager") == [1 if whole else 4, 0]
+    # By layer, test_checkpointed_exact_layers_of_every_architecture has a leader and a follower go through AOTAutograd.
+    backend = "aot_eager" if whole else "eager"
+    assert compilations(model, batches, whole, backend) == [1 if whole else 4, 0]
 
 
-@pytest.mark.parametrize(("layers", "whole"), [(5, False), (9, False), (5, True)])
+@pytest.mark.parametrize(("layers", "whole"), [(9, False), (4, True)])
 def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole):
     model = transformed(Elimination(keep=[1 - layer / 10 for layer in range(layers)], score="random"), layers)
     # By layer: both dense ones, the first sparse one for its budget alone, and the second for all further ones.
@@ -96,10 +101,11 @@ def test_any_length_compiles_twice(site, layers, kinds):
 def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
     if segment:
         monkeypatch.setattr(runtime, "SEGMENT", segment)
-    thresholds = [0.0, 0.2, 0.5, 0.7, 0.9, 0.0]
-    model = transformed(Elimination(threshold=thresholds, score="random"), len(thresholds), checkpointing=True)
+    thresholds = [0.2, 0.5, 0.7, 0.9]
+    site = Elimination(threshold=thresholds, score="random")
+    model = transformed(site, len(thresholds), checkpointing=True, dense_layers=())
     batches = [batch(1, 80, seed=seed) for seed in range(3)]
-    assert compilations(model, batches, backend="aot_eager") == [3, 0, 0]
+    assert compilations(model, batches, backend="aot_eager") == [1, 0, 0]
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
 
 
@@ -110,12 +116,12 @@ def test_models_of_other_scalings_compile_in_one_process(treatment, segment, mon
     torch._dynamo.reset()
     inputs = batch(1, 64)
     for alpha, epsilon, heads in ((8, 1e-6, 4), (16, 1e-6, 4), (32, 1e-4, 2)):
-        model = with_lora(tiny("llama", 3, rms_norm_eps=epsilon, num_attention_heads=heads), lora_alpha=alpha)
-        lemo_fx.transform(model, LemoConfig(*[Elimination(0.5, eliminated=treatment)] * 2, block_size=8))
+        model = with_lora(tiny("llama", 2, rms_norm_eps=epsilon, num_attention_heads=heads), lora_alpha=alpha)
+        site = Elimination(0.5, eliminated=treatment)
+        lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=(0,)))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         expected = step(model, inputs)
-        for layer in model.get_decoder().layers:
-            layer.compile(fullgraph=True, backend="aot_eager")
+        model.get_decoder().layers[1].compile(fullgraph=True, backend="aot_eager")
         assert_same_step(step(model, inputs), expected, "compiled")
     torch._dynamo.reset()
 
@@ -217,7 +223,8 @@ def test_checkpointed_exact_layers_of_every_architecture(architecture):
     inputs = batch(2, 75, padding="both")
     expected = step(model, inputs)
     torch._dynamo.reset()
-    for _, layer in decoder_layers(model):
+    # The first layer makes the step's choice besides; it counts where it also attends in another way than the second.
+    for _, layer in decoder_layers(model)[0 if architecture in ("llama", "gemma2", "gemma3") else 1 :]:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_same_step(step(model, inputs), expected, "compiled")
     torch._dynamo.reset()

@@ -33,15 +33,19 @@ BLOCK = re.compile(
 )
 CACHE = re.compile(r", (?:cache|past_key_values)\b.*")
 """A layer's cache, which versions of transformers name differently, and what of a line is shown after it."""
-ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+SLOW = {"README": pytest.mark.slow}
+"""It compiles."""
+ids = pytest.mark.parametrize("page", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in PAGES])
 every = pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny random Llama as a model folder."""
+    """Model folders of tiny random Llamas, named by their number of layers."""
     path = tmp_path_factory.mktemp("model")
-    tiny("llama", 4).save_pretrained(path)
+    tiny("llama", 4).save_pretrained(path / "4")
+    # Enough for a page that compiles: a dense layer, a sparse one, and a dense one with a graph of its own.
+    tiny("llama", 3).save_pretrained(path / "3")
     return path
 
 
@@ -60,7 +64,7 @@ def test_python_blocks(page, folder, tmp_path, monkeypatch):
     assert len(blocks) == len(re.findall(r"^\s*(?:```|~~~)\s*(?:py|pycon)", text, re.MULTILINE)), "a block is not seen"
     assert sum(bool(block["skip"]) for block in blocks) == text.count("<!-- not run"), "a mark stands alone"
     module, updated = types.ModuleType("page"), text
-    vars(module).update(prelude(folder))
+    vars(module).update(prelude(folder / ("3" if page.stem == "README" else "4")))
     monkeypatch.setitem(sys.modules, "page", module)
     for block in blocks:
         if block["skip"]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import TOLERANCE, Recorder, assert_same_step, batch, fix_choice, gradients, packed, selections, step, tiny
 from torch.nn import functional
+from transformers import masking_utils
 from transformers.integrations import flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -379,6 +380,9 @@ def test_four_dimensional_masks(rows, kind, per_head):
 def test_block_masks(architecture, packing, monkeypatch):
     # Not compiled, as transformers would: torch's kernel for CPUs without AVX512 is wrong at some lengths (104, say).
     monkeypatch.setattr(flex_attention, "WrappedFlexAttention", lambda training: lambda: flex_attention.flex_attention)
+    # Nor the mask, which takes inductor ten seconds and gives the same.
+    make = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda *a, _compile=None, **k: make(*a, **k))
     inputs = packed([50, 60, 90]) if packing else batch(2, 200, padding="both")
     documents = torch.tensor([[0] * 50 + [1] * 60 + [2] * 90]) if packing else None
     model = tiny(architecture, LAYERS, "flex_attention").eval()

@@ -1,13 +1,10 @@
 """fit: true scores as targets, weights untouched, memory bounded, resumable."""
 
 import importlib
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import fit_and_be_killed_in, in_clean_process
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
@@ -15,7 +12,6 @@ from lemo_fx.predictor_training import Recipe
 from lemo_fx.thresholds import Tuning
 from tests.helpers.tiny import TOLERANCE, VOCABULARY, tiny, with_lora
 
-ROOT = Path(__file__).parent.parent
 CONFIG = LemoConfig(block_size=8, dense_layers=())
 RECIPE = Recipe(width=4, mlp_width=4, epochs=7)
 
@@ -88,38 +84,13 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-DYING = """
-import os, signal, sys, torch
-import lemo_fx
-from lemo_fx.predictor_training import Recipe
-from lemo_fx.thresholds import Tuning
-from tests.test_fit import CONFIG, RECIPE, fit_function_module
-from tests.helpers.tiny import tiny
-
-module, (victim, calls) = fit_function_module(), sys.argv[2:]
-real, left = getattr(module, victim), [int(calls)]
-
-def dying(*args, **kwargs):
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    return real(*args, **kwargs)
-
-setattr(module, victim, dying)
-sequences = torch.load(sys.argv[1] + "/sequences.pt")
-lemo_fx.fit(tiny("llama"), sequences, CONFIG, recipe=RECIPE, folder=sys.argv[1], progress=False)
-"""
-
-
 def test_a_killed_run_goes_on_from_its_last_finished_layer(tmp_path, monkeypatch):
     """Killed by the system in the profiling pass, then again while training: no handler of Python's runs."""
     module = fit_function_module()
     sequences = texts()
-    torch.save(sequences, tmp_path / "sequences.pt")
     whole = fit(tiny("llama"), sequences)
-    for victim, calls in (("_append", 9), ("train", 2)):
-        done = subprocess.run([sys.executable, "-c", DYING, tmp_path, victim, str(calls)], cwd=ROOT, check=False)
-        assert done.returncode == -signal.SIGKILL
+    victims = {"_append": 9, "train": 2}
+    in_clean_process(fit_and_be_killed_in, tmp_path, sequences.tolist(), CONFIG, RECIPE, victims)
     rest, real = [], module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: rest.append(1) or real(*a, **k))
     monkeypatch.setattr(module, "run_probes", stop)

@@ -10,13 +10,22 @@ def run(script):
     return done.stdout
 
 
-def test_importing_initialises_no_cuda_and_imports_no_triton():
+def test_importing_initialises_no_cuda_imports_no_triton_and_hides_no_function_by_the_file_of_its_name():
+    """In one process: starting one is slow."""
     run("""
 import sys
 import torch
 import transformers.modeling_utils, transformers.modeling_layers, peft  # these may look for triton themselves
 before = {name for name in sys.modules if name.split(".")[0] == "triton"}
-import lemo_fx
+import lemo_fx.fit, lemo_fx.report, lemo_fx.transform
+from lemo_fx.transform import suspended
+from lemo_fx import fit, report, transform, Report
+for function in (fit, report, transform, lemo_fx.fit, lemo_fx.report, lemo_fx.transform):
+    assert callable(function), function
+from lemo_fx import *
+assert LemoCallback.__name__ == "LemoCallback"
+import pickle
+assert pickle.loads(pickle.dumps(transform)) is transform
 for name in lemo_fx.__all__:
     assert not type(getattr(lemo_fx, name)).__name__.endswith("odule"), name
 assert not torch.cuda.is_initialized()
@@ -26,6 +35,8 @@ assert "matplotlib" not in sys.modules
 from lemo_fx.passes import pipeline
 from lemo_fx.kernels.eliminate import op
 """)
+    assert set(lemo_fx.__all__) <= set(dir(lemo_fx))
+    assert not hasattr(lemo_fx, "no_such_name")
 
 
 def test_help_imports_neither_torch_nor_transformers():
@@ -41,19 +52,3 @@ slow = {"torch", "transformers", "peft", "matplotlib", "numpy"} & set(sys.module
 assert not slow, slow
 """)
     assert "inspect" in output
-
-
-def test_a_function_is_not_hidden_by_the_file_of_its_name():
-    run("""
-import lemo_fx.fit, lemo_fx.report, lemo_fx.transform
-from lemo_fx.transform import suspended
-from lemo_fx import fit, report, transform, Report
-for function in (fit, report, transform, lemo_fx.fit, lemo_fx.report, lemo_fx.transform):
-    assert callable(function), function
-from lemo_fx import *
-assert LemoCallback.__name__ == "LemoCallback"
-import pickle
-assert pickle.loads(pickle.dumps(transform)) is transform
-""")
-    assert set(lemo_fx.__all__) <= set(dir(lemo_fx))
-    assert not hasattr(lemo_fx, "no_such_name")

@@ -51,7 +51,8 @@ def test_same_numbers_and_all_saved_rows_leave(lane, treatment, recompute, compi
         model = transformed(config)
         torch._dynamo.reset()
         if compiled:
-            for layer in model.get_base_model().model.layers:
+            # One program for both sparse layers; without any, all layers are alike but the first.
+            for layer in model.get_base_model().model.layers[1:3]:
                 layer.compile(backend="aot_eager")
         found.append([step(model, inputs) for _ in range(2)])
     for one, other in zip(*found, strict=True):
@@ -162,7 +163,7 @@ def test_nothing_happens_without_checkpointing_or_on_the_cpu(lane, monkeypatch):
 
 
 def test_a_whole_compiled_model_keeps_its_rows_on_the_device(lane):
-    model = lemo_fx.transform(tiny("llama", 4), sparse())
+    model = lemo_fx.transform(tiny("llama", 3), sparse())
     expected = step(model, batch(1, 64))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch._dynamo.reset()

@@ -129,15 +129,18 @@ def test_a_run_that_diverged_saves_no_adapter(folder, tmp_path):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
     """Windows of several lengths, evaluation between steps, and the graph on the page drawn of a compiled model."""
     compiled = []
 
-    def compile_by_aot(layer):
+    def compile_without_inductor(layer):
         compiled.append(layer)
-        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager")
+        # The third layer is sparse and follows another one's choice; of the others Dynamo's part is enough.
+        backend = "aot_eager" if len(compiled) == 3 else "eager"
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_aot)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
     for name, options in {"plain": [], "compiled": ["--compile"]}.items():
         torch._dynamo.reset()
         result = lemo_train(folder, tmp_path / name, *SHORT, *options, "--no-pack", "--rank", "4")

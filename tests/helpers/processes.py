@@ -1,6 +1,7 @@
 """Processes that end at a chosen moment, and the work that they are ended in."""
 
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -143,6 +144,28 @@ def fit_and_kill(folder):
             break
         assert in_fork(fit, again) == 0
     assert number > 10
+
+
+def fit_and_die_in(victim, calls, folder, sequences, config, recipe):
+    """kill -9 instead of a further call of one of lemo_fx.fit's functions after so many."""
+    torch.set_num_threads(1)
+    module, left = importlib.import_module("lemo_fx.fit"), [calls]
+    real = getattr(module, victim)
+
+    def dying(*args, **kwargs):
+        if not left[0]:
+            die()
+        left[0] -= 1
+        return real(*args, **kwargs)
+
+    setattr(module, victim, dying)
+    lemo_fx.fit(tiny("llama"), torch.tensor(sequences), config, recipe=recipe, folder=folder, progress=False)
+
+
+def fit_and_be_killed_in(folder, sequences, config, recipe, victims):
+    """Runs in one folder, each killed in a call of another of lemo_fx.fit's functions."""
+    for victim, calls in victims.items():
+        assert in_fork(fit_and_die_in, victim, calls, folder, sequences, config, recipe) == KILLED
 
 
 ROOM = 7

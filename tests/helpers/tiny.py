@@ -3,19 +3,11 @@
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tolerance import TOLERANCE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_fx.kernels.block_scores import reference as scores_reference
 from lemo_fx.kernels.segmented_cross_entropy import reference as loss_reference
-
-TOLERANCE = {
-    "same": {"rtol": 0.0, "atol": 0.0},
-    "fp32": {"rtol": 1e-4, "atol": 2e-6},
-    "compiled": {"rtol": 1e-3, "atol": 1e-5},
-    "fp64": {"rtol": 1e-9, "atol": 1e-11},
-    "bf16": {"rtol": 2e-2, "atol": 2e-2},
-}
-"""rtol and atol by what two computations have in common; nothing else in the tests sets a tolerance."""
 
 VOCABULARY = 97
 

@@ -141,8 +141,7 @@ def test_compiled_without_a_break(precision, checkpointing, recompute):
     inputs = batch(2, 64)
     loss, gradients = step(model, inputs)
     torch._dynamo.reset()
-    for layer in model.base_model.model.model.layers:
-        layer.compile(fullgraph=True, backend="aot_eager")
+    model.base_model.model.model.layers[1].compile(fullgraph=True, backend="aot_eager")
     compiled_loss, compiled = step(model, inputs)
     torch.testing.assert_close(compiled_loss, loss)
     for name, gradient in gradients.items():

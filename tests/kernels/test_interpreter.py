@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import TOLERANCE
+from tolerance import TOLERANCE
 
 from lemo_fx.kernels.block_scores import reference as scores_reference
 from lemo_fx.kernels.eliminate import reference as rows_reference
