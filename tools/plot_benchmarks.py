@@ -4,6 +4,7 @@ Scaling runs get a table as well, in markdown.
 
 python tools/plot_benchmarks.py benchmarks/model/*.json
 python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
+python tools/plot_benchmarks.py --lengths lengths.png benchmarks/model/llama3-8b-{32k-float8,128k}.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from matplotlib.figure import Figure
@@ -25,6 +27,8 @@ WORDS = (
     (r"-half-batch", ", half the windows"),
     (r"-more$", ", more steps"),
     (r"-both-float8", ", all float8"),
+    (r"-last-(two|five)", r", last \1 dense"),
+    (r"-more-finish", ", more steps, dense end"),
     (r"-shared", ", one selection"),
     (r"-attention-kept", ", attention kept"),
     (r"-elementwise", ", elementwise recompute"),
@@ -61,6 +65,34 @@ def draw(path: Path) -> Path:
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     out = path.with_suffix(".png")
+    figure.savefig(out, dpi=150)
+    return out
+
+
+def draw_lengths(paths: list[Path], out: Path) -> Path:
+    """Times faster than checkpointed LoRA of the same file, and share of its memory, by length of the sequence."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for result in (json.loads(path.read_text()) for path in paths):
+        runs = [run for run in result["runs"] if "step_ms" in run]
+        for run in runs:
+            lora = next(r for r in runs if r["tokens"] == run["tokens"] and r["variant"] == "lora-checkpointed")
+            faster, memory = lora["step_ms"] / run["step_ms"], run["peak_allocated_gb"] / lora["peak_allocated_gb"]
+            found.setdefault(run["variant"], []).append((run["tokens"], faster, memory))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for variant, points in found.items():
+        if len(points) < 2 or variant == "lora-checkpointed":
+            continue
+        tokens, faster, memory = zip(*sorted(points), strict=True)
+        for axes, values in ((left, faster), (right, memory)):
+            axes.plot(tokens, values, marker="o", label=words(variant.removesuffix("-checkpointed")))
+            axes.axhline(1, color="#999", lw=0.8, ls=":")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
+            axes.spines[["top", "right"]].set_visible(False)
+    left.set(xlabel="tokens", ylabel="times faster than checkpointed LoRA", ylim=(0, None))
+    right.set(xlabel="tokens", ylabel="share of its peak memory", ylim=(0, 1.1))
+    left.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(out, dpi=150)
     return out
 
@@ -142,8 +174,14 @@ def scaling_table(paths: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(results: list[Path]) -> None:
+def main(
+    results: list[Path],
+    lengths: Annotated[Path | None, typer.Option(help="draw all files into this one picture, by length")] = None,
+) -> None:
     """Draw each result file beside itself; scaling runs of one shape together, with a table."""
+    if lengths is not None:
+        print(draw_lengths(results, lengths))
+        return
     shapes: dict[str, list[Path]] = {}
     for path in results:
         result = json.loads(path.read_text())
