@@ -42,7 +42,8 @@ def test_transforming_and_reverting_leaves_nothing_behind():
         model.zero_grad(set_to_none=True)
         if number in (3, 11):
             seen.append(counts())
-    assert seen[0] == seen[1]
+    # What tests before this one left to the collector may go meanwhile.
+    assert all(later <= earlier for earlier, later in zip(*seen, strict=True)), seen
 
 
 def plan(site):
