@@ -102,16 +102,27 @@ def revert(model: Model) -> Model:
     return model
 
 
+class Graphs(dict[str, fx.GraphModule]):
+    """Graphs by module name; a name within the base model finds the module under the wrappers around it (PEFT's)."""
+
+    def __missing__(self, name: str) -> fx.GraphModule:
+        found = [whole for whole in self if name and whole.endswith(f".{name}")]
+        if len(found) != 1:
+            raise KeyError(f"no module named {name!r} was rewritten, or several; those that were: {', '.join(self)}")
+        return self[found[0]]
+
+
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     """The rewritten graphs by module name: the sparse decoder layers, and the causal model for its loss head.
 
-    `print_readable()` shows one with the functions it calls.
+    `graphs(model)["model.layers.2"]` finds a layer under PEFT's wrappers too. `print_readable()` shows one with the
+    functions it calls.
 
     Raises:
         NotTransformedError: the model was not transformed.
     """
     _transformation(model)
-    found = {}
+    found = Graphs()
     for name, module in model.named_modules():
         record: Installed | None = vars(module).get(STATE)
         # A causal model whose loss was not segmented still tells its layers the labels, but has no graph of its own.

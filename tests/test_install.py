@@ -1,6 +1,7 @@
 """What a transformed model still is: the same object, saved, copied, adapted, evaluated and reverted as before."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -209,6 +210,15 @@ def test_report_and_graphs():
     assert set(lemo_fx.graphs(model)) == {"", "model.layers.0", "model.layers.1"}
     with pytest.raises(lemo_fx.NotTransformedError):
         lemo_fx.report(lemo_fx.revert(model))
+
+
+def test_graphs_are_found_by_their_name_in_the_base_model():
+    model = lemo_fx.transform(with_lora(tiny("llama", 4)), dataclasses.replace(SPARSE, dense_layers=None))
+    graphs = lemo_fx.graphs(model)
+    assert [name for name in graphs if graphs[name] is graphs["model.layers.2"]] == ["base_model.model.model.layers.2"]
+    for name in ("model.layers.0", "layers", "2.1", "", "ers.2"):
+        with pytest.raises(KeyError, match=r"base_model\.model\.model\.layers\.1, "):
+            graphs[name]
 
 
 def test_outputs_with_hidden_states_keep_their_shape():
