@@ -137,8 +137,8 @@ def _plan_layer(
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
             reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
-            rows.append(_row(site.name, "dense", note=reason))
             site.float8 = config.float8_everywhere
+            rows.append(_row(site.name, "dense", note=f"{reason}, in float8" if site.float8 else reason))
             continue
         _refuse_unknown_arguments(name, rewrite, site)
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))

@@ -107,6 +107,8 @@ def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precisio
         lemo_fx.transform(model, LemoConfig(site, site, block_size=8, **settings))
         switches = sum(isinstance(module, Float8Switch) for module in model.modules())
         assert switches == (4 if settings == BOTH else 0)
+        notes = [site.note for site in lemo_fx.report(model).sites if site.eliminated == "dense"]
+        assert all(("in float8" in note) == (settings == BOTH) for note in notes)
         if site:
             fix_choice(model, [0, 2, 3, 7])
         losses[name], gradients = step(model, inputs)
