@@ -187,6 +187,20 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
     assert kept["elementwise"] < 0.8 * kept[None]
 
 
+@pytest.mark.parametrize("score", ["measured", "step"])
+def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward(score):
+    """The layer's recompute gives the input from which a compiler could choose in the backward alone."""
+    site = Elimination(keep=0.5, eliminated="exact", score=score)
+    # Two models: the choices of an eager step would be remembered.
+    eager, model = (transformed(site, layers=2, checkpointing=True, dense_layers=(0,)) for _ in range(2))
+    expected = step(eager, batch(2, 80))
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
+    for _ in range(2):
+        assert_same_step(step(model, batch(2, 80)), expected, "compiled")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("site", "rows"), [(None, 1), (Elimination(keep=0.5, score="random"), 2)], ids=["dense", "skip"]
 )

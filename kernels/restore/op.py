@@ -86,5 +86,9 @@ def restore_exact(
         [B, S, H] in the promoted dtype.
     """
     if dropped is None or rest.shape[1] == stream.shape[1]:
+        if torch.compiler.is_compiling():
+            # Adds nothing, but the forward reads the choice. A compiler would else choose in the backward alone, where
+            # choices are only looked up.
+            rest = rest + tokens[:, :1, None].clamp(max=0).to(rest.dtype)
         return _ValuesAndGradient.apply(stream, rest, rows, tokens)
     return restore(restore(stream, rest, dropped), rows, tokens)
