@@ -70,6 +70,8 @@ class Elimination:
         for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             if self.threshold is not None and not (_is_number(threshold) and threshold == threshold):
                 raise ConfigError(f"threshold={threshold!r} must be a number")
+        if not isinstance(self.balance, bool):
+            raise ConfigError(f"balance={self.balance!r} must be True or False")
         if self.keep == () or self.threshold == ():
             raise ConfigError("keep and threshold take one number, or one per decoder layer: an empty list is neither")
         _choice("eliminated", self.eliminated, ("skip", "stand_in", "exact"))
@@ -111,14 +113,15 @@ class LemoConfig:
         recompute: what activation checkpointing, where the model has it switched on, computes again in the backward.
             `"all"`: a branch keeps its kept rows only. `"projections"`: it keeps the attention's output too, so that
             attention, quadratic in length, is not computed twice. `"elementwise"`: it keeps every matrix product as
-            well, and computes only norms, casts and activation functions again: three quarters of the memory that
-            training without checkpointing takes, for little time. Dense layers take part.
+            well, and computes only norms, casts and activation functions again: about a quarter less activation memory
+            than training without checkpointing, for little time. Dense layers take part.
         offload: under activation checkpointing on a GPU, what a layer keeps for the backward waits in pinned host
             memory and comes back while the layer after it is in its backward, so that GPU memory does not grow with
             the number of layers. Dense layers take part. Changes no number; does nothing on the CPU.
         forward: precision of the forward without gradient that `exact` runs. `"model"`: the model's own. `"float8"`:
             the products of frozen linear layers in float8, rounded with one scale a token and one an output channel,
-            where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own).
+            where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own,
+            and the CPU rounds as if it had them).
         backward: the same for what `exact` computes with gradient: the kept tokens' recompute, and the gradients that
             pass through frozen linear layers. Uncompiled, the kept tokens' values come from there and are rounded too.
             Together with `forward="float8"` all other branches of the decoder layers compute so too, those of dense
@@ -221,4 +224,4 @@ PRESETS = {
     "balanced": LemoConfig(forward="float8", backward="float8"),
     "fast": LemoConfig(attention=_QUARTER, mlp=_QUARTER),
 }
-"""Plans whose speed, memory and loss in quality were measured side by side (docs/accuracy.md)."""
+"""Plans whose speed, memory and loss in quality were measured (docs/presets.md)."""

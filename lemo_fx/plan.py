@@ -16,6 +16,7 @@ from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.install import HeadSettings, Plan, layer_plan
+from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.parts import Candidates, RandomScore, SelectBlocks, StepScore, measured_score
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
@@ -137,8 +138,11 @@ def _plan_layer(
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
             reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
-            site.float8 = config.float8_everywhere
-            rows.append(_row(site.name, "dense", note=f"{reason}, in float8" if site.float8 else reason))
+            if config.float8_everywhere:
+                called = [layer.get_submodule(str(n.target)) for n in site.site.nodes if n.op == "call_module"]
+                site.float8 = any(map(has_float8_layers, called))
+                reason += ", in float8" if site.float8 else ", no frozen linear layer that float8 takes"
+            rows.append(_row(site.name, "dense", note=reason))
             continue
         _refuse_unknown_arguments(name, rewrite, site)
         rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))

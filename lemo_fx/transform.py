@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
-from lemo_fx.errors import ConfigError, NotTransformedError
+from lemo_fx.errors import ConfigError, NotTransformedError, PredictorError, UnsupportedModelError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.loss import segmented_loss
@@ -79,6 +79,15 @@ def transform(
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
         raise ConfigError(f"config must be a LemoConfig, not {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"transform takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if predictors is not None and not hasattr(predictors, "check_fits"):
+        raise PredictorError(
+            f"predictors must be what lemo_fx.fit returns, not {type(predictors).__name__}; a folder is loaded by "
+            "lemo_fx.Predictors.load(folder)"
+        )
     before = _find(model)
     if before is not None and before.config == config and before.predictors is predictors and dump is None:
         return model

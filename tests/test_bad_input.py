@@ -27,6 +27,16 @@ def test_no_causal_decoder_layers():
     refused(transformers.BertForMaskedLM(config), match="no causal decoder layers")
 
 
+def test_a_name_or_folder_in_the_place_of_an_object():
+    for model in ("gpt2", None):
+        with pytest.raises(UnsupportedModelError, match="from_pretrained"):
+            lemo_fx.transform(model)
+    for predictors in ("folder", {}):
+        refused(tiny("llama"), error=PredictorError, match=r"Predictors\.load", predictors=predictors)
+    with pytest.raises(ConfigError, match="balance='no'"):
+        Elimination(balance="no")
+
+
 def test_an_encoder_decoder():
     sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     config = transformers.BartConfig(

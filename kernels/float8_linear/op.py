@@ -59,7 +59,17 @@ def has_float8(device: torch.device) -> bool:
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a linear layer is one of those: frozen, in half precision on a GPU, sides that float8 products take."""
     half = not x.is_cuda or torch.bfloat16 in (x.dtype, weight.dtype)
-    return half and not weight.requires_grad and all(side % 16 == 0 for side in weight.shape) and has_float8(x.device)
+    return half and _takes_float8(weight) and has_float8(x.device)
+
+
+def _takes_float8(weight: torch.Tensor) -> bool:
+    return not weight.requires_grad and all(side % 16 == 0 for side in weight.shape)
+
+
+def has_float8_layers(module: nn.Module) -> bool:
+    """Whether a switch on the module would change anything, on a device that multiplies float8."""
+    linears = (layer for layer in module.modules() if type(layer) in (nn.Linear, SwitchedLinear))
+    return any(_takes_float8(layer.weight) for layer in linears)
 
 
 class Float8Switch(nn.Module):

@@ -119,6 +119,13 @@ def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precisio
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_the_report_says_where_float8_has_nothing_to_do():
+    only = LemoConfig(None, None, block_size=8, **BOTH)
+    sites = lemo_fx.report(lemo_fx.transform(with_lora(tiny("gpt2", 2)), only)).sites
+    # GPT-2's Conv1D is no linear layer of torch's.
+    assert [site.note.split(", ")[-1] for site in sites] == ["no frozen linear layer that float8 takes"] * 4
+
+
 def test_keep_one_stays_the_originals_arithmetic():
     model, inputs = with_lora(tiny("llama", 2)), batch(2, 64)
     expected = step(model, inputs)
