@@ -68,8 +68,7 @@ def _takes_float8(weight: torch.Tensor) -> bool:
 
 def has_float8_layers(module: nn.Module) -> bool:
     """Whether a switch on the module would change anything, on a device that multiplies float8."""
-    linears = (layer for layer in module.modules() if type(layer) in (nn.Linear, SwitchedLinear))
-    return any(_takes_float8(layer.weight) for layer in linears)
+    return any(isinstance(m, nn.Linear) and _takes_float8(m.weight) for m in module.modules() if type(m) in PLAIN)
 
 
 class Float8Switch(nn.Module):
@@ -118,6 +117,9 @@ class SwitchedLinear(nn.Linear):
         run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
         return run(x, self.weight, self.bias)
 
+
+PLAIN = (nn.Linear, SwitchedLinear)
+"""Types of layers that a switch changes or has changed; a quantised layer's computes in its own way."""
 
 for name in ("__name__", "__qualname__", "__module__"):
     setattr(SwitchedLinear, name, getattr(nn.Linear, name))
