@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -113,7 +113,8 @@ ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
 
 SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
 ELEMENTWISE_ONLY = LemoConfig(attention=None, mlp=None, recompute="elementwise")
-FLOAT8_ONLY = LemoConfig(attention=None, mlp=None, forward="float8", backward="float8")
+FLOAT8: dict[str, Any] = {"forward": "float8", "backward": "float8"}
+FLOAT8_ONLY = LemoConfig(attention=None, mlp=None, **FLOAT8)
 OFFLOAD_ONLY = LemoConfig(attention=None, mlp=None, offload=True)
 
 
@@ -122,19 +123,18 @@ def sparse(
     treatment: str = "skip",
     score: str = "predicted",
     shared: bool = False,
-    recompute: str = "all",
-    offload: bool = False,
+    **settings: Any,
 ) -> LemoConfig:
-    """Both sites at one keep in every layer but the first and the last."""
+    """Both sites at one keep, in every layer but the first and the last unless other fields of LemoConfig say so."""
     attention = Elimination(keep=keep, eliminated=treatment, score=score)
     mlp = Elimination(keep=keep, eliminated=treatment, score="shared" if shared else score)
-    return LemoConfig(attention=attention, mlp=mlp, recompute=recompute, offload=offload)
+    return LemoConfig(attention=attention, mlp=mlp, **settings)
 
 
 def offloaded(name: str, keep: float, treatment: str = "skip", recompute: str = "all") -> Variant:
     """Checkpointed, one selection for both sites (`exact`: one each, random), saved rows on the host."""
     skips = treatment == "skip"
-    config = sparse(keep, treatment, "predicted" if skips else "random", skips, recompute, True)
+    config = sparse(keep, treatment, "predicted" if skips else "random", skips, recompute=recompute, offload=True)
     return Variant(name, config, checkpointed=True)
 
 
@@ -156,7 +156,7 @@ VARIANTS = {
         Variant("skip-0.5-shared-checkpointed", sparse(0.5, shared=True), checkpointed=True),
         Variant(
             "skip-0.5-shared-both-float8-checkpointed",
-            dataclasses.replace(sparse(0.5, shared=True), forward="float8", backward="float8"),
+            sparse(0.5, shared=True, **FLOAT8),
             checkpointed=True,
         ),
         Variant(
@@ -168,7 +168,7 @@ VARIANTS = {
         Variant("skip-0.5-shared-elementwise", sparse(0.5, shared=True, recompute="elementwise"), checkpointed=True),
         Variant(
             "skip-0.5-shared-elementwise-both-float8",
-            dataclasses.replace(sparse(0.5, shared=True, recompute="elementwise"), forward="float8", backward="float8"),
+            sparse(0.5, shared=True, recompute="elementwise", **FLOAT8),
             checkpointed=True,
         ),
         Variant("step-0.375-elementwise", sparse(0.375, "exact", "step", recompute="elementwise"), checkpointed=True),
@@ -183,27 +183,23 @@ VARIANTS = {
         *(
             Variant(
                 f"step-{keep}-{name}-checkpointed",
-                dataclasses.replace(sparse(keep, "exact", "step"), forward="float8", backward=backward),
+                sparse(keep, "exact", "step", forward="float8", backward=backward),
                 checkpointed=True,
             )
             for name, backward in (("float8", "model"), ("both-float8", "float8"))
             for keep in (0.5, 0.375, 0.25)
         ),
-        # More dense layers at the top: the last two, and as many of 32 layers as two are of 12.
         *(
             Variant(
-                f"step-{keep}-both-float8-{name}-checkpointed",
-                dataclasses.replace(
-                    sparse(keep, "exact", "step"), dense_layers=dense, forward="float8", backward="float8"
-                ),
+                f"step-{keep}-both-float8-last-two-checkpointed",
+                sparse(keep, "exact", "step", dense_layers=(0, -2, -1), **FLOAT8),
                 checkpointed=True,
             )
-            for name, dense in (("last-two", (0, -2, -1)), ("last-five", (0, -5, -4, -3, -2, -1)))
             for keep in (0.5, 0.375, 0.25)
         ),
         Variant(
             "step-0.5-float8-offload",
-            dataclasses.replace(sparse(0.5, "exact", "step", recompute="projections", offload=True), forward="float8"),
+            sparse(0.5, "exact", "step", recompute="projections", offload=True, forward="float8"),
             checkpointed=True,
         ),
         Variant("step-0.375-eager-checkpointed", sparse(0.375, "exact", "step"), compiled=False, checkpointed=True),

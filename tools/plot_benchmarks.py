@@ -22,12 +22,13 @@ WORDS = (
     (r"^step-([\d.]+)", r"exact \1"),
     (r"^(skip|truncated|tokentune)-([\d.]+)", r"\1 \2"),
     (r"^lora", "LoRA"),
+    (r"^longlora", "LongLoRA"),
     (r"^truncated ([\d.]+)", r"sequences cut to \1"),
     (r"-0.5-steps", ", half the steps"),
     (r"-half-batch", ", half the windows"),
     (r"-more$", ", more steps"),
     (r"-both-float8", ", all float8"),
-    (r"-last-(two|five)", r", last \1 dense"),
+    (r"-last-two", ", last two dense"),
     (r"-more-finish", ", more steps, dense end"),
     (r"-shared", ", one selection"),
     (r"-attention-kept", ", attention kept"),
@@ -51,13 +52,15 @@ def draw(path: Path) -> Path:
     runs = [run for run in result["runs"] if "step_ms" in run and "note" not in run]
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes = figure.subplots()
+    lengths = sorted({run["tokens"] for run in runs})
     for run in runs:
         marker = "s" if run["variant"].startswith(("lora", "longlora")) else "o"
-        axes.plot(run["peak_allocated_gb"], run["step_ms"], ls="", ms=8, label=words(run["variant"]), marker=marker)
+        label = words(run["variant"]) + (f", {run['tokens']} tokens" if len(lengths) > 1 else "")
+        axes.plot(run["peak_allocated_gb"], run["step_ms"], ls="", ms=8, label=label, marker=marker)
     axes.set(
         xlabel="peak memory, GB (weights included)",
         ylabel="step, ms",
-        title=f"{result['shape']}, {runs[0]['tokens']} tokens, {result['environment']['device']}",
+        title=f"{result['shape']}, {' and '.join(map(str, lengths))} tokens, {result['environment']['device']}",
         ylim=(0, None),
     )
     axes.axvline(runs[0]["weights_gb"], color="#b8b8b8", lw=1, ls=":")

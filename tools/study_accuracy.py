@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from bench_model import between, environment, mark, wait
+from bench_model import FLOAT8, between, environment, mark, wait
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -49,7 +49,6 @@ COLOURS = {
     "truncated": "#a33",
 }
 DENSE = LemoConfig(attention=None, mlp=None)
-FLOAT8: dict[str, Any] = {"forward": "float8", "backward": "float8"}
 PASSAGE, KEY = 48, 16
 PROBES = (0, 1, 4)
 """Retrieval: tokens of a planted passage, how many of them ask for the rest, and how many passages are planted."""

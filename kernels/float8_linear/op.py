@@ -66,9 +66,14 @@ def _takes_float8(weight: torch.Tensor) -> bool:
     return not weight.requires_grad and all(side % 16 == 0 for side in weight.shape)
 
 
+def _plain_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
+    """Those of torch's own class: a quantised layer's computes in its own way."""
+    return tuple(layer for layer in module.modules() if type(layer) is nn.Linear)
+
+
 def has_float8_layers(module: nn.Module) -> bool:
     """Whether a switch on the module would change anything, on a device that multiplies float8."""
-    return any(isinstance(m, nn.Linear) and _takes_float8(m.weight) for m in module.modules() if type(m) in PLAIN)
+    return any(_takes_float8(layer.weight) for layer in _plain_linears(module))
 
 
 class Float8Switch(nn.Module):
@@ -83,7 +88,7 @@ class Float8Switch(nn.Module):
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
         # In a tuple, so that weights are not listed twice.
-        self.layers = tuple(layer for layer in module.modules() if type(layer) is nn.Linear)
+        self.layers = _plain_linears(module)
         for layer in self.layers:
             vars(layer)[SWITCH] = self
             layer.__class__ = SwitchedLinear
@@ -117,9 +122,6 @@ class SwitchedLinear(nn.Linear):
         run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
         return run(x, self.weight, self.bias)
 
-
-PLAIN = (nn.Linear, SwitchedLinear)
-"""Types of layers that a switch changes or has changed; a quantised layer's computes in its own way."""
 
 for name in ("__name__", "__qualname__", "__module__"):
     setattr(SwitchedLinear, name, getattr(nn.Linear, name))
