@@ -5,13 +5,14 @@ after:   rows = eliminate(x, t);  more = rows + a(rows);  y = restore(x, a(rows)
 The stream between the two sites is then never materialised, and a recompute needs the kept rows once instead of twice.
 """
 
+import dataclasses
 import operator
 
 from torch import fx
 
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_op
-from lemo_fx.passes.rewrite import META, LayerRewrite, Region, call
+from lemo_fx.passes.rewrite import META, LayerRewrite, call
 
 
 def fuse_shared_selection(rewrite: LayerRewrite) -> int:
@@ -35,7 +36,8 @@ def _fuse(rewrite: LayerRewrite, rows: fx.Node, inner: fx.Node, take: fx.Node, g
     graph = rewrite.graph
     _, added, tokens = give.args
     assert isinstance(added, fx.Node)
-    region = Region("lemo_layer_branch", gradient=True)
+    # The branches may differ in what their tokens may do, never in precision: they share a budget.
+    region = dataclasses.replace(attended.meta[META], name="lemo_layer_branch", token_wise=False)
     with graph.inserting_before(take):
         middle = call(graph, operator.add, (rows, attended), "rows_between", region)
     take.replace_all_uses_with(middle)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lemo_fx.kernels.float8_linear import reference
@@ -66,6 +67,10 @@ def _takes_float8(weight: torch.Tensor) -> bool:
     return not weight.requires_grad and all(side % 16 == 0 for side in weight.shape)
 
 
+def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return weight.requires_grad and x.dtype is weight.dtype is torch.float32 and has_float8(x.device)
+
+
 def _plain_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
     """Those of torch's own class: a quantised layer's computes in its own way."""
     return tuple(layer for layer in module.modules() if type(layer) is nn.Linear)
@@ -77,18 +82,23 @@ def has_float8_layers(module: nn.Module) -> bool:
 
 
 class Float8Switch(nn.Module):
-    """Lets a module's frozen linear layers compute in float8 for the time of a call; adapters and all else as always.
+    """Lets a module's frozen linear layers compute in float8 for the time of a call.
+
+    Float32 adapters of a bfloat16 model multiply in bfloat16 then, as under autocast: a float32 product costs more than
+    all that float8 leaves of the layer around it. Everything else computes as always.
 
     Not a mode of torch's: within a checkpoint, a compiler does not see those.
     """
 
     on = False
+    half = False
     layers: tuple[nn.Linear, ...] = ()
 
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
         # In a tuple, so that weights are not listed twice.
         self.layers = _plain_linears(module)
+        self.half = any(layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in self.layers)
         for layer in self.layers:
             vars(layer)[SWITCH] = self
             layer.__class__ = SwitchedLinear
@@ -117,10 +127,14 @@ class SwitchedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
-        if not vars(self)[SWITCH].on or not fits(x, self.weight):
-            return super().forward(x)
-        run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
-        return run(x, self.weight, self.bias)
+        switch = vars(self)[SWITCH]
+        if switch.on and fits(x, self.weight):
+            run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
+            return run(x, self.weight, self.bias)
+        if switch.on and switch.half and _is_float32_adapter(x, self.weight):
+            bias = None if self.bias is None else self.bias.bfloat16()
+            return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
+        return super().forward(x)
 
 
 for name in ("__name__", "__qualname__", "__module__"):

@@ -9,7 +9,7 @@ from torch import nn
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.kernels.float8_linear import reference
-from lemo_fx.kernels.float8_linear.op import Float8Linear, Float8Switch, float8_linear
+from lemo_fx.kernels.float8_linear.op import SWITCH, Float8Linear, Float8Switch, float8_linear
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 7, 32), (1, 1, 32)])
@@ -59,6 +59,27 @@ def test_only_frozen_layers_with_fitting_sides_change():
         assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float32_adapters_multiply_in_bfloat16_where_the_model_is_in_it(dtype):
+    torch.manual_seed(0)
+    adapter = nn.Linear(32, 16)
+    layers = nn.ModuleList([adapter, nn.Linear(32, 32, dtype=dtype).requires_grad_(False)])
+    x, grad = torch.randn(5, 32), torch.randn(5, 16)
+    switch = Float8Switch()
+    switch.connect(layers)
+    switch.run(adapter, x).backward(grad)
+    rounded, adapter.weight.grad = adapter.weight.grad, None
+    adapter(x).backward(grad)
+    assert rounded.dtype == switch.run(adapter, x).dtype == torch.float32
+    if dtype is torch.float32:
+        assert torch.equal(switch.run(adapter, x), adapter(x))
+        return
+    expected = F.linear(x.bfloat16(), adapter.weight.bfloat16(), adapter.bias.bfloat16()).float()
+    assert torch.equal(switch.run(adapter, x), expected)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    torch.testing.assert_close(rounded, adapter.weight.grad, rtol=2**-6, atol=2**-4)
+
+
 def config(**precision):
     site = Elimination(keep=0.5, eliminated="exact", score="random")
     return LemoConfig(site, site, block_size=8, dense_layers=(), **precision)
@@ -96,17 +117,17 @@ def test_exact_in_a_model(architecture, precision, checkpointing):
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.mark.parametrize("treatment", ["skip", None], ids=["skip", "no_elimination"])
+@pytest.mark.parametrize("treatment", ["skip", "shared", None], ids=["skip", "shared", "no_elimination"])
 @pytest.mark.parametrize("precision", [FORWARD, {"backward": "float8"}, BOTH], ids="+".join)
 def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precision):
-    site = treatment and Elimination(keep=0.5, eliminated=treatment)
+    site = treatment and Elimination(keep=0.5)
+    mlp = Elimination(keep=0.5, score="shared") if treatment == "shared" else site
     model, inputs = with_lora(tiny("llama", 4)), batch(2, 64)
     kinds = [type(module) for module in model.modules()]
     losses = {}
     for name, settings in (("model", {}), ("float8", precision)):
-        lemo_fx.transform(model, LemoConfig(site, site, block_size=8, **settings))
-        switches = sum(isinstance(module, Float8Switch) for module in model.modules())
-        assert switches == (4 if settings == BOTH else 0)
+        lemo_fx.transform(model, LemoConfig(site, mlp, block_size=8, **settings))
+        assert count_switched(model) == (4 if settings == BOTH else 0)
         notes = [site.note for site in lemo_fx.report(model).sites if site.eliminated == "dense"]
         assert all(("in float8" in note) == (settings == BOTH) for note in notes)
         if site:
@@ -117,6 +138,23 @@ def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precisio
     assert (losses["float8"] != losses["model"]) == (precision == BOTH)
     assert abs(losses["float8"] - losses["model"]) < 0.05 * losses["model"]
     assert [type(module) for module in model.modules()] == kinds
+
+
+def count_switched(model):
+    """Decoder layers all of whose seven frozen linear layers are called with their switch on, in a forward."""
+    on = set()
+
+    def note(layer, args):
+        if vars(layer).get(SWITCH) and vars(layer)[SWITCH].on:
+            on.add(layer)
+
+    layers = model.get_base_model().model.layers
+    found = [[m for n, m in layer.named_modules() if n.endswith("proj.base_layer")] for layer in layers]
+    hooks = [linear.register_forward_pre_hook(note) for linears in found for linear in linears]
+    model(**batch(2, 64))
+    for hook in hooks:
+        hook.remove()
+    return sum(len(linears) == 7 and on.issuperset(linears) for linears in found)
 
 
 def test_the_report_says_where_float8_has_nothing_to_do():
