@@ -46,10 +46,10 @@ def test_inspect_a_config(config, tmp_path):
 
 
 def test_inspect_shows_what_transform_would_do(config, tmp_path):
-    for options, plan in ([], ["exact", "step", "keep 0.375"]), (["--preset", "fast"], ["exact", "step", "keep 0.25"]):
+    for options, keep in ([], "keep 0.4375"), (["--preset", "fast"], "keep 0.375"):
         result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
         row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
-        assert [cell.strip() for cell in row.split("│")[3:6]] == plan
+        assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", keep]
 
 
 def test_inspect_reads_a_plan(config, tmp_path):

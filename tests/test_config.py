@@ -10,13 +10,15 @@ def test_defaults():
     assert Elimination().keep == 0.5
     assert Elimination(threshold=1.0).keep is None
     assert LemoConfig().block_size == 64
-    assert LemoConfig().site("mlp") == Elimination(keep=0.375, eliminated="exact")
+    assert LemoConfig().site("mlp") == Elimination(keep=0.4375, eliminated="exact")
 
 
 def test_presets_are_the_default_with_changes():
     assert LemoConfig.preset("careful") == LemoConfig()
+    assert LemoConfig.preset("balanced").mlp.keep == 0.5
+    assert LemoConfig.preset("balanced").float8_everywhere
     fast = LemoConfig.preset("fast", offload=True, dense_layers=[0])
-    assert (fast.attention.keep, fast.offload, fast.dense_layers) == (0.25, True, (0,))
+    assert (fast.attention.keep, fast.offload, fast.dense_layers) == (0.375, True, (0,))
     with pytest.raises(ConfigError, match="'careful', 'balanced', 'fast'"):
         LemoConfig.preset("quick")
     with pytest.raises(ConfigError, match=r"keep is no field of LemoConfig: .* mlp=Elimination"):

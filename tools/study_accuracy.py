@@ -92,6 +92,23 @@ def exact(keep: float, score: str = "random", **settings: Any) -> LemoConfig:
     return both(keep, eliminated="exact", score=score, **settings)
 
 
+def ramp(bottom: float, top: float, **settings: Any) -> Callable[[int], LemoConfig]:
+    """`exact` with one choice a step whose kept share changes evenly from the first sparse layer to the last."""
+
+    def config(layers: int) -> LemoConfig:
+        shares = [bottom + (top - bottom) * min(max(i - 1, 0) / max(layers - 3, 1), 1) for i in range(layers)]
+        site = Elimination(keep=shares, eliminated="exact", score="step")
+        return LemoConfig(attention=site, mlp=site, **settings)
+
+    return config
+
+
+def unequal(attention: float, mlp: float, **settings: Any) -> LemoConfig:
+    """`exact` with one choice a step, of which attention and MLP keep different shares."""
+    config = exact(attention, score="step")
+    return replace(config, mlp=Elimination(keep=mlp, eliminated="exact", score="step"), **settings)
+
+
 def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
     """LeMo as its artifact sets it: attention only, the layers of the upper half, the last one dense."""
 
@@ -138,6 +155,13 @@ PLANS: dict[str, Plan] = {
     # As many steps as fit into 0.6 of LoRA's time at 2.27 times its speed.
     "step-0.375-float8-more": Plan(replace(exact(0.375, score="step"), forward="float8"), steps=1.36),
     "step-0.5-both-float8": Plan(replace(exact(0.5, score="step"), **FLOAT8)),
+    "step-0.4375": Plan(exact(0.4375, score="step")),
+    "step-0.4375-both-float8": Plan(replace(exact(0.4375, score="step"), **FLOAT8)),
+    # About as many products as keep 0.375: more of the tokens towards the top or the bottom, in attention or the MLP.
+    "ramp-up-both-float8": Plan(ramp(0.25, 0.5, **FLOAT8)),
+    "ramp-down-both-float8": Plan(ramp(0.5, 0.25, **FLOAT8)),
+    "attention-0.5-mlp-0.3125-both-float8": Plan(unequal(0.5, 0.3125, **FLOAT8)),
+    "attention-0.25-mlp-0.4375-both-float8": Plan(unequal(0.25, 0.4375, **FLOAT8)),
     "step-0.375-both-float8": Plan(replace(exact(0.375, score="step"), **FLOAT8)),
     "step-0.25-both-float8": Plan(replace(exact(0.25, score="step"), **FLOAT8)),
     # As many steps as fit into 0.6 of LoRA's time at the speeds expected, 2.13 and 2.43 times its own.

@@ -343,6 +343,8 @@ def train(folder, rows, resume=False, **settings):
         folder,
         max_steps=4,
         per_device_train_batch_size=rows,
+        # Adam's own would make whole steps of the rounding of gradients near zero.
+        adam_epsilon=1e-4,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
         save_strategy="steps",
