@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lemo_fx.config import is_number
 from lemo_fx.errors import ConfigError
 from lemo_fx.transform import report, set_dense
 
@@ -130,7 +131,7 @@ class DenseFinish(TrainerCallback):
     """
 
     def __init__(self, share: float) -> None:
-        if not 0 <= share <= 1:
+        if not (is_number(share) and 0 <= share <= 1):
             raise ConfigError(f"share={share!r} must be in [0, 1]: the share of the steps that are dense")
         self.share = share
 

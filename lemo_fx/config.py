@@ -15,7 +15,8 @@ SiteKind = Literal["attention", "mlp"]
 DEFAULT_KEEP = 0.5
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a setting is a number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -65,10 +66,10 @@ class Elimination:
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
-            if self.keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+            if self.keep is not None and not (is_number(keep) and 0 < keep <= 1):
                 raise ConfigError(f"keep={keep!r} must be a number in (0, 1]; 1.0 keeps every block")
         for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
-            if self.threshold is not None and not (_is_number(threshold) and threshold == threshold):
+            if self.threshold is not None and not (is_number(threshold) and threshold == threshold):
                 raise ConfigError(f"threshold={threshold!r} must be a number")
         if not isinstance(self.balance, bool):
             raise ConfigError(f"balance={self.balance!r} must be True or False")

@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lemo_fx import parallel
-from lemo_fx.config import LemoConfig, SiteKind
+from lemo_fx.config import LemoConfig, SiteKind, is_number
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
 from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers
+from lemo_fx.sites import decoder_layers, require_model
 from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
@@ -167,6 +167,11 @@ def fit(
         StorageError: the disk is full; with a folder, a run with the same arguments goes on from what was finished.
     """
     config = LemoConfig() if config is None else config
+    recipe = Recipe() if recipe is None else recipe
+    require_model(model, "fit")
+    for name, value, kind in (("config", config, LemoConfig), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     parallel.refuse_wrapped(model)
     parallel.refuse_collective(model, "lemo_fx.fit")
     parallel.refuse_process(model)
@@ -179,12 +184,20 @@ def fit(
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank={rank} must be at least 1")
-    recipe = Recipe() if recipe is None else recipe
+    if rank is not None and not (type(rank) is int and rank >= 1):
+        raise ConfigError(f"rank={rank!r} must be a whole number, at least 1")
+    if not (is_number(ridge) and 0 < ridge < float("inf")):
+        raise ConfigError(f"ridge={ridge!r} must be a positive number")
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
+    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)
+    for number, ids in enumerate(batches):
+        if ids.min() < 0 or ids.max() >= words:
+            raise InputError(
+                f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "
+                "the text encoded by its own tokenizer?"
+            )
     hidden = hidden_size(model)
     with contextlib.ExitStack() as stack, Progress(disable=not progress, transient=True) as bar:
         scratch = Path(folder) if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -374,10 +387,17 @@ def _trained(
 
 def _batches(sequences: Any) -> Iterator[torch.Tensor]:
     """Each sequence as a [1, S] tensor: no padding, whatever the lengths."""
-    rows: Iterable[Any] = sequences
-    for row in rows:
+    if isinstance(sequences, str) or not isinstance(sequences, Iterable):
+        raise InputError(f"{_TOKEN_IDS}, not {type(sequences).__name__}")
+    for row in sequences:
         ids = row["input_ids"] if isinstance(row, dict) or hasattr(row, "keys") else row
-        tensor = torch.as_tensor(ids if isinstance(ids, Sequence | torch.Tensor) else list(ids))
+        try:
+            tensor = torch.as_tensor(ids if isinstance(ids, Sequence | torch.Tensor) else list(ids))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{_TOKEN_IDS}: {error}") from error
         if tensor.dim() != 1 or tensor.is_floating_point() or tensor.numel() == 0:
-            raise InputError("sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'")
+            raise InputError(_TOKEN_IDS)
         yield tensor.long()[None]
+
+
+_TOKEN_IDS = "sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'"

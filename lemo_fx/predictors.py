@@ -262,6 +262,8 @@ class Predictors:
             PredictorError: a file is missing, damaged, of another version, or does not hold what the json lists, or
                 the weights do not fit together; sizes are found out from the header, before any tensor is read.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise PredictorError(f"load takes a folder or a repository of the hub, not {type(folder).__name__}")
         if not Path(folder).exists() and REPOSITORY.fullmatch(str(folder)):
             try:
                 folder = snapshot_download(
@@ -275,6 +277,8 @@ class Predictors:
             except HUB_ERRORS as error:
                 raise PredictorError(f"{folder} is neither a folder nor found on the hub: {error}") from error
         folder = Path(folder)
+        if not folder.is_dir():
+            raise PredictorError(f"there is no folder {folder}: Predictors.save makes one")
         try:
             if (folder / RECORD).stat().st_size > LARGEST_RECORD:
                 raise ValueError(f"larger than {LARGEST_RECORD} bytes")

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, modes_kept, module_of, remove_dead_nodes
 from lemo_fx.config import SiteKind
+from lemo_fx.errors import UnsupportedModelError
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -304,6 +305,14 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
     remove_dead_nodes(graph)
     graph.lint()
     return True
+
+
+def require_model(model: object, function: str) -> None:
+    """Raises: UnsupportedModelError where a name, a path or nothing stands in the place of a model."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{function} takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
+        )
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
-from lemo_fx.errors import ConfigError, NotTransformedError, PredictorError, UnsupportedModelError
+from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.loss import segmented_loss
@@ -21,7 +21,7 @@ from lemo_fx.parts import AttentionScore, SelectBlocks
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.report import Report, SiteReport
-from lemo_fx.sites import causal_model
+from lemo_fx.sites import causal_model, require_model
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
@@ -79,10 +79,7 @@ def transform(
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
         raise ConfigError(f"config must be a LemoConfig, not {type(config).__name__}")
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"transform takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
-        )
+    require_model(model, "transform")
     if predictors is not None and not hasattr(predictors, "check_fits"):
         raise PredictorError(
             f"predictors must be what lemo_fx.fit returns, not {type(predictors).__name__}; a folder is loaded by "
@@ -105,6 +102,7 @@ def transform(
 
 def revert(model: Model) -> Model:
     """Undo `transform` exactly; a model that was not transformed is returned as it is."""
+    require_model(model, "revert")
     for module in model.modules():
         uninstall(module)
     vars(_holder(model)).pop(TRANSFORMATION, None)
@@ -149,8 +147,11 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
 
     Raises:
         NotTransformedError: the model was not transformed.
+        InputError: `recall_on` is no batch.
     """
     done = _transformation(model)
+    if recall_on is not None and not isinstance(recall_on, Mapping):
+        raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(recall_on).__name__}")
     layers = {plan.name: plan.module for plan in done.plans}
     recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
@@ -241,6 +242,7 @@ def _find(model: nn.Module) -> Transformation | None:
 
 
 def _transformation(model: nn.Module) -> Transformation:
+    require_model(model, "lemo_fx")
     done = _find(model)
     if done is None:
         raise NotTransformedError(

@@ -37,6 +37,36 @@ def test_a_name_or_folder_in_the_place_of_an_object():
         Elimination(balance="no")
 
 
+IDS = torch.arange(4 * 16).reshape(4, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda model: lemo_fx.fit("gpt2", IDS), UnsupportedModelError, "fit takes a loaded model"),
+        (lambda model: lemo_fx.fit(model, ["some text"]), InputError, "must be token ids"),
+        (lambda model: lemo_fx.fit(model, "text"), InputError, "must be token ids"),
+        (lambda model: lemo_fx.fit(model, None), InputError, "must be token ids"),
+        (lambda model: lemo_fx.fit(model, IDS.float()), InputError, "must be token ids"),
+        (lambda model: lemo_fx.fit(model, IDS + 90), InputError, "from 90 to 105; the model has 97 tokens"),
+        (lambda model: lemo_fx.fit(model, IDS - 1), InputError, "from -1 to 14"),
+        (lambda model: lemo_fx.fit(model, IDS, "fast"), ConfigError, "config must be a LemoConfig, not str"),
+        (lambda model: lemo_fx.fit(model, IDS, recipe={}), ConfigError, "recipe must be a Recipe"),
+        (lambda model: lemo_fx.fit(model, IDS, rank="8"), ConfigError, "rank='8'"),
+        (lambda model: lemo_fx.fit(model, IDS, ridge=0), ConfigError, "ridge=0"),
+        (lambda model: lemo_fx.Predictors.load(3), PredictorError, "takes a folder"),
+        (lambda model: lemo_fx.Predictors.load("no/such/folder"), PredictorError, "there is no folder no/such/folder"),
+        (lambda model: lemo_fx.revert(None), UnsupportedModelError, "revert takes a loaded model, not NoneType"),
+        (lambda model: lemo_fx.report("model"), UnsupportedModelError, "takes a loaded model"),
+        (lambda model: lemo_fx.report(lemo_fx.transform(model), recall_on=IDS), InputError, "recall_on takes a batch"),
+        (lambda model: lemo_fx.DenseFinish("0.1"), ConfigError, "share='0.1'"),
+    ],
+)
+def test_the_wrong_kind_of_argument(call, error, match):
+    with pytest.raises(error, match=match):
+        call(tiny("llama", 2))
+
+
 def test_an_encoder_decoder():
     sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     config = transformers.BartConfig(

@@ -109,13 +109,17 @@ def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
 
 
-@pytest.mark.parametrize(("treatment", "segment"), [("skip", None), ("exact", 16)], ids=["one_piece", "pieces"])
-def test_models_of_other_scalings_compile_in_one_process(treatment, segment, monkeypatch):
+@pytest.mark.parametrize(
+    ("treatment", "segment", "other"),
+    [("skip", None, (16, 1e-6, 4)), ("exact", 16, (32, 1e-4, 2))],
+    ids=["one_piece", "pieces"],
+)
+def test_models_of_other_scalings_compile_in_one_process(treatment, segment, other, monkeypatch):
     if segment:
         monkeypatch.setattr(runtime, "SEGMENT", segment)
     torch._dynamo.reset()
     inputs = batch(1, 64)
-    for alpha, epsilon, heads in ((8, 1e-6, 4), (16, 1e-6, 4), (32, 1e-4, 2)):
+    for alpha, epsilon, heads in ((8, 1e-6, 4), other):
         model = with_lora(tiny("llama", 2, rms_norm_eps=epsilon, num_attention_heads=heads), lora_alpha=alpha)
         site = Elimination(0.5, eliminated=treatment)
         lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=(0,)))
@@ -187,10 +191,9 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
     assert kept["elementwise"] < 0.8 * kept[None]
 
 
-@pytest.mark.parametrize("score", ["measured", "step"])
-def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward(score):
+def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward():
     """The layer's recompute gives the input from which a compiler could choose in the backward alone."""
-    site = Elimination(keep=0.5, eliminated="exact", score=score)
+    site = Elimination(keep=0.5, eliminated="exact", score="step")
     # Two models: the choices of an eager step would be remembered.
     eager, model = (transformed(site, layers=2, checkpointing=True, dense_layers=(0,)) for _ in range(2))
     expected = step(eager, batch(2, 80))

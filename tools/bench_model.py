@@ -226,8 +226,8 @@ def build(shape: str, device: torch.device, adapters: str, layers: int | None = 
     """The model in bf16 with random weights and LoRA r=8 on the attention projections.
 
     Args:
-        adapters: "float32", as PEFT makes them; "autocast", the same under autocast to bf16, as the Trainer computes with
-            `bf16=True`; "bfloat16".
+        adapters: "float32", as PEFT makes them; "autocast", the same under autocast to bf16, as the Trainer computes
+            with `bf16=True`; "bfloat16".
     """
     config = SHAPES[shape]()
     if layers:
