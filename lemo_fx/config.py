@@ -46,6 +46,9 @@ class Elimination:
             wants unbiased blocks), else measured.
         balance: give every eighth of the sequence the same share of its blocks, ranked by the score within it. LeMo's
             score sums over the rows that see a block, so without this the early blocks win and late ones starve.
+        slope: how much more of its blocks the last decoder layer keeps than the first: the share changes evenly from
+            layer to layer, around a `keep` that is one number. With one choice a step (`score="step"`) a lower layer
+            then keeps a part of what the layers above it keep.
     """
 
     keep: float | Sequence[float] | None = None
@@ -53,6 +56,7 @@ class Elimination:
     eliminated: Treatment = "skip"
     score: Score = "auto"
     balance: bool = False
+    slope: float = 0.0
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep is not None:
@@ -71,6 +75,15 @@ class Elimination:
         for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             if self.threshold is not None and not (is_number(threshold) and threshold == threshold):
                 raise ConfigError(f"threshold={threshold!r} must be a number")
+        if not (is_number(self.slope) and abs(self.slope) < 1):
+            raise ConfigError(f"slope={self.slope!r} must be a number between -1 and 1")
+        if self.slope:
+            keep = self.keep
+            if not isinstance(keep, int | float):
+                raise ConfigError("slope changes one keep from layer to layer: give keep as one number")
+            ends = [keep - self.slope / 2, keep + self.slope / 2]
+            if not all(0 < end <= 1 for end in ends):
+                raise ConfigError(f"keep={keep:g} with slope={self.slope:g} goes from {ends[0]:g} to {ends[1]:g}")
         if not isinstance(self.balance, bool):
             raise ConfigError(f"balance={self.balance!r} must be True or False")
         if self.keep == () or self.threshold == ():
@@ -85,6 +98,8 @@ class Elimination:
             ConfigError: a per-layer sequence does not have one value per decoder layer.
         """
         value = getattr(self, name)
+        if name == "keep" and self.slope:
+            return value + self.slope * (layer / max(layers - 1, 1) - 0.5)
         if not isinstance(value, tuple):
             return value
         if len(value) != layers:
@@ -173,7 +188,7 @@ class LemoConfig:
         if self.mlp is not None and self.mlp.score == "shared":
             if self.attention is None:
                 raise ConfigError("mlp score='shared' needs an attention Elimination to share with")
-            budgets = [(site.keep, site.threshold, site.balance) for site in (self.mlp, self.attention)]
+            budgets = [(site.keep, site.slope, site.threshold, site.balance) for site in (self.mlp, self.attention)]
             if budgets[0] != budgets[1]:
                 raise ConfigError("mlp score='shared' keeps what the attention kept: give both the same keep")
 

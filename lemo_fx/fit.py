@@ -191,7 +191,7 @@ def fit(
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
-    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)
+    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
     for number, ids in enumerate(batches):
         if ids.min() < 0 or ids.max() >= words:
             raise InputError(

@@ -207,7 +207,7 @@ def _plan_site(
     elif planned.treatment == "exact":
         # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
-    budget = f"keep {keep:g}" if keep is not None else f"threshold {threshold:g}"
+    budget = f"keep {keep:.4g}" if keep is not None else f"threshold {threshold:g}"
     row = _row(planned.name, elimination.eliminated, score, budget)
     salt = 2 * index + (planned.site.kind == "mlp") + 1
     if score == "measured":

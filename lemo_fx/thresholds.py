@@ -56,7 +56,7 @@ class Tuning:
             if not isinstance(site.keep, int | float):
                 raise ConfigError(f"{kind}: thresholds are set for a mean share, so keep must be one number")
             self.targets[kind] = float(site.keep)
-            sites[kind] = dataclasses.replace(site, keep=None, threshold=0.0)
+            sites[kind] = dataclasses.replace(site, keep=None, threshold=0.0, slope=0.0)
         self.model = model
         plan: dict[str, Any] = {"attention": None, "mlp": None, **sites}
         sparse = dataclasses.replace(config, **plan, active="always", loss_segments=None)

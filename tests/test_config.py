@@ -77,6 +77,31 @@ def test_bad_configs(settings):
         LemoConfig(**settings)
 
 
+def test_slope_changes_keep_evenly_around_its_mean():
+    site = Elimination(keep=0.5, slope=0.4)
+    assert [site.at_layer("keep", i, 5) for i in range(5)] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert site.at_layer("threshold", 1, 5) is None
+    assert [Elimination(keep=0.3, slope=-0.6 + 1e-9).at_layer("keep", i, 2) for i in (0, 1)] == pytest.approx(
+        [0.6, 0], abs=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"slope": "steep"}, "slope='steep'"),
+        ({"slope": 1.5}, "slope=1.5"),
+        ({"keep": 0.2, "slope": 0.5}, r"from -0\.05 to 0\.45"),
+        ({"keep": 0.9, "slope": 0.3}, r"to 1\.05"),
+        ({"keep": [0.2, 0.3], "slope": 0.1}, "one number"),
+        ({"threshold": 1.0, "slope": 0.1}, "one number"),
+    ],
+)
+def test_slopes_that_lead_nowhere(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        Elimination(**settings)
+
+
 def test_keep_at_layer():
     site = Elimination(keep=[0.1, 0.2])
     assert [site.at_layer("keep", i, 2) for i in range(2)] == [0.1, 0.2]

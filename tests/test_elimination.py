@@ -475,6 +475,16 @@ def test_one_choice_for_the_whole_step(architecture):
     assert not torch.equal(*steps)
 
 
+def test_a_slope_keeps_more_in_every_higher_layer():
+    model = tiny("llama", 5)
+    site = lemo_fx.Elimination(keep=0.5, slope=0.5, eliminated="exact", score="step")
+    lemo_fx.transform(model, lemo_fx.LemoConfig(site, site, block_size=4, dense_layers=()))
+    step(model, batch(2, 64))
+    sites = lemo_fx.report(model).sites
+    assert [site.kept_tokens for site in sites[::2]] == [16, 24, 32, 40, 48]
+    assert [site.budget for site in sites[1::2]] == [f"keep {keep}" for keep in (0.25, 0.375, 0.5, 0.625, 0.75)]
+
+
 def test_layers_that_are_called_by_themselves_draw_their_own_choice():
     model = tiny("llama", 3)
     site = lemo_fx.Elimination(keep=0.5, eliminated="exact", score="step")

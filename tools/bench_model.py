@@ -123,11 +123,12 @@ def sparse(
     treatment: str = "skip",
     score: str = "predicted",
     shared: bool = False,
+    slope: float = 0.0,
     **settings: Any,
 ) -> LemoConfig:
     """Both sites at one keep, in every layer but the first and the last unless other fields of LemoConfig say so."""
-    attention = Elimination(keep=keep, eliminated=treatment, score=score)
-    mlp = Elimination(keep=keep, eliminated=treatment, score="shared" if shared else score)
+    attention = Elimination(keep=keep, eliminated=treatment, score=score, slope=slope)
+    mlp = dataclasses.replace(attention, score="shared" if shared else score)
     return LemoConfig(attention=attention, mlp=mlp, **settings)
 
 
@@ -197,6 +198,15 @@ VARIANTS = {
             )
             for keep in (0.5, 0.375, 0.25)
         ),
+        *(
+            Variant(
+                f"step-{keep}-slope-{slope}-both-float8-checkpointed",
+                sparse(keep, "exact", "step", slope=slope, **FLOAT8),
+                checkpointed=True,
+            )
+            for keep, slope in ((0.375, 0.3), (0.375, 0.6), (0.5, 0.6))
+        ),
+        Variant("step-0.4375-slope-0.5-checkpointed", sparse(0.4375, "exact", "step", slope=0.5), checkpointed=True),
         Variant(
             "step-0.5-float8-offload",
             sparse(0.5, "exact", "step", recompute="projections", offload=True, forward="float8"),

@@ -30,6 +30,7 @@ WORDS = (
     (r"-both-float8", ", all float8"),
     (r"-last-two", ", last two dense"),
     (r"-more-finish", ", more steps, dense end"),
+    (r"-slope-([\d.]+)", r", slope \1"),
     (r"-shared", ", one selection"),
     (r"-attention-kept", ", attention kept"),
     (r"-elementwise", ", elementwise recompute"),

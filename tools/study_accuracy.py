@@ -92,17 +92,6 @@ def exact(keep: float, score: str = "random", **settings: Any) -> LemoConfig:
     return both(keep, eliminated="exact", score=score, **settings)
 
 
-def ramp(bottom: float, top: float, **settings: Any) -> Callable[[int], LemoConfig]:
-    """`exact` with one choice a step whose kept share changes evenly from the first sparse layer to the last."""
-
-    def config(layers: int) -> LemoConfig:
-        shares = [bottom + (top - bottom) * min(max(i - 1, 0) / max(layers - 3, 1), 1) for i in range(layers)]
-        site = Elimination(keep=shares, eliminated="exact", score="step")
-        return LemoConfig(attention=site, mlp=site, **settings)
-
-    return config
-
-
 def unequal(attention: float, mlp: float, **settings: Any) -> LemoConfig:
     """`exact` with one choice a step, of which attention and MLP keep different shares."""
     config = exact(attention, score="step")
@@ -158,8 +147,15 @@ PLANS: dict[str, Plan] = {
     "step-0.4375": Plan(exact(0.4375, score="step")),
     "step-0.4375-both-float8": Plan(replace(exact(0.4375, score="step"), **FLOAT8)),
     # About as many products as keep 0.375: more of the tokens towards the top or the bottom, in attention or the MLP.
-    "ramp-up-both-float8": Plan(ramp(0.25, 0.5, **FLOAT8)),
-    "ramp-down-both-float8": Plan(ramp(0.5, 0.25, **FLOAT8)),
+    # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
+    "ramp-up-both-float8": Plan(replace(exact(0.375, score="step", slope=0.25 * 11 / 9), **FLOAT8)),
+    "ramp-down-both-float8": Plan(replace(exact(0.375, score="step", slope=-0.25 * 11 / 9), **FLOAT8)),
+    "step-0.375-slope-0.3-both-float8": Plan(replace(exact(0.375, score="step", slope=0.3), **FLOAT8)),
+    "step-0.375-slope-0.6-both-float8": Plan(replace(exact(0.375, score="step", slope=0.6), **FLOAT8)),
+    "step-0.5-slope-0.6-both-float8": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8)),
+    "step-0.4375-slope-0.5": Plan(exact(0.4375, score="step", slope=0.5)),
+    # As many steps as fit into 0.6 of LoRA's time if a slope costs nothing.
+    "step-0.5-slope-0.6-both-float8-more": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8), steps=1.36),
     "attention-0.5-mlp-0.3125-both-float8": Plan(unequal(0.5, 0.3125, **FLOAT8)),
     "attention-0.25-mlp-0.4375-both-float8": Plan(unequal(0.25, 0.4375, **FLOAT8)),
     "step-0.375-both-float8": Plan(replace(exact(0.375, score="step"), **FLOAT8)),

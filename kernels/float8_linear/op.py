@@ -91,14 +91,16 @@ class Float8Switch(nn.Module):
     """
 
     on = False
-    half = False
+    in_bfloat16 = False
     layers: tuple[nn.Linear, ...] = ()
 
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
         # In a tuple, so that weights are not listed twice.
         self.layers = _plain_linears(module)
-        self.half = any(layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in self.layers)
+        self.in_bfloat16 = any(
+            layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in self.layers
+        )
         for layer in self.layers:
             vars(layer)[SWITCH] = self
             layer.__class__ = SwitchedLinear
@@ -131,7 +133,7 @@ class SwitchedLinear(nn.Linear):
         if switch.on and fits(x, self.weight):
             run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
             return run(x, self.weight, self.bias)
-        if switch.on and switch.half and _is_float32_adapter(x, self.weight):
+        if switch.on and switch.in_bfloat16 and _is_float32_adapter(x, self.weight):
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
         return super().forward(x)
