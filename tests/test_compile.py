@@ -72,9 +72,8 @@ def test_one_compilation_for_each_kind_of_layer(variant):
 def test_the_leader_of_a_shared_choice_is_one_more(whole):
     model = transformed(Elimination(keep=0.5, eliminated="exact", score="step"), layers=4 if whole else 5)
     batches = [batch(1, 64, seed=seed) for seed in range(2)]
-    # By layer, test_checkpointed_exact_layers_of_every_architecture has a leader and a follower go through AOTAutograd.
-    backend = "aot_eager" if whole else "eager"
-    assert compilations(model, batches, whole, backend) == [1 if whole else 4, 0]
+    # test_checkpointed_exact_layers_of_every_architecture has a leader and a follower go through AOTAutograd.
+    assert compilations(model, batches, whole) == [1 if whole else 4, 0]
 
 
 @pytest.mark.parametrize(("layers", "whole"), [(9, False), (4, True)])
@@ -88,19 +87,18 @@ def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole):
 
 @pytest.mark.parametrize(
     ("site", "layers", "kinds"),
-    [(Elimination(keep=0.4), 4, 3), (Elimination(threshold=3.0), 1, 1)],
+    [(Elimination(keep=0.4), 2, 2), (Elimination(threshold=3.0), 1, 1)],
     ids=["keep_by_layer", "threshold_whole_model"],
 )
 def test_any_length_compiles_twice(site, layers, kinds):
     # Static, then dynamic, which takes a ragged tail too.
     batches = [batch(2, length, padding="both") for length in (64, 96, 73)]
-    assert compilations(transformed(site, layers), batches, whole=layers == 1) == [kinds, kinds, 0]
+    model = transformed(site, layers, dense_layers=(-1,) if layers > 1 else ())
+    assert compilations(model, batches, whole=layers == 1) == [kinds, kinds, 0]
 
 
-@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
-def test_any_threshold_and_count_compiles_once(segment, monkeypatch):
-    if segment:
-        monkeypatch.setattr(runtime, "SEGMENT", segment)
+def test_any_threshold_and_count_compiles_once(monkeypatch):
+    monkeypatch.setattr(runtime, "SEGMENT", 16)
     thresholds = [0.2, 0.5, 0.7, 0.9]
     site = Elimination(threshold=thresholds, score="random")
     model = transformed(site, len(thresholds), checkpointing=True, dense_layers=())
@@ -130,8 +128,9 @@ def test_models_of_other_scalings_compile_in_one_process(treatment, segment, oth
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("segment", [None, 16], ids=["one_piece", "pieces"])
-@pytest.mark.parametrize("recompute", ["all", "projections"])
+@pytest.mark.parametrize(
+    ("recompute", "segment"), [("all", 16), ("projections", None)], ids=["all_pieces", "projections_one_piece"]
+)
 def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(recompute, segment, monkeypatch):
     if segment:
         monkeypatch.setattr(runtime, "SEGMENT", segment)
@@ -229,8 +228,9 @@ def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
     assert sum(v.is_floating_point() and {40, 80} & {*v.shape} != set() for v in values) == rows
 
 
+# Gemma 3 has Gemma 2's masks and norms.
 # Mixtral's experts do not compile whole on the CPU with transformers 5.17, nor under adapters, with lemo_fx or without.
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"mixtral"}))
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"gemma2", "mixtral"}))
 def test_checkpointed_exact_layers_of_every_architecture(architecture):
     model = with_lora(tiny(architecture))
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -241,7 +241,7 @@ def test_checkpointed_exact_layers_of_every_architecture(architecture):
     expected = step(model, inputs)
     torch._dynamo.reset()
     # The first layer makes the step's choice besides; it counts where it also attends in another way than the second.
-    for _, layer in decoder_layers(model)[0 if architecture in ("llama", "gemma2", "gemma3") else 1 :]:
+    for _, layer in decoder_layers(model)[0 if architecture in ("llama", "gemma3") else 1 :]:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_same_step(step(model, inputs), expected, "compiled")
     torch._dynamo.reset()

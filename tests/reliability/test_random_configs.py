@@ -1,4 +1,4 @@
-"""A thousand random plans, valid and invalid: the result is right, or it is a LemoError and the model is untouched."""
+"""Hundreds of random plans, valid and invalid: the result is right, or it is a LemoError and the model is untouched."""
 
 import random
 from dataclasses import replace
@@ -41,6 +41,7 @@ def random_site(draw):
         eliminated=mostly(draw, ["skip", "exact"], ["stand_in", "drop", None]),
         score=mostly(draw, ["auto", "measured", "random", "step"], ["predicted", "shared", "best", 3]),
         balance="keep" in budget and draw.random() < 0.3,
+        slope=mostly(draw, [0.0, 0.2, -0.1], [1.5, "up", None]) if budget.get("keep") in (0.3, 0.5, 0.77) else 0.0,
     )
 
 
@@ -73,10 +74,10 @@ def rounds(plan: LemoConfig) -> bool:
 
 
 def keeps_everything(plan):
-    return all(s is None or s.keep == 1 for s in sites(plan)) and not plan.float8_everywhere
+    return all(s is None or (s.keep == 1 and not s.slope) for s in sites(plan)) and not plan.float8_everywhere
 
 
-def test_a_thousand_random_configs():
+def test_random_configs():
     models = {name: make() for name, make in MODELS.items()}
     for model in models.values():
         # Leaves attributes behind.
@@ -90,7 +91,7 @@ def test_a_thousand_random_configs():
     }
     given["opt"].append(given["llama"][-1])
     counts = {"refused": 0, "right": 0, "equal": 0}
-    for number in range(1000):
+    for number in range(500):
         draw = random.Random(number)
         name, which = draw.choice(list(models)), draw.randrange(len(BATCHES))
         model, inputs = models[name], BATCHES[which]
@@ -125,4 +126,4 @@ def test_a_thousand_random_configs():
     for name, model in models.items():
         for inputs, expected in zip(BATCHES, dense[name], strict=True):
             assert_same_step(step(model, inputs), expected, "same")
-    assert min(counts.values()) > 50, counts
+    assert min(counts.values()) > 25, counts
