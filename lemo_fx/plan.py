@@ -202,6 +202,8 @@ def _plan_site(
     planned.score = score
     keep = elimination.at_layer("keep", index, count)
     threshold = elimination.at_layer("threshold", index, count)
+    keeps = [elimination.at_layer("keep", i, count) or 1.0 for i in range(count) if not config.is_dense(i, count)]
+    planned.share = max(keeps)
     if keep != 1:
         planned.float8 = config.float8_everywhere or (planned.treatment == "exact" and config.backward == "float8")
     elif planned.treatment == "exact":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,29 +151,42 @@ def token_wise_branch(
     function: Callable,
     checkpointing: bool,
     recompute: str,
+    length: int,
+    share: float,
     rows: torch.Tensor,
     *args: Any,
     float8: Float8Switch | None = None,
 ) -> torch.Tensor:
-    """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens."""
+    """`branch` for a function that treats each token of rows [B, K, H] alone: recomputed in segments of tokens.
+
+    Args:
+        length: S, of the stream that the rows are from.
+        share: as in `segments`.
+    """
     checkpointing = checkpointing and torch.is_grad_enabled()
     # Where nothing is recomputed, or the wide products are kept, segments save nothing.
-    parts = (rows,) if not checkpointing or recompute == "elementwise" else segments(rows)
+    parts = (rows,) if not checkpointing or recompute == "elementwise" else segments(rows, length, share)
     if len(parts) == 1:
         return branch(function, checkpointing, recompute, rows, *args, float8=float8)
     return torch.cat([_checkpoint(function, part, *args, float8=float8) for part in parts], dim=1)
 
 
-def segments(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """[B, K, H] in pieces of the tokens."""
-    length, pieces = rows.shape[1], 1
-    # While a compiler traces, the number of tokens that a threshold keeps is open: then as many pieces as it may need.
-    while pieces < MOST_SEGMENTS and not guard_or_false(length <= pieces * SEGMENT):
+def segments(rows: torch.Tensor, length: int, share: float) -> Sequence[torch.Tensor]:
+    """[B, K, H] in pieces of the tokens.
+
+    Args:
+        length: S, of the stream that the rows are from.
+        share: of the stream's tokens that the rows are at most, in any layer. While a compiler traces, it counts in the
+            place of K, so that layers of other budgets, and what a threshold keeps, need no other program.
+    """
+    count, pieces = rows.shape[1], 1
+    most = -(-length * math.ceil(64 * share) // 64) if torch.compiler.is_compiling() else count
+    while pieces < MOST_SEGMENTS and not guard_or_false(most <= pieces * SEGMENT):
         pieces += 1
     if pieces == 1:
         return (rows,)
-    size = length // pieces
-    return rows.split([size] * (pieces - 1) + [length - size * (pieces - 1)], dim=1)
+    size = count // pieces
+    return rows.split([size] * (pieces - 1) + [count - size * (pieces - 1)], dim=1)
 
 
 def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None = None) -> torch.Tensor:
@@ -186,10 +200,14 @@ def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None
 
 
 def token_wise_without_gradient(
-    function: Callable, rows: torch.Tensor, *args: Any, float8: Float8Switch | None = None
+    function: Callable, length: int, rows: torch.Tensor, *args: Any, float8: Float8Switch | None = None
 ) -> torch.Tensor:
-    """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in segments of tokens."""
-    parts = [without_gradient(function, part, *args, float8=float8) for part in segments(rows)]
+    """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in segments of tokens.
+
+    Args:
+        length: S, of the stream that the rows are from.
+    """
+    parts = [without_gradient(function, part, *args, float8=float8) for part in segments(rows, length, 1.0)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -39,7 +39,8 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
 
 
 def _branch_region(planned: PlannedSite) -> Region:
-    return Region(f"lemo_{planned.name}_branch", True, token_wise=planned.site.kind == "mlp", float8=planned.float8)
+    token_wise = planned.site.kind == "mlp"
+    return Region(f"lemo_{planned.name}_branch", True, token_wise, planned.float8, planned.share)
 
 
 def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
@@ -62,8 +63,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
 def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region) -> dict[fx.Node, fx.Node]:
     """The layer arguments that the attention call reads, each shortened to the kept tokens."""
     compact: dict[fx.Node, fx.Node] = {}
-    # The length alone, so that a recomputed branch does not hold on to the full stream.
-    length = rewrite.graph.create_node("call_method", "size", (rewrite.entry, 1), name=f"{planned.name}_length")
+    length = rewrite.length()
     for argument in planned.site.mixer.all_input_nodes:
         function = COMPACT.get(str(argument.target)) if argument.op == "placeholder" else None
         if function is not None:

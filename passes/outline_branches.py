@@ -48,13 +48,15 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
     name = region.name.removeprefix("lemo_")
     with rewrite.graph.inserting_before(outputs[0]):
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
+        length = (rewrite.length(),) if region.token_wise else ()
         if region.gradient:
             switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
             run: Callable = runtime.token_wise_branch if region.token_wise else runtime.branch
-            args: tuple = (function, switch, rewrite.recompute, *inputs)
+            share = (region.share,) if region.token_wise else ()
+            args: tuple = (function, switch, rewrite.recompute, *length, *share, *inputs)
         else:
             run = runtime.token_wise_without_gradient if region.token_wise else runtime.without_gradient
-            args = (function, *inputs)
+            args = (function, *length, *inputs)
         precision = {}
         if region.float8:
             rewrite.modules.setdefault(FLOAT8, Float8Switch())

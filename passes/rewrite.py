@@ -24,12 +24,14 @@ class Region:
             backward when the model checkpoints its activations.
         token_wise: whether it may run on one piece of the tokens after the other.
         float8: whether its frozen linear layers compute in float8.
+        share: of the stream's tokens that it runs on at most, in any layer.
     """
 
     name: str
     gradient: bool
     token_wise: bool = False
     float8: bool = False
+    share: float = 1.0
 
 
 @dataclass
@@ -43,6 +45,7 @@ class PlannedSite:
             activation checkpointing covers it).
         score: node-producing kind: "measured", "predicted", "random", "step" or "shared".
         float8: whether what is computed with gradient computes in float8.
+        share: of the tokens that such a site keeps at most, in any layer; 1 where that depends on the data.
         tokens, dropped, rows, output, rest: filled in by the passes as they go.
     """
 
@@ -51,6 +54,7 @@ class PlannedSite:
     treatment: Treatment | None
     score: str = "measured"
     float8: bool = False
+    share: float = 1.0
     scores: fx.Node | None = None
     tokens: fx.Node | None = None
     dropped: fx.Node | None = None
@@ -84,6 +88,15 @@ class LayerRewrite:
     def entry(self) -> fx.Node:
         """The layer's input stream."""
         return next(iter(self.graph.nodes))
+
+    def length(self) -> fx.Node:
+        """The number of tokens in the stream, S; a function that is recomputed then need not hold on to the stream."""
+        found = next((n for n in self.graph.nodes if n.target == "size" and n.args == (self.entry, 1)), None)
+        if found is not None:
+            return found
+        *_, last = (n for n in self.graph.nodes if n.op == "placeholder")
+        with self.graph.inserting_after(last):
+            return self.graph.create_node("call_method", "size", (self.entry, 1), name="length")
 
     def placeholder(self, name: str) -> fx.Node | None:
         """The layer argument of this name."""

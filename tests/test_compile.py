@@ -77,8 +77,11 @@ def test_the_leader_of_a_shared_choice_is_one_more(whole):
 
 
 @pytest.mark.parametrize(("layers", "whole"), [(9, False), (4, True)])
-def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole):
-    model = transformed(Elimination(keep=[1 - layer / 10 for layer in range(layers)], score="random"), layers)
+def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole, monkeypatch):
+    # In as many pieces for all of them: 10 to 70 tokens of 80.
+    monkeypatch.setattr(runtime, "SEGMENT", 16)
+    site = Elimination(keep=[1 - layer / 10 for layer in range(layers)], score="random")
+    model = transformed(site, layers, checkpointing=not whole)
     # By layer: both dense ones, the first sparse one for its budget alone, and the second for all further ones.
     assert compilations(model, [batch(1, 80, seed=seed) for seed in range(2)], whole) == [1 if whole else 4, 0]
     kept = [select.record.kept_tokens for select in selections(model).values()]
