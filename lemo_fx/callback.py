@@ -35,8 +35,10 @@ class LemoCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, recall_every: int | None = None) -> None:
-        if recall_every is not None and recall_every < 1:
-            raise ConfigError(f"recall_every={recall_every} must be a number of steps, or None for never")
+        if recall_every is not None and not (type(recall_every) is int and recall_every >= 1):
+            raise ConfigError(f"recall_every={recall_every!r} must be a number of steps, or None for never")
+        if not hasattr(trainer, "callback_handler"):
+            raise ConfigError(f"LemoCallback takes the trainer that it is added to, not {type(trainer).__name__}")
         self.trainer = trainer
         self.recall_every = recall_every
         self._batch: dict[str, Any] | None = None

@@ -208,9 +208,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
     import lemo_fx
     from lemo_fx import draw
+    from lemo_fx.files import writing
     from lemo_fx.sites import decoder_layers
 
-    model = _load_model(path)
+    # Frozen, as it is under adapters.
+    model = _load_model(path).requires_grad_(False)
     layers = decoder_layers(model)
     if index is not None and not -len(layers) <= index < len(layers):
         raise InputError(f"--layer {index}: the model that was built has {len(layers)} decoder layers")
@@ -233,7 +235,8 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
         pictures["after"] = after
     console.print(lemo_fx.report(model))
     figure = draw.draw(pictures, kind)
-    paths = [draw.save(figure, out / f"{name}.{suffix}") for suffix in ("png", "svg")]
+    with writing(out):
+        paths = [draw.save(figure, out / f"{name}.{suffix}") for suffix in ("png", "svg")]
     _print_paths([*paths, dump] if dump else paths)
 
 

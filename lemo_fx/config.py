@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -20,8 +21,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, numbers.Real) and type(value) not in (int, float, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not (isinstance(value, str) and value in allowed):
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
@@ -65,10 +73,10 @@ class Elimination:
             raise ConfigError("balance=True ranks blocks within windows, so it needs keep instead of a threshold")
         if self.keep is None and self.threshold is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
-        for name in ("keep", "threshold"):
+        for name in ("keep", "threshold", "slope"):
             value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+            object.__setattr__(self, name, tuple(map(_plain, value)) if several else _plain(value))
         for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
             if self.keep is not None and not (is_number(keep) and 0 < keep <= 1):
                 raise ConfigError(f"keep={keep!r} must be a number in (0, 1]; 1.0 keeps every block")
@@ -159,6 +167,8 @@ class LemoConfig:
     active: Literal["training", "always"] = "training"
 
     def __post_init__(self) -> None:
+        for name in ("block_size", "loss_segments"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         for kind in ("attention", "mlp"):
             site = getattr(self, kind)
             if site is not None and not isinstance(site, Elimination):
@@ -168,13 +178,15 @@ class LemoConfig:
         if self.dense_layers is not None:
             if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
                 raise ConfigError(f"dense_layers={self.dense_layers!r} must be a list of layer indices, or None")
-            layers = tuple(self.dense_layers)
+            layers = tuple(map(_plain, self.dense_layers))
             if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
                 raise ConfigError(f"dense_layers={layers!r} must hold layer indices")
             object.__setattr__(self, "dense_layers", layers)
         segments = self.loss_segments
-        if segments not in ("auto", None) and not (
-            isinstance(segments, int) and not isinstance(segments, bool) and segments > 0
+        if (
+            segments is not None
+            and not (isinstance(segments, str) and segments == "auto")
+            and not (isinstance(segments, int) and not isinstance(segments, bool) and segments > 0)
         ):
             raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
         _choice("recompute", self.recompute, ("all", "projections", "elementwise"))

@@ -12,6 +12,7 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,6 +182,8 @@ def fit(
             f"folder={str(folder)!r} on rank {torch.distributed.get_rank()}: several ranks must not write one folder; "
             "call lemo_fx.fit on rank 0, then torch.distributed.barrier(), then Predictors.load(folder) on all ranks"
         )
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"folder={folder!r} must be a folder, or None")
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")
@@ -390,10 +393,10 @@ def _batches(sequences: Any) -> Iterator[torch.Tensor]:
     if isinstance(sequences, str) or not isinstance(sequences, Iterable):
         raise InputError(f"{_TOKEN_IDS}, not {type(sequences).__name__}")
     for row in sequences:
-        ids = row["input_ids"] if isinstance(row, dict) or hasattr(row, "keys") else row
         try:
+            ids = row["input_ids"] if isinstance(row, dict) or hasattr(row, "keys") else row
             tensor = torch.as_tensor(ids if isinstance(ids, Sequence | torch.Tensor) else list(ids))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{_TOKEN_IDS}: {error}") from error
         if tensor.dim() != 1 or tensor.is_floating_point() or tensor.numel() == 0:
             raise InputError(_TOKEN_IDS)

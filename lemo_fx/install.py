@@ -118,6 +118,13 @@ class HeadSettings:
                     if STATE in vars(module) and module is not model:
                         parallel.refuse_finer_units(name, module)
                 self.weights_checked = True
+        asked = kwargs.get("output_attentions")
+        wanted = asked if asked is not None else getattr(model.config, "output_attentions", False)
+        if wanted and model.training and self.config.attention is not None and not self.step.dense:
+            raise InputError(
+                "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
+                "collected is no longer one matrix a layer; ask for it in eval()"
+            )
         asked = kwargs.get("output_router_logits")
         wanted = asked if asked is not None else getattr(model.config, "output_router_logits", False)
         if wanted and model.training and self.sparse_experts:
@@ -318,6 +325,9 @@ def telling_labels(forward: Callable) -> Callable:
         if settings is None:
             return forward(self, *args, **kwargs)
         settings.check(self, kwargs)
+        if not torch.compiler.is_compiling():
+            for switch in settings.step.switches:
+                switch.refresh()
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
         before = settings.step.labels
         if given.get("labels") is not None:
@@ -386,6 +396,7 @@ def _install(plan: Plan) -> None:
         part.train(module.training)
         if isinstance(part, Float8Switch):
             part.connect(module)
+            plan.settings.step.switches.append(part)
     main = graph_module(module, plan.graph, plan.functions)
     built = {"forward": main, **{name: main.get_submodule(name) for name in plan.functions}}
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
@@ -422,4 +433,5 @@ def uninstall(module: nn.Module) -> None:
             forget(part.site)
         elif isinstance(part, Float8Switch):
             part.disconnect()
+            record.settings.step.switches.remove(part)
     del vars(module)[STATE]

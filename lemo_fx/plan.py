@@ -15,6 +15,7 @@ from lemo_fx import parallel, runtime
 from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
+from lemo_fx.files import writing
 from lemo_fx.install import HeadSettings, Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.parts import Candidates, RandomScore, SelectBlocks, StepScore, measured_score
@@ -138,14 +139,17 @@ def _plan_layer(
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
             reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
-            if config.float8_everywhere:
-                called = [layer.get_submodule(str(n.target)) for n in site.site.nodes if n.op == "call_module"]
-                site.float8 = any(map(has_float8_layers, called))
-                reason += ", in float8" if site.float8 else ", no frozen linear layer that float8 takes"
+            called = [layer.get_submodule(module) for module in _called(site)]
+            site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
             rows.append(_row(site.name, "dense", note=reason))
-            continue
-        _refuse_unknown_arguments(name, rewrite, site)
-        rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
+        else:
+            _refuse_unknown_arguments(name, rewrite, site)
+            rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
+        forward = site.treatment == "exact" and config.forward == "float8"
+        asked = config.float8_everywhere if site.treatment is None else site.float8 or forward
+        rows[-1]["float8"] = _called(site) if asked else ()
+        part = "" if config.float8_everywhere else "forward " if forward else "backward "
+        rows[-1]["precision"] = f"{part}in float8"
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
     return layer_plan(name, rewrite, config, step, rows)
@@ -153,6 +157,11 @@ def _plan_layer(
 
 _LEAVE_OUT = "Leave this layer out with LemoConfig(dense_layers=...)"
 _MEND = f"{_LEAVE_OUT}, or the whole kind of site with attention=None or mlp=None"
+
+
+def _called(site: PlannedSite) -> tuple[str, ...]:
+    """Names of the modules that a site's branch calls."""
+    return tuple(str(node.target) for node in site.site.nodes if node.op == "call_module")
 
 
 def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
@@ -356,6 +365,7 @@ def _dumper(folder: Path, name: str):
 def _write_dump(
     folder: Path, name: str, stage: str, module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     text = readable(graph, functions, type(module).__name__)
-    (folder / f"{name}.{stage}.py").write_text(text)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.{stage}.py").write_text(text)

@@ -198,8 +198,11 @@ class Predictors:
         named by their digest, until that is done.
 
         Raises:
+            PredictorError: `folder` is none.
             StorageError: the disk is full, or the folder must not be written to; earlier files are as they were.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise PredictorError(f"save takes a folder, not {type(folder).__name__}")
         folder = Path(folder)
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.tensors.items()}
         shapes = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in tensors.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class Step:
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         led: whether such a first site was planned.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`).
+        switches: of the installed layers that compute in float8.
     """
 
     labels: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     led: bool = False
     dense: bool = False
+    switches: list[Float8Switch] = field(default_factory=list)
 
 
 ATTENTION_OPS = frozenset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
+from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.loss import segmented_loss
 from lemo_fx.parts import AttentionScore, SelectBlocks
 from lemo_fx.plan import make_plans
@@ -75,6 +77,7 @@ def transform(
         UnsupportedModelError: no decoder layer can be rewritten, or one that should be cannot, naming module and node;
             or the model runs under tensor, context or sequence parallelism, or in wrappers that hide its layers.
         PredictorError: `stand_in` or `predicted` without what they need.
+        StorageError: `dump` cannot be written to.
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
@@ -85,6 +88,8 @@ def transform(
             f"predictors must be what lemo_fx.fit returns, not {type(predictors).__name__}; a folder is loaded by "
             "lemo_fx.Predictors.load(folder)"
         )
+    if dump is not None and not isinstance(dump, str | os.PathLike):
+        raise ConfigError(f"dump={dump!r} must be a folder")
     before = _find(model)
     if before is not None and before.config == config and before.predictors is predictors and dump is None:
         return model
@@ -170,11 +175,22 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
                     recall=recalls.get((plan.name, row["site"])),
-                    note="; ".join(filter(None, [row["note"], "NaN among the last scores" if nan else ""])),
+                    note="; ".join(
+                        filter(None, [row["note"], _float8(plan, row), "NaN among the last scores" if nan else ""])
+                    ),
                 )
             )
     dense = any(plan.settings.step.dense for plan in done.plans)
     return Report(config=done.config, sites=rows, notes=[*done.notes, *_lowerings(done)], dense=dense)
+
+
+def _float8(plan: Plan, row: dict[str, Any]) -> str:
+    """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
+    names = row.get("float8")
+    if not names:
+        return ""
+    taken = any(has_float8_layers(plan.module.get_submodule(name)) for name in names)
+    return row["precision"] if taken else "no frozen linear layer that float8 takes"
 
 
 def _lowerings(done: Transformation) -> list[str]:
@@ -205,9 +221,13 @@ def set_dense(model: Model, dense: bool = True) -> Model:
 
     Raises:
         NotTransformedError: the model was not transformed.
+        ConfigError: `dense` is neither true nor false.
     """
-    for plan in _transformation(model).plans:
-        plan.settings.step.dense = dense
+    plans = _transformation(model).plans
+    if isinstance(dense, torch.Tensor) or dense not in (True, False):
+        raise ConfigError(f"dense={dense!r} must be True or False")
+    for plan in plans:
+        plan.settings.step.dense = bool(dense)
     return model
 
 

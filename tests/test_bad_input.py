@@ -2,13 +2,23 @@
 
 import logging
 
+import numpy
 import pytest
 import torch
 import transformers
 from tiny import anatomy, assert_same_step, batch, selections, step, tiny, with_lora
 
 import lemo_fx
-from lemo_fx import ConfigError, Elimination, InputError, LemoConfig, LemoError, PredictorError, UnsupportedModelError
+from lemo_fx import (
+    ConfigError,
+    Elimination,
+    InputError,
+    LemoConfig,
+    LemoError,
+    PredictorError,
+    StorageError,
+    UnsupportedModelError,
+)
 
 SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
 
@@ -54,6 +64,20 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
         (lambda model: lemo_fx.fit(model, IDS, recipe={}), ConfigError, "recipe must be a Recipe"),
         (lambda model: lemo_fx.fit(model, IDS, rank="8"), ConfigError, "rank='8'"),
         (lambda model: lemo_fx.fit(model, IDS, ridge=0), ConfigError, "ridge=0"),
+        (lambda model: lemo_fx.fit(model, [{"ids": [3, 4]}]), InputError, "rows with 'input_ids': 'input_ids'"),
+        (lambda model: lemo_fx.fit(model, IDS, folder=3), ConfigError, "folder=3"),
+        (lambda model: lemo_fx.transform(model, dump=3), ConfigError, "dump=3"),
+        (lambda model: lemo_fx.transform(model, dump="/proc/none"), StorageError, "cannot write /proc/none"),
+        (lambda model: lemo_fx.set_dense(lemo_fx.transform(model), "no"), ConfigError, "dense='no'"),
+        (lambda model: lemo_fx.set_dense(lemo_fx.transform(model), IDS), ConfigError, "must be True or False"),
+        (lambda model: lemo_fx.LemoCallback(None), ConfigError, "takes the trainer"),
+        (lambda model: lemo_fx.LemoCallback(None, "5"), ConfigError, "recall_every='5'"),
+        (lambda model: lemo_fx.Predictors({}, {}).save(None), PredictorError, "save takes a folder"),
+        (lambda model: lemo_fx.transform(model)(input_ids=IDS, output_attentions=True), InputError, "in eval"),
+        (lambda model: Elimination(score=numpy.array(["a", "b"])), ConfigError, "score="),
+        (lambda model: LemoConfig(loss_segments=numpy.array([1, 2])), ConfigError, "loss_segments="),
+        (lambda model: Elimination(keep=numpy.array([0.5])), ConfigError, "keep="),
+        (lambda model: Elimination(keep=b"ab"), ConfigError, "keep=b'ab'"),
         (lambda model: lemo_fx.Predictors.load(3), PredictorError, "takes a folder"),
         (lambda model: lemo_fx.Predictors.load("no/such/folder"), PredictorError, "there is no folder no/such/folder"),
         (lambda model: lemo_fx.revert(None), UnsupportedModelError, "revert takes a loaded model, not NoneType"),

@@ -50,6 +50,7 @@ def test_inspect_shows_what_transform_would_do(config, tmp_path):
         result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
         row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
         assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", keep]
+        assert ("float8" in row) == ("--preset" in options)
 
 
 def test_inspect_reads_a_plan(config, tmp_path):

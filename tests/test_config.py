@@ -1,6 +1,7 @@
 import dataclasses
 import pickle
 
+import numpy
 import pytest
 
 from lemo_fx import ConfigError, Elimination, LemoConfig
@@ -23,6 +24,15 @@ def test_presets_are_the_default_with_changes():
         LemoConfig.preset("quick")
     with pytest.raises(ConfigError, match=r"keep is no field of LemoConfig: .* mlp=Elimination"):
         LemoConfig.preset("fast", keep=0.5)
+
+
+def test_numbers_of_numpy():
+    site = Elimination(keep=numpy.float32(0.5), slope=numpy.float64(0.25))
+    assert (site, type(site.keep)) == (Elimination(keep=0.5, slope=0.25), float)
+    assert Elimination(keep=list(numpy.linspace(0.25, 0.5, 2))) == Elimination(keep=[0.25, 0.5])
+    assert Elimination(threshold=numpy.float64(3)).threshold == 3
+    plan = LemoConfig(block_size=numpy.int64(32), dense_layers=numpy.arange(2), loss_segments=numpy.int32(3))
+    assert plan == LemoConfig(block_size=32, dense_layers=(0, 1), loss_segments=3)
 
 
 def test_frozen_hashable_equal_and_picklable():

@@ -419,7 +419,7 @@ def test_hub_push_and_load(tmp_path, monkeypatch):
 def test_hub_errors_are_typed(tmp_path, monkeypatch):
     with pytest.raises(PredictorError, match="neither a folder nor found"):
         Predictors.load("someone/nothing", cache_dir=tmp_path, local_files_only=True)
-    with pytest.raises(PredictorError, match="missing"):
+    with pytest.raises(PredictorError, match="there is no folder"):
         Predictors.load(tmp_path / "nowhere")
 
     def unreachable(*args, **kwargs):

@@ -15,40 +15,37 @@ from torch import nn
 from lemo_fx.kernels.float8_linear import reference
 
 
-def float8_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, again: bool = False
-) -> torch.Tensor:
-    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N] in x's dtype; no gradient.
+def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype; no gradient.
 
     Args:
         again: as in `reference.quantise`, of the weight.
     """
     if not x.is_cuda:
-        return reference.float8_linear(x, weight, bias)
+        return reference.float8_linear(x, weight)
     rows, row_scale = reference.quantise(x.flatten(0, -2))
     columns, column_scale = reference.quantise(weight, again)
     # The product wants columns that lie one after the other; those of a transposed weight do not.
     out = torch._scaled_mm(
         rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
-    out = out.to(x.dtype).unflatten(0, x.shape[:-1])
-    return out if bias is None else out + bias
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Float8Linear(torch.autograd.Function):
     """`float8_linear` whose gradient for x is a product in float8 too; the weight is frozen, and all that is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `float8_linear`."""
         ctx.save_for_backward(weight)
-        return float8_linear(x, weight, bias, again=True)
+        return float8_linear(x, weight, again=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8."""
         (weight,) = ctx.saved_tensors
-        return float8_linear(grad, weight.t()), None, None
+        return float8_linear(grad, weight.t()), None
 
 
 @torch.compiler.assume_constant_result
@@ -63,8 +60,8 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return half and _takes_float8(weight) and has_float8(x.device)
 
 
-def _takes_float8(weight: torch.Tensor) -> bool:
-    return not weight.requires_grad and all(side % 16 == 0 for side in weight.shape)
+def _takes_float8(weight: torch.Tensor, frozen: bool = True) -> bool:
+    return not (frozen and weight.requires_grad) and all(side % 16 == 0 for side in weight.shape)
 
 
 def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -73,12 +70,17 @@ def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _plain_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
     """Those of torch's own class: a quantised layer's computes in its own way."""
-    return tuple(layer for layer in module.modules() if type(layer) is nn.Linear)
+    kinds = (nn.Linear, SwitchedLinear)
+    return tuple(layer for layer in module.modules() if isinstance(layer, nn.Linear) and type(layer) in kinds)
 
 
-def has_float8_layers(module: nn.Module) -> bool:
-    """Whether a switch on the module would change anything, on a device that multiplies float8."""
-    return any(_takes_float8(layer.weight) for layer in _plain_linears(module))
+def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
+    """Whether a switch on the module would change anything, on a device that multiplies float8.
+
+    Args:
+        frozen: as the layers are now; else as they will be once they are frozen (under adapters that come later).
+    """
+    return any(_takes_float8(layer.weight, frozen) for layer in _plain_linears(module))
 
 
 class Float8Switch(nn.Module):
@@ -92,18 +94,24 @@ class Float8Switch(nn.Module):
 
     on = False
     in_bfloat16 = False
+    module: tuple[nn.Module, ...] = ()
     layers: tuple[nn.Linear, ...] = ()
 
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
-        # In a tuple, so that weights are not listed twice.
-        self.layers = _plain_linears(module)
-        self.in_bfloat16 = any(
-            layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in self.layers
-        )
-        for layer in self.layers:
-            vars(layer)[SWITCH] = self
-            layer.__class__ = SwitchedLinear
+        # In tuples, so that weights are not listed twice.
+        self.module = (module,)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The same for layers that the module was given since: adapters, which freeze the others too."""
+        found = _plain_linears(self.module[0])
+        for layer in found:
+            if type(layer) is nn.Linear:
+                vars(layer)[SWITCH] = self
+                layer.__class__ = SwitchedLinear
+        self.layers = found
+        self.in_bfloat16 = any(layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in found)
 
     def disconnect(self) -> None:
         """Give the layers their class back."""
@@ -132,7 +140,9 @@ class SwitchedLinear(nn.Linear):
         switch = vars(self)[SWITCH]
         if switch.on and fits(x, self.weight):
             run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
-            return run(x, self.weight, self.bias)
+            out = run(x, self.weight)
+            # Not within: a bias may be trained where the weight is frozen.
+            return out if self.bias is None else out + self.bias.to(out.dtype)
         if switch.on and switch.in_bfloat16 and _is_float32_adapter(x, self.weight):
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)

@@ -17,10 +17,9 @@ def quantise(rows: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, tor
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype."""
+def float8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., K], weight [N, K] -> [..., N] in x's dtype."""
     rows, row_scale = quantise(x.flatten(0, -2))
     columns, column_scale = quantise(weight)
     out = (rows.float() @ columns.float().T) * row_scale * column_scale.T
-    out = out.to(x.dtype).unflatten(0, x.shape[:-1])
-    return out if bias is None else out + bias
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])

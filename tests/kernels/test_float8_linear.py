@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from tiny import assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch import nn
 
@@ -15,8 +16,8 @@ from lemo_fx.kernels.float8_linear.op import SWITCH, Float8Linear, Float8Switch,
 @pytest.mark.parametrize("shape", [(5, 32), (2, 7, 32), (1, 1, 32)])
 def test_the_error_is_that_of_the_rounding(shape):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(shape) * 30, torch.randn(48, 32) / 100, torch.randn(48)
-    found, exact = reference.float8_linear(x, weight, bias), F.linear(x, weight, bias)
+    x, weight = torch.randn(shape) * 30, torch.randn(48, 32) / 100
+    found, exact = reference.float8_linear(x, weight), F.linear(x, weight)
     assert found.shape == exact.shape
     # float8_e4m3 keeps 3 bits after the leading one: each operand errs by at most 1/16, and errors add up in squares.
     bound = (x.abs() @ weight.abs().T) * (2 / 16 + 1 / 256)
@@ -36,7 +37,7 @@ def test_the_gradient_errs_by_the_rounding_alone(shape):
     torch.manual_seed(0)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(48, 32)
     grad = torch.randn(*shape[:-1], 48)
-    Float8Linear.apply(x, weight, torch.randn(48)).backward(grad)
+    Float8Linear.apply(x, weight).backward(grad)
     exact = grad @ weight
     assert x.grad.shape == x.shape
     assert ((x.grad - exact).abs() <= (grad.abs() @ weight.abs()) * (2 / 16 + 1 / 256) + 1e-6).all()
@@ -80,9 +81,11 @@ def test_float32_adapters_multiply_in_bfloat16_where_the_model_is_in_it(dtype):
     torch.testing.assert_close(rounded, adapter.weight.grad, rtol=2**-6, atol=2**-4)
 
 
-def config(**precision):
-    site = Elimination(keep=0.5, eliminated="exact", score="random")
-    return LemoConfig(site, site, block_size=8, dense_layers=(), **precision)
+SITE = Elimination(keep=0.5, eliminated="exact", score="random")
+
+
+def config(block_size=8, **precision):
+    return LemoConfig(SITE, SITE, block_size=block_size, dense_layers=(), **precision)
 
 
 FORWARD = {"forward": "float8"}
@@ -128,8 +131,7 @@ def test_what_is_not_exact_takes_part_where_all_is_in_float8(treatment, precisio
     for name, settings in (("model", {}), ("float8", precision)):
         lemo_fx.transform(model, LemoConfig(site, mlp, block_size=8, **settings))
         assert count_switched(model) == (4 if settings == BOTH else 0)
-        notes = [site.note for site in lemo_fx.report(model).sites if site.eliminated == "dense"]
-        assert all(("in float8" in note) == (settings == BOTH) for note in notes)
+        assert all(("in float8" in site.note) == (settings == BOTH) for site in lemo_fx.report(model).sites)
         if site:
             fix_choice(model, [0, 2, 3, 7])
         losses[name], gradients = step(model, inputs)
@@ -157,11 +159,52 @@ def count_switched(model):
     return sum(len(linears) == 7 and on.issuperset(linears) for linears in found)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_bias_that_is_trained_gets_its_gradient(checkpointing):
+    model = with_lora(tiny("opt", 4), bias="lora_only")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    expected = step(lemo_fx.transform(model, config(block_size=16)), batch(2, 64))[1]
+    found = step(lemo_fx.transform(model, config(block_size=16, **BOTH)), batch(2, 64))[1]
+    assert found.keys() == expected.keys()
+    assert any(name.endswith("bias") for name in found)
+    # A key's bias adds the same to all scores of a query, which changes nothing.
+    for name, gradient in ((name, g) for name, g in found.items() if "k_proj.base_layer" not in name):
+        assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
+
+
+@pytest.mark.parametrize("order", ["before", "after", "second"])
+def test_adapters_may_come_after_the_transform(order):
+    plan = LemoConfig(SITE, SITE, block_size=8, **BOTH)
+    model = tiny("llama", 4).bfloat16()
+    if order == "before":
+        model = lemo_fx.transform(with_lora(model), plan)
+    else:
+        notes = [site.note for site in lemo_fx.report(lemo_fx.transform(model, plan)).sites]
+        assert all("no frozen linear layer" in note for note in notes)
+        model = with_lora(model)
+    if order == "second":
+        step(model, batch(2, 64))
+        model.delete_adapter("default")
+        torch.manual_seed(1)
+        settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model.add_adapter("default", settings)
+        model.set_adapter("default")
+    assert count_switched(model) == 4
+    assert all("in float8" in site.note for site in lemo_fx.report(model).sites)
+    adapters = [m for name, m in model.named_modules() if name.endswith(("lora_A.default", "lora_B.default"))]
+    assert {m.weight.dtype for m in adapters} == {torch.float32}
+    assert len(adapters) == 4 * 7 * 2
+    assert all(vars(m)[SWITCH].in_bfloat16 for m in adapters)
+    lemo_fx.revert(model)
+    assert {type(m) for m in adapters} == {nn.Linear}
+
+
 def test_the_report_says_where_float8_has_nothing_to_do():
     only = LemoConfig(None, None, block_size=8, **BOTH)
     sites = lemo_fx.report(lemo_fx.transform(with_lora(tiny("gpt2", 2)), only)).sites
     # GPT-2's Conv1D is no linear layer of torch's.
-    assert [site.note.split(", ")[-1] for site in sites] == ["no frozen linear layer that float8 takes"] * 4
+    assert [site.note.split("; ")[-1] for site in sites] == ["no frozen linear layer that float8 takes"] * 4
 
 
 def test_keep_one_stays_the_originals_arithmetic():
