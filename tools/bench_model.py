@@ -314,12 +314,12 @@ def measure(
     cap: float = 1e9,
     warm_up: int = 2,
 ) -> dict:
-    """Median times in ms and peak memory in GB (1e9 bytes) of training steps; fewer steps than asked after `cap` s."""
+    """Median times in ms and peak memory in GB (1e9 bytes) of training steps; fewer than asked after `cap` s of timing."""
     prepare(model, variant)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
     times: list[tuple[float, float]] = []
-    began = time.perf_counter()
+    began = timed_from = time.perf_counter()
     for step in range(steps + warm_up):
         if step <= 1:
             _reset_peak(device)
@@ -336,9 +336,11 @@ def measure(
         wait(device)
         if step == 0:
             compiled = time.perf_counter() - began
-        if step >= warm_up:
+        if step < warm_up:
+            timed_from = time.perf_counter()
+        else:
             times.append((between(*marks[:2]), between(*marks[1:])))
-        if times and time.perf_counter() - began > cap:
+        if times and time.perf_counter() - timed_from > cap:
             break
     forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
     result = {
@@ -502,7 +504,7 @@ def main(
     ] = "",
     tf32: Annotated[bool, typer.Option(help="float32 products (the adapters') in TF32, in every variant")] = False,
     seconds: Annotated[float, typer.Option(help="start no further variant after this long")] = 1e9,
-    cap: Annotated[float, typer.Option(help="seconds per variant after which no further step is timed")] = 1e9,
+    cap: Annotated[float, typer.Option(help="seconds of timed steps per variant, then no further one")] = 1e9,
 ) -> None:
     """Measure one training step of each variant at each length; results are written after every variant."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
