@@ -314,7 +314,7 @@ def measure(
     cap: float = 1e9,
     warm_up: int = 2,
 ) -> dict:
-    """Median times in ms and peak memory in GB (1e9 bytes) of training steps; fewer than asked after `cap` s of timing."""
+    """Median times in ms and peak memory in GB (1e9 bytes) of steps; fewer than asked after `cap` s of timing."""
     prepare(model, variant)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
