@@ -96,6 +96,7 @@ class Float8Switch(nn.Module):
     in_bfloat16 = False
     module: tuple[nn.Module, ...] = ()
     layers: tuple[nn.Linear, ...] = ()
+    children_seen: tuple[tuple[nn.Module, tuple], ...] = ()
 
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
@@ -104,14 +105,18 @@ class Float8Switch(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """The same for layers that the module was given since: adapters, which freeze the others too."""
-        found = _plain_linears(self.module[0])
-        for layer in found:
+        """The same for layers that the module was given since: adapters. Called in every step, so it looks first."""
+        if self.children_seen and all(tuple(m._modules.values()) == seen for m, seen in self.children_seen):
+            return
+        self.children_seen = tuple((m, tuple(m._modules.values())) for m in self.module[0].modules())
+        self.layers = _plain_linears(self.module[0])
+        for layer in self.layers:
             if type(layer) is nn.Linear:
                 vars(layer)[SWITCH] = self
                 layer.__class__ = SwitchedLinear
-        self.layers = found
-        self.in_bfloat16 = any(layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight) for layer in found)
+        self.in_bfloat16 = any(
+            layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight, frozen=False) for layer in self.layers
+        )
 
     def disconnect(self) -> None:
         """Give the layers their class back."""
