@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lemo_fx.config import is_number
+from lemo_fx.config import is_count, is_number
 from lemo_fx.errors import ConfigError
 from lemo_fx.transform import report, set_dense
 
@@ -35,7 +35,7 @@ class LemoCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, recall_every: int | None = None) -> None:
-        if recall_every is not None and not (type(recall_every) is int and recall_every >= 1):
+        if recall_every is not None and not is_count(recall_every):
             raise ConfigError(f"recall_every={recall_every!r} must be a number of steps, or None for never")
         if not hasattr(trainer, "callback_handler"):
             raise ConfigError(f"LemoCallback takes the trainer that it is added to, not {type(trainer).__name__}")

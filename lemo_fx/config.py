@@ -21,6 +21,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_count(value: object) -> bool:
+    """Whether a setting is a whole number of at least one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _plain(value: Any) -> Any:
     """NumPy's numbers as Python's; anything else as it is."""
     if isinstance(value, numbers.Real) and type(value) not in (int, float, bool):
@@ -173,7 +178,7 @@ class LemoConfig:
             site = getattr(self, kind)
             if site is not None and not isinstance(site, Elimination):
                 raise ConfigError(f"{kind}={site!r} must be an Elimination, or None to leave it dense")
-        if not (isinstance(self.block_size, int) and not isinstance(self.block_size, bool) and self.block_size > 0):
+        if not is_count(self.block_size):
             raise ConfigError(f"block_size={self.block_size!r} must be a positive number of tokens")
         if self.dense_layers is not None:
             if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Iterable):
@@ -183,11 +188,7 @@ class LemoConfig:
                 raise ConfigError(f"dense_layers={layers!r} must hold layer indices")
             object.__setattr__(self, "dense_layers", layers)
         segments = self.loss_segments
-        if (
-            segments is not None
-            and not (isinstance(segments, str) and segments == "auto")
-            and not (isinstance(segments, int) and not isinstance(segments, bool) and segments > 0)
-        ):
+        if not (segments is None or is_count(segments) or (isinstance(segments, str) and segments == "auto")):
             raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
         _choice("recompute", self.recompute, ("all", "projections", "elementwise"))
         if not isinstance(self.offload, bool):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lemo_fx import parallel
-from lemo_fx.config import LemoConfig, SiteKind, is_number
+from lemo_fx.config import LemoConfig, SiteKind, is_count, is_number
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
 from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
@@ -187,7 +187,7 @@ def fit(
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to fit to")
-    if rank is not None and not (type(rank) is int and rank >= 1):
+    if rank is not None and not is_count(rank):
         raise ConfigError(f"rank={rank!r} must be a whole number, at least 1")
     if not (is_number(ridge) and 0 < ridge < float("inf")):
         raise ConfigError(f"ridge={ridge!r} must be a positive number")

@@ -118,16 +118,17 @@ class HeadSettings:
                     if STATE in vars(module) and module is not model:
                         parallel.refuse_finer_units(name, module)
                 self.weights_checked = True
-        asked = kwargs.get("output_attentions")
-        wanted = asked if asked is not None else getattr(model.config, "output_attentions", False)
-        if wanted and model.training and self.config.attention is not None and not self.step.dense:
+
+        def wanted(name: str) -> bool:
+            asked = kwargs.get(name)
+            return model.training and bool(getattr(model.config, name, False) if asked is None else asked)
+
+        if wanted("output_attentions") and self.config.attention is not None and not self.step.dense:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
                 "collected is no longer one matrix a layer; ask for it in eval()"
             )
-        asked = kwargs.get("output_router_logits")
-        wanted = asked if asked is not None else getattr(model.config, "output_router_logits", False)
-        if wanted and model.training and self.sparse_experts:
+        if wanted("output_router_logits") and self.sparse_experts:
             raise InputError(
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"

@@ -145,11 +145,7 @@ def _plan_layer(
         else:
             _refuse_unknown_arguments(name, rewrite, site)
             rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
-        forward = site.treatment == "exact" and config.forward == "float8"
-        asked = config.float8_everywhere if site.treatment is None else site.float8 or forward
-        rows[-1]["float8"] = _called(site) if asked else ()
-        part = "" if config.float8_everywhere else "forward " if forward else "backward "
-        rows[-1]["precision"] = f"{part}in float8"
+        rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
     return layer_plan(name, rewrite, config, step, rows)
@@ -157,6 +153,14 @@ def _plan_layer(
 
 _LEAVE_OUT = "Leave this layer out with LemoConfig(dense_layers=...)"
 _MEND = f"{_LEAVE_OUT}, or the whole kind of site with attention=None or mlp=None"
+
+
+def _float8_asked(site: PlannedSite, config: LemoConfig) -> str:
+    """What of a site the plan wants in float8, in the report's words."""
+    if site.treatment == "exact" and not config.float8_everywhere:
+        return next((f"{name} in float8" for name in ("forward", "backward") if getattr(config, name) == "float8"), "")
+    asked = config.float8_everywhere if site.treatment is None else site.float8
+    return "in float8" if asked else ""
 
 
 def _called(site: PlannedSite) -> tuple[str, ...]:
@@ -173,6 +177,8 @@ def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: st
         "note": note,
         "experts": False,
         "tokens_of": site,
+        "float8": "",
+        "called": (),
     }
 
 

@@ -186,11 +186,10 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
 
 def _float8(plan: Plan, row: dict[str, Any]) -> str:
     """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
-    names = row.get("float8")
-    if not names:
+    if not row["float8"]:
         return ""
-    taken = any(has_float8_layers(plan.module.get_submodule(name)) for name in names)
-    return row["precision"] if taken else "no frozen linear layer that float8 takes"
+    taken = any(has_float8_layers(plan.module.get_submodule(name)) for name in row["called"])
+    return row["float8"] if taken else "no frozen linear layer that float8 takes"
 
 
 def _lowerings(done: Transformation) -> list[str]:

@@ -153,8 +153,6 @@ PLANS: dict[str, Plan] = {
     "step-0.375-slope-0.3-both-float8": Plan(replace(exact(0.375, score="step", slope=0.3), **FLOAT8)),
     "step-0.375-slope-0.6-both-float8": Plan(replace(exact(0.375, score="step", slope=0.6), **FLOAT8)),
     "step-0.5-slope-0.6-both-float8": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8)),
-    "step-0.375-slope-0.3": Plan(exact(0.375, score="step", slope=0.3)),
-    "step-0.375-slope-0.6": Plan(exact(0.375, score="step", slope=0.6)),
     "step-0.4375-slope-0.5": Plan(exact(0.4375, score="step", slope=0.5)),
     # As many steps as fit into 0.6 of LoRA's time if a slope costs nothing.
     "step-0.5-slope-0.6-both-float8-more": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8), steps=1.36),
