@@ -33,6 +33,10 @@ Out = Annotated[Path, typer.Option(help="Folder for the files that are written."
 Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")]
 KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
 Keep = Annotated[float | None, KEEP]
+Slope = Annotated[
+    float | None,
+    typer.Option(help="How much more the last layer keeps than the first; none beside --keep, --eliminated, --score."),
+]
 Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
 Scores = Annotated[
     str | None,
@@ -153,12 +157,13 @@ def inspect(
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
     preset: Preset = None,
     keep: Keep = None,
+    slope: Slope = None,
     eliminated: Treatments = None,
     score: Scores = None,
 ) -> None:
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
     with _errors_in_one_line():
-        plan = _plan(config, preset, None, {"keep": keep, "eliminated": eliminated, "score": score})
+        plan = _plan(config, preset, None, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score})
         _inspect(model, dataclasses.replace(plan, active="always"), layer, out, dump)
 
 
@@ -169,12 +174,14 @@ def _plan(path: Path | None, preset: str | None, block_size: int | None, given: 
     if path is not None:
         if given or preset is not None or block_size is not None:
             raise InputError(
-                "the plan is in a file: leave out --preset, --keep, --eliminated, --score and --block-size"
+                "the plan is in a file: leave out --preset, --keep, --slope, --eliminated, --score and --block-size"
             )
         return _plan_from(path)
     settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     usual = LemoConfig.preset(preset or "careful")
     if given:
+        # A preset's slope belongs to its keep.
+        given.setdefault("slope", 0.0)
         settings |= {
             "attention": dataclasses.replace(usual.attention or Elimination(), **given),
             "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
@@ -334,6 +341,7 @@ def train(
     plan: Plan = None,
     preset: Preset = None,
     keep: Keep = None,
+    slope: Slope = None,
     eliminated: Treatments = None,
     score: Scores = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
@@ -368,7 +376,7 @@ def train(
             model,
             data,
             out,
-            _plan(plan, preset, block_size, {"keep": keep, "eliminated": eliminated, "score": score}),
+            _plan(plan, preset, block_size, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}),
             training.Settings(**named),
             heldout_path=heldout,
             predictors_path=predictors,

@@ -11,12 +11,13 @@ def test_defaults():
     assert Elimination().keep == 0.5
     assert Elimination(threshold=1.0).keep is None
     assert LemoConfig().block_size == 64
-    assert LemoConfig().site("mlp") == Elimination(keep=0.4375, eliminated="exact")
+    assert LemoConfig().site("mlp") == Elimination(keep=0.4375, eliminated="exact", slope=0.5)
 
 
 def test_presets_are_the_default_with_changes():
     assert LemoConfig.preset("careful") == LemoConfig()
-    assert LemoConfig.preset("balanced").mlp.keep == 0.5
+    balanced = LemoConfig.preset("balanced").mlp
+    assert (balanced.keep, balanced.slope) == (0.5, 0.6)
     assert LemoConfig.preset("balanced").float8_everywhere
     fast = LemoConfig.preset("fast", offload=True, dense_layers=[0])
     assert (fast.attention.keep, fast.offload, fast.dense_layers) == (0.375, True, (0,))

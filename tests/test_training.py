@@ -226,7 +226,7 @@ BAD = {
     "context": ({}, ["--context", "513"], "choose --context 512 or less"),
     "small context": ({}, ["--context", "100"], "under four blocks"),
     "keep": ({}, ["--keep", "2"], "keep=2.0"),
-    "two plans": ({}, ["--plan", "lemo.json", "--keep", "0.5"], "leave out --preset, --keep"),
+    "two plans": ({}, ["--plan", "lemo.json", "--keep", "0.5"], "leave out --preset, --keep, --slope"),
     "preset": ({}, ["--preset", "quick"], "'careful', 'balanced', 'fast'"),
     "rank": ({}, ["--rank", "0"], "rank=0"),
     "targets": ({}, ["--targets", "no_such_proj"], "no_such_proj"),
