@@ -274,6 +274,7 @@ class SelectBlocks(nn.Module):
         salt: identifies the site; two sites of a model differ.
         step: labels of the running step, whose blocks survive when they are few.
         balance: rank blocks within windows of the sequence, see `selection.balanced`.
+        varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
     """
 
     site: torch.Tensor
@@ -288,10 +289,12 @@ class SelectBlocks(nn.Module):
         salt: int,
         step: runtime.Step,
         balance: bool = False,
+        varies: bool = False,
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.balance = balance
+        self.varies = varies
         self.set_keep(1.0 if keep is None else keep)
         self.set_threshold(threshold)
         self.step = step
@@ -315,6 +318,8 @@ class SelectBlocks(nn.Module):
     def set_keep(self, keep: float) -> None:
         """Keep this share of the blocks, unless there is a threshold."""
         self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
+        if self.varies:
+            torch._dynamo.maybe_mark_dynamic(self.budget, 1)
 
     @property
     def keep(self) -> tuple[int, int]:

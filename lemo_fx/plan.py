@@ -262,7 +262,9 @@ def _plan_site(
                 f"{layer_name}: score='shared' needs an attention that comes before the MLP in the layer. {_MEND}"
             )
     else:
-        select = SelectBlocks(config.block_size, keep, threshold, salt, step, elimination.balance)
+        select = SelectBlocks(
+            config.block_size, keep, threshold, salt, step, elimination.balance, varies=len(set(keeps)) > 1
+        )
         rewrite.modules[f"lemo_{planned.name}_select"] = select
     if elimination.eliminated == "stand_in":
         if predictors is None:

@@ -46,14 +46,14 @@ def test_inspect_a_config(config, tmp_path):
 
 
 def test_inspect_shows_what_transform_would_do(config, tmp_path):
-    # Six layers, of which this is the second: 1/5 of the way from the lowest share to the highest.
-    for options, keep in ([], "keep 0.2875"), (["--preset", "fast"], "keep 0.195"), (["--keep", "0.9"], "keep 0.9"):
+    # Of four layers the second is a third of the way from the lowest share to the highest.
+    for options, keep in ([], "keep 0.3542"), (["--preset", "fast"], "keep 0.275"), (["--keep", "0.9"], "keep 0.9"):
         result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
         row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
         assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", keep]
         assert ("float8" in row) == ("--preset" in options)
     result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), "--slope", "0.2"])
-    assert "keep 0.3775" in result.output
+    assert "keep 0.4042" in result.output
 
 
 def test_inspect_reads_a_plan(config, tmp_path):

@@ -204,7 +204,7 @@ VARIANTS = {
                 sparse(keep, "exact", "step", slope=slope, **FLOAT8),
                 checkpointed=True,
             )
-            for keep, slope in ((0.375, 0.3), (0.375, 0.6), (0.5, 0.6), (0.5, 0.9))
+            for keep, slope in ((0.375, 0.6), (0.5, 0.6))
         ),
         Variant("step-0.4375-slope-0.5-checkpointed", sparse(0.4375, "exact", "step", slope=0.5), checkpointed=True),
         Variant(

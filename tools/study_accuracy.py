@@ -155,10 +155,8 @@ PLANS: dict[str, Plan] = {
     "step-0.5-slope-0.6-both-float8": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8)),
     "step-0.5-slope-0.9-both-float8": Plan(replace(exact(0.5, score="step", slope=0.9), **FLOAT8)),
     "step-0.4375-slope-0.5": Plan(exact(0.4375, score="step", slope=0.5)),
-    "step-0.4375-slope-0.8": Plan(exact(0.4375, score="step", slope=0.8)),
     # As many steps as fit into 0.6 of LoRA's time if a slope costs nothing.
     "step-0.5-slope-0.6-both-float8-more": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8), steps=1.36),
-    "step-0.375-slope-0.6-both-float8-more": Plan(replace(exact(0.375, score="step", slope=0.6), **FLOAT8), steps=1.6),
     "attention-0.5-mlp-0.3125-both-float8": Plan(unequal(0.5, 0.3125, **FLOAT8)),
     "attention-0.25-mlp-0.4375-both-float8": Plan(unequal(0.25, 0.4375, **FLOAT8)),
     "step-0.375-both-float8": Plan(replace(exact(0.375, score="step"), **FLOAT8)),
