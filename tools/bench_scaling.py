@@ -49,9 +49,9 @@ from lemo_fx.sites import decoder_layers
 
 PICKED = (
     "lora-checkpointed",
-    "step-0.375-checkpointed",
-    "step-0.375-float8-checkpointed",
-    "step-0.25-checkpointed",
+    "step-0.4375-slope-0.5-checkpointed",
+    "step-0.5-slope-0.6-both-float8-checkpointed",
+    "step-0.375-slope-0.6-both-float8-checkpointed",
     "skip-0.5-shared-checkpointed",
 )
 """LoRA, the presets careful, balanced and fast, and LeMo's own rule with one selection a layer."""
