@@ -23,7 +23,7 @@ from lemo_fx import (
 SPARSE = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5), block_size=8, dense_layers=())
 
 
-def refused(model, config=SPARSE, error=UnsupportedModelError, match="", **given):
+def refused(model, config=SPARSE, error=UnsupportedModelError, match=None, **given):
     before = anatomy(model)
     with pytest.raises(error, match=match) as caught:
         lemo_fx.transform(model, config, **given)

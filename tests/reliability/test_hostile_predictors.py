@@ -42,7 +42,7 @@ def replace_tensors(folder, change):
     edit(folder, tensors=listed, sha256=None)
 
 
-def refused(folder, match=""):
+def refused(folder, match=None):
     tracemalloc.start()
     try:
         with pytest.raises(PredictorError, match=match):
