@@ -19,6 +19,7 @@ import itertools
 import json
 import linecache
 import platform
+import re
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import plans
 import torch
 import transformers
 import typer
@@ -35,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, Predictors
+from lemo_fx import LemoConfig, Predictors
 from lemo_fx.sites import decoder_layers
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
@@ -67,6 +69,17 @@ def _opt(hidden: int, layers: int, heads: int, **more) -> OPTConfig:
     )  # fmt: skip
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "checkpointed": {"checkpointed": True},
+    "eager": {"compiled": False},
+    "compiled": {},
+    "graphs": {"mode": "reduce-overhead"},
+    "lean": {"lean": True},
+    "liger": {"liger": True, "compiled": False},
+}
+"""How a step runs, as words anywhere in the name of a variant."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One way to run the step.
@@ -88,6 +101,26 @@ class Variant:
     liger: bool = False
     mode: str = "default"
     lean: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> Variant:
+        """A plan of `plans.py`, where `skip` goes by predictors of their real size, and words of `MODES`.
+
+        `lora-eager` and Liger run the model as it is, with full logits; `longlora` is LoRA with LongLoRA's attention.
+
+        Raises:
+            ValueError: there is no such plan.
+        """
+        words = [word for word in MODES if re.search(rf"-{word}(?=-|$)", name)]
+        plan = re.sub(rf"-({'|'.join(MODES)})(?=-|$)", "", name)
+        settings: dict[str, Any] = {key: value for word in words for key, value in MODES[word].items()}
+        if plan == "longlora":
+            plan, settings["attention"] = "lora", "shifted_sparse"
+        config = None if name == "lora-eager" or "liger" in words else plans.named(plan, "predicted")
+        if config is not None and (config.offload or config.recompute != "all"):
+            # Neither does anything without checkpointing.
+            settings["checkpointed"] = True
+        return cls(name, config, **settings)
 
 
 def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -111,125 +144,17 @@ def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=
 
 ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
 
-SEGMENTS_ONLY = LemoConfig(attention=None, mlp=None)
-ELEMENTWISE_ONLY = LemoConfig(attention=None, mlp=None, recompute="elementwise")
-FLOAT8: dict[str, Any] = {"forward": "float8", "backward": "float8"}
-FLOAT8_ONLY = LemoConfig(attention=None, mlp=None, **FLOAT8)
-OFFLOAD_ONLY = LemoConfig(attention=None, mlp=None, offload=True)
-
-
-def sparse(
-    keep: float,
-    treatment: str = "skip",
-    score: str = "predicted",
-    shared: bool = False,
-    slope: float = 0.0,
-    **settings: Any,
-) -> LemoConfig:
-    """Both sites at one keep, in every layer but the first and the last unless other fields of LemoConfig say so."""
-    attention = Elimination(keep=keep, eliminated=treatment, score=score, slope=slope)
-    mlp = dataclasses.replace(attention, score="shared" if shared else score)
-    return LemoConfig(attention=attention, mlp=mlp, **settings)
-
-
-def offloaded(name: str, keep: float, treatment: str = "skip", recompute: str = "all") -> Variant:
-    """Checkpointed, one selection for both sites (`exact`: one each, random), saved rows on the host."""
-    skips = treatment == "skip"
-    config = sparse(keep, treatment, "predicted" if skips else "random", skips, recompute=recompute, offload=True)
-    return Variant(name, config, checkpointed=True)
-
-
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("lora-eager", None, compiled=False),
-        Variant("lora-compiled", SEGMENTS_ONLY),
-        Variant("lora-compiled-lean", SEGMENTS_ONLY, lean=True),
-        Variant("lora-elementwise", ELEMENTWISE_ONLY, checkpointed=True),
-        Variant("lora-eager-checkpointed", SEGMENTS_ONLY, compiled=False, checkpointed=True),
-        Variant("lora-checkpointed", SEGMENTS_ONLY, checkpointed=True),
-        Variant("lora-both-float8-checkpointed", FLOAT8_ONLY, checkpointed=True),
-        Variant("skip-0.5", sparse(0.5)),
-        Variant("skip-0.5-random", sparse(0.5, score="random")),
-        Variant("skip-0.5-eager", sparse(0.5), compiled=False),
-        Variant("skip-0.5-checkpointed", sparse(0.5), checkpointed=True),
-        Variant("skip-0.5-shared", sparse(0.5, shared=True)),
-        Variant("skip-0.5-shared-checkpointed", sparse(0.5, shared=True), checkpointed=True),
-        Variant(
-            "skip-0.5-shared-both-float8-checkpointed",
-            sparse(0.5, shared=True, **FLOAT8),
-            checkpointed=True,
-        ),
-        Variant(
-            "skip-0.5-shared-checkpointed-attention-kept",
-            sparse(0.5, shared=True, recompute="projections"),
-            checkpointed=True,
-        ),
-        Variant("skip-0.5-elementwise", sparse(0.5, recompute="elementwise"), checkpointed=True),
-        Variant("skip-0.5-shared-elementwise", sparse(0.5, shared=True, recompute="elementwise"), checkpointed=True),
-        Variant(
-            "skip-0.5-shared-elementwise-both-float8",
-            sparse(0.5, shared=True, recompute="elementwise", **FLOAT8),
-            checkpointed=True,
-        ),
-        Variant("step-0.375-elementwise", sparse(0.375, "exact", "step", recompute="elementwise"), checkpointed=True),
-        Variant("exact-0.25", sparse(0.25, "exact", "random")),
-        Variant("exact-0.25-checkpointed", sparse(0.25, "exact", "random"), checkpointed=True),
-        Variant("exact-0.125", sparse(0.125, "exact", "random")),
-        Variant("exact-0.125-checkpointed", sparse(0.125, "exact", "random"), checkpointed=True),
-        *(
-            Variant(f"step-{keep}-checkpointed", sparse(keep, "exact", "step"), checkpointed=True)
-            for keep in (0.5, 0.4375, 0.375, 0.25, 0.125)
-        ),
-        *(
-            Variant(
-                f"step-{keep}-{name}-checkpointed",
-                sparse(keep, "exact", "step", forward="float8", backward=backward),
-                checkpointed=True,
-            )
-            for name, backward in (("float8", "model"), ("both-float8", "float8"))
-            for keep in (0.5, 0.4375, 0.375, 0.25)
-        ),
-        *(
-            Variant(
-                f"step-{keep}-both-float8-last-two-checkpointed",
-                sparse(keep, "exact", "step", dense_layers=(0, -2, -1), **FLOAT8),
-                checkpointed=True,
-            )
-            for keep in (0.5, 0.375, 0.25)
-        ),
-        *(
-            Variant(
-                f"step-{keep}-slope-{slope}-both-float8-checkpointed",
-                sparse(keep, "exact", "step", slope=slope, **FLOAT8),
-                checkpointed=True,
-            )
-            for keep, slope in ((0.375, 0.6), (0.5, 0.6))
-        ),
-        Variant("step-0.4375-slope-0.5-checkpointed", sparse(0.4375, "exact", "step", slope=0.5), checkpointed=True),
-        Variant(
-            "step-0.5-float8-offload",
-            sparse(0.5, "exact", "step", recompute="projections", offload=True, forward="float8"),
-            checkpointed=True,
-        ),
-        Variant("step-0.375-eager-checkpointed", sparse(0.375, "exact", "step"), compiled=False, checkpointed=True),
-        Variant("lora-checkpointed-offload", OFFLOAD_ONLY, checkpointed=True),
-        offloaded("skip-0.5-shared-offload", 0.5),
-        offloaded("skip-0.5-shared-offload-attention-kept", 0.5, recompute="projections"),
-        offloaded("skip-0.25-shared-offload", 0.25),
-        offloaded("skip-0.125-shared-offload", 0.125),
-        offloaded("exact-0.25-offload", 0.25, "exact"),
-        offloaded("exact-0.125-offload", 0.125, "exact"),
-        # All sites and the backward on one choice per layer is what TokenTune costs.
-        Variant("exact-0.25-shared-checkpointed", sparse(0.25, "exact", "random", True), checkpointed=True),
-        Variant("longlora-compiled", SEGMENTS_ONLY, attention="shifted_sparse"),
-        Variant("longlora-checkpointed", SEGMENTS_ONLY, checkpointed=True, attention="shifted_sparse"),
-        Variant("lora-liger", None, compiled=False, liger=True),
-        Variant("lora-liger-checkpointed", None, compiled=False, checkpointed=True, liger=True),
-        Variant("lora-graphs", SEGMENTS_ONLY, mode="reduce-overhead"),
-        Variant("skip-0.5-shared-graphs", sparse(0.5, shared=True), mode="reduce-overhead"),
-    )
-}
+PICKED = (
+    "lora-eager",
+    "lora-compiled",
+    "longlora-compiled",
+    "skip-0.5-shared-elementwise-both-float8",
+    "lora-checkpointed",
+    "step-0.4375-slope-0.5-checkpointed",
+    "step-0.5-slope-0.6-both-float8-checkpointed",
+    "step-0.375-slope-0.6-both-float8-checkpointed",
+)
+"""What people run, LeMo's own rule at its best at 8K tokens, and the presets."""
 
 
 def build(shape: str, device: torch.device, adapters: str, layers: int | None = None) -> torch.nn.Module:
@@ -263,7 +188,7 @@ def gate(shape: str, device: torch.device, adapters: str) -> dict[str, float]:
     model = build(shape, device, adapters, layers=4)
     ids = torch.randint(0, model.config.vocab_size, (1, 1000), device=device)
     results = []
-    for config in (None, sparse(1.0, score="measured"), sparse(1.0, "exact", score="measured")):
+    for config in (None, plans.named("skip-1.0"), plans.named("exact-1.0-measured")):
         if config is not None:
             lemo_fx.transform(model, dataclasses.replace(config, dense_layers=()))
         model.zero_grad()
@@ -489,10 +414,24 @@ def environment(device: torch.device, weights: str = "random") -> dict[str, str]
     }
 
 
+def parsed(names: str) -> list[Variant]:
+    """Variants by their comma-separated names, as a command gets them.
+
+    Raises:
+        typer.BadParameter: one of them says nothing that there is.
+    """
+    try:
+        return [Variant.named(name) for name in names.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
     tokens: Annotated[str, typer.Option(help="sequence lengths, comma-separated")] = "8192,32768",
-    variants: Annotated[str, typer.Option(help=f"comma-separated, from {', '.join(VARIANTS)}")] = ",".join(VARIANTS),
+    variants: Annotated[
+        str, typer.Option(help=f"comma-separated: a plan and words of {', '.join(MODES)}; a plan is {plans.HELP}")
+    ] = ",".join(PICKED),
     adapters: Annotated[
         str, typer.Option(help="adapters in float32 (PEFT's default), in float32 under autocast, or in bfloat16")
     ] = "float32",
@@ -508,6 +447,7 @@ def main(
 ) -> None:
     """Measure one training step of each variant at each length; results are written after every variant."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parsed(variants)
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -522,7 +462,7 @@ def main(
     print("correctness gate:", result["gate"], flush=True)
     model = None
     torch._dynamo.config.cache_size_limit = 64
-    runs = list(itertools.product(map(int, tokens.split(",")), (VARIANTS[name] for name in variants.split(","))))
+    runs = itertools.product(map(int, tokens.split(",")), chosen)
     # Liger changes the classes of the modelling file, not one model alone.
     for length, variant in sorted(runs, key=lambda run: run[1].liger):
         if time.perf_counter() - began > seconds:

@@ -36,10 +36,11 @@ from typing import Annotated
 # Multicast over NVLink can put GPUs that are shared between machines out of service; read when NCCL starts.
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
+import plans
 import torch
 import torch.distributed as dist
 import typer
-from bench_model import SHAPES, VARIANTS, Variant, build, environment, prepare, sparse
+from bench_model import SHAPES, Variant, build, environment, parsed, prepare
 from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -104,7 +105,7 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
         ArithmeticError: they differ by more than the rounding of the dtype.
     """
     worst = {"loss": 0.0, "gradient": 0.0}
-    for config in (None, sparse(0.5, score="measured"), sparse(0.25, "exact", "random")):
+    for config in (None, plans.named("skip-0.5"), plans.named("exact-0.25")):
         model = build(shape, device, adapters, layers=4)
         prepare(model, Variant("gate", config, compiled=False, checkpointed=True))
         samples = make_samples(model, 1000, 1, device)
@@ -402,6 +403,7 @@ def main(
         if rank == 0:
             print(f"{time.time() - result['environment']['began']:.0f} s: {json.dumps(record)}", flush=True)
 
+    by_name = {variant.name: variant for variant in parsed(variants)}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
@@ -411,7 +413,7 @@ def main(
             attempt(f"gate {kind}", record, write, lambda r=record, k=kind: r.update(gate(shape, device, adapters, k)))
             report({"gate": kind, **record})
     done = [tuple(run[key] for key in ("tokens", "wrap", "variant")) for run in result["runs"]]
-    for length, kind, name in in_order([int(length) for length in tokens.split(",")], kinds, variants.split(",")):
+    for length, kind, name in in_order([int(length) for length in tokens.split(",")], kinds, list(by_name)):
         if (length, kind, name) in done:
             continue
         run = {"wrap": kind, "variant": name, "tokens": length}
@@ -423,7 +425,7 @@ def main(
         elif late:
             run["skipped"] = "out of time"
         else:
-            parts = (shape, VARIANTS[name], max(samples // world, 1), steps, warm_up, cap, device, adapters)
+            parts = (shape, by_name[name], max(samples // world, 1), steps, warm_up, cap, device, adapters)
             attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
         write()
         report(run)

@@ -19,7 +19,7 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_model import VARIANTS, Variant, attempt, build, environment, gate
+from bench_model import Variant, attempt, build, environment, gate, parsed
 
 FIRST_RATE = 500e12
 """FLOP/s assumed for the first probe."""
@@ -59,6 +59,7 @@ def main(
 ) -> None:
     """Try each variant at growing lengths; the result is written after every probe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parsed(variants)
     out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(device), "shape": shape, "gate": gate(shape, device, adapters), "probes": []}
     if device.type == "cuda":
@@ -70,15 +71,15 @@ def main(
         print(json.dumps(probe), flush=True)
         (out / f"{shape}.json").write_text(json.dumps(result, indent=1))
 
-    for name in variants.split(","):
-        variant, began, rate = VARIANTS[name], time.perf_counter(), FIRST_RATE
+    for variant in chosen:
+        began, rate = time.perf_counter(), FIRST_RATE
         for length in map(int, tokens.split(",")):
             flops = step_flops(model.config, variant, length)
             left = seconds - (time.perf_counter() - began)
             wanted = flops / rate + COMPILING
             plan = {"tflop": round(flops / 1e12), "estimated_s": round(wanted, 1)}
             if wanted > left:
-                note({"variant": name, "tokens": length, **plan, "skipped": f"{left:.0f} s are left"})
+                note({"variant": variant.name, "tokens": length, **plan, "skipped": f"{left:.0f} s are left"})
                 break
             second = wanted + flops / rate <= left
             run = attempt(model, variant, length, 1, device, None, 1e9, int(second))

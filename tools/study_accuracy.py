@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +23,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import peft
+import plans
 import rivals
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from bench_model import FLOAT8, between, environment, mark, wait
+from bench_model import between, environment, mark, wait
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -81,23 +82,6 @@ class Plan:
     windows: float = 1.0
 
 
-def both(keep: float, **settings: Any) -> LemoConfig:
-    """One elimination for both kinds of site, in every layer but the first and the last."""
-    depth = {name: settings.pop(name) for name in ("dense_layers",) if name in settings}
-    site = Elimination(keep=keep, **settings)
-    return LemoConfig(attention=site, mlp=site, **depth)
-
-
-def exact(keep: float, score: str = "random", **settings: Any) -> LemoConfig:
-    return both(keep, eliminated="exact", score=score, **settings)
-
-
-def unequal(attention: float, mlp: float, **settings: Any) -> LemoConfig:
-    """`exact` with one choice a step, of which attention and MLP keep different shares."""
-    config = exact(attention, score="step")
-    return replace(config, mlp=Elimination(keep=mlp, eliminated="exact", score="step"), **settings)
-
-
 def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
     """LeMo as its artifact sets it: attention only, the layers of the upper half, the last one dense."""
 
@@ -108,6 +92,19 @@ def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
     return config
 
 
+def like(name: str, **settings: Any) -> Plan:
+    """A plan of `plans.py`, run otherwise than the others."""
+    return Plan(plans.named(name), **settings)
+
+
+def unequal(attention: float, mlp: float) -> Plan:
+    """One choice a step, all in float8, of which attention and MLP keep different shares."""
+    config = plans.named(f"step-{attention}-both-float8")
+    return Plan(replace(config, mlp=replace(config.attention, keep=mlp)))
+
+
+# Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
+RAMP = 0.25 * 11 / 9
 PLANS: dict[str, Plan] = {
     "lora": Plan(),
     "lora-0.5-steps": Plan(steps=0.5),
@@ -118,88 +115,64 @@ PLANS: dict[str, Plan] = {
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
     "longlora": Plan(rival=rivals.shifted_groups),
-    "tokentune-0.25": Plan(exact(0.25, score="step"), rival=rivals.full_keys),
+    "tokentune-0.25": like("step-0.25", rival=rivals.full_keys),
     "lemo": Plan(deeper_half(score="measured")),
     "lemo-random": Plan(deeper_half(score="random")),
     "lemo-artifact": Plan(deeper_half(score="measured"), rival=rivals.sparse_channels),
     "lemo-finish": Plan(deeper_half(score="measured"), finish=0.15),
     "lemo-balanced": Plan(deeper_half(score="measured", balance=True)),
     "lemo-stand_in": Plan(deeper_half(score="measured", eliminated="stand_in")),
-    "skip-0.5": Plan(both(0.5, score="measured")),
-    "skip-0.5-random": Plan(both(0.5, score="random")),
-    "stand_in-0.5": Plan(both(0.5, score="measured", eliminated="stand_in")),
-    "stand_in-0.5-random": Plan(both(0.5, score="random", eliminated="stand_in")),
-    "exact-0.5": Plan(exact(0.5)),
-    "exact-0.375": Plan(exact(0.375)),
-    "exact-0.25": Plan(exact(0.25)),
-    "exact-0.125": Plan(exact(0.125)),
-    "exact-0.25-measured": Plan(exact(0.25, score="measured")),
-    "exact-0.25-balanced": Plan(exact(0.25, balance=True)),
-    "step-0.5": Plan(exact(0.5, score="step")),
-    "step-0.375": Plan(exact(0.375, score="step")),
-    "step-0.25": Plan(exact(0.25, score="step")),
-    "step-0.125": Plan(exact(0.125, score="step")),
-    "step-0.5-float8": Plan(replace(exact(0.5, score="step"), forward="float8")),
-    "step-0.375-float8": Plan(replace(exact(0.375, score="step"), forward="float8")),
-    # As many steps as fit into 0.6 of LoRA's time at 2.27 times its speed.
-    "step-0.375-float8-more": Plan(replace(exact(0.375, score="step"), forward="float8"), steps=1.36),
-    "step-0.5-both-float8": Plan(replace(exact(0.5, score="step"), **FLOAT8)),
-    "step-0.4375": Plan(exact(0.4375, score="step")),
-    "step-0.4375-both-float8": Plan(replace(exact(0.4375, score="step"), **FLOAT8)),
-    # About as many products as keep 0.375: more of the tokens towards the top or the bottom, in attention or the MLP.
-    # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
-    "ramp-up-both-float8": Plan(replace(exact(0.375, score="step", slope=0.25 * 11 / 9), **FLOAT8)),
-    "ramp-down-both-float8": Plan(replace(exact(0.375, score="step", slope=-0.25 * 11 / 9), **FLOAT8)),
-    "step-0.375-slope-0.3-both-float8": Plan(replace(exact(0.375, score="step", slope=0.3), **FLOAT8)),
-    "step-0.375-slope-0.6-both-float8": Plan(replace(exact(0.375, score="step", slope=0.6), **FLOAT8)),
-    "step-0.5-slope-0.6-both-float8": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8)),
-    "step-0.5-slope-0.9-both-float8": Plan(replace(exact(0.5, score="step", slope=0.9), **FLOAT8)),
-    "step-0.4375-slope-0.5": Plan(exact(0.4375, score="step", slope=0.5)),
-    # As many steps as fit into 0.6 of LoRA's time if a slope costs nothing.
-    "step-0.5-slope-0.6-both-float8-more": Plan(replace(exact(0.5, score="step", slope=0.6), **FLOAT8), steps=1.36),
-    "attention-0.5-mlp-0.3125-both-float8": Plan(unequal(0.5, 0.3125, **FLOAT8)),
-    "attention-0.25-mlp-0.4375-both-float8": Plan(unequal(0.25, 0.4375, **FLOAT8)),
-    "step-0.375-both-float8": Plan(replace(exact(0.375, score="step"), **FLOAT8)),
-    "step-0.25-both-float8": Plan(replace(exact(0.25, score="step"), **FLOAT8)),
-    # As many steps as fit into 0.6 of LoRA's time at the speeds expected, 2.13 and 2.43 times its own.
-    "step-0.5-both-float8-more": Plan(replace(exact(0.5, score="step"), **FLOAT8), steps=1.28),
-    "step-0.375-both-float8-more": Plan(replace(exact(0.375, score="step"), **FLOAT8), steps=1.46),
-    # The same with one dense layer more at the top, and with dense steps at the end.
-    "step-0.5-both-float8-last-two-more": Plan(
-        replace(exact(0.5, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.24
-    ),
-    "step-0.375-both-float8-last-two-more": Plan(
-        replace(exact(0.375, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.4
-    ),
-    "step-0.25-both-float8-last-two-more": Plan(
-        replace(exact(0.25, score="step", dense_layers=(0, -2, -1)), **FLOAT8), steps=1.58
-    ),
-    "step-0.375-both-float8-last-two": Plan(replace(exact(0.375, score="step", dense_layers=(0, -2, -1)), **FLOAT8)),
-    "step-0.375-both-float8-more-finish": Plan(replace(exact(0.375, score="step"), **FLOAT8), steps=1.25, finish=0.1),
-    "step-0.25-float8": Plan(replace(exact(0.25, score="step"), forward="float8")),
-    "step-0.25-block-16": Plan(replace(exact(0.25, score="step"), block_size=16)),
-    "step-0.25-block-256": Plan(replace(exact(0.25, score="step"), block_size=256)),
-    "step-0.25-block-1024": Plan(replace(exact(0.25, score="step"), block_size=1024)),
-    "step-0.25-all-layers": Plan(exact(0.25, score="step", dense_layers=())),
-    "step-0.25-dense-first": Plan(exact(0.25, score="step", dense_layers=(0,))),
-    "step-0.25-dense-last": Plan(exact(0.25, score="step", dense_layers=(-1,))),
-    "step-0.25-dense-first-two": Plan(exact(0.25, score="step", dense_layers=(0, 1, -1))),
-    "step-0.25-dense-last-two": Plan(exact(0.25, score="step", dense_layers=(0, -2, -1))),
-    "step-0.25-double-rate": Plan(exact(0.25, score="step"), rate=2.0),
-    "step-0.25-finish": Plan(exact(0.25, score="step"), finish=0.25),
-    "step-0.125-finish": Plan(exact(0.125, score="step"), finish=0.25),
-    "exact-0.25-full-keys": Plan(exact(0.25), rival=rivals.full_keys),
-    "exact-0.25-finish": Plan(exact(0.25), finish=0.25),
-    "exact-0.125-finish": Plan(exact(0.125), finish=0.3),
-    "exact-0.25-twice": Plan(exact(0.25), steps=2.0),
-    "exact-0.25-half-more": Plan(exact(0.25), steps=1.5),
-    "exact-0.25-double-rate": Plan(exact(0.25), rate=2.0),
-    "exact-0.25-dense-top": Plan(exact(0.25, dense_layers=(0, 9, 10, 11))),
-    "exact-0.25-dense-bottom": Plan(exact(0.25, dense_layers=(0, 1, 2, 11))),
-    "exact-0.25-attention": Plan(replace(exact(0.25), mlp=None)),
-    "exact-0.25-mlp": Plan(replace(exact(0.25), attention=None)),
+    # As many steps as fit into 0.6 of LoRA's time at the speed that was measured or expected then.
+    "step-0.375-float8-more": like("step-0.375-float8", steps=1.36),
+    "step-0.5-both-float8-more": like("step-0.5-both-float8", steps=1.28),
+    "step-0.375-both-float8-more": like("step-0.375-both-float8", steps=1.46),
+    "step-0.5-slope-0.6-both-float8-more": like("step-0.5-slope-0.6-both-float8", steps=1.36),
+    "step-0.5-both-float8-last-two-more": like("step-0.5-both-float8-last-two", steps=1.24),
+    "step-0.375-both-float8-last-two-more": like("step-0.375-both-float8-last-two", steps=1.4),
+    "step-0.25-both-float8-last-two-more": like("step-0.25-both-float8-last-two", steps=1.58),
+    "exact-0.25-twice": like("exact-0.25", steps=2.0),
+    "exact-0.25-half-more": like("exact-0.25", steps=1.5),
+    # With dense steps at the end.
+    "step-0.375-both-float8-more-finish": like("step-0.375-both-float8", steps=1.25, finish=0.1),
+    "step-0.25-finish": like("step-0.25", finish=0.25),
+    "step-0.125-finish": like("step-0.125", finish=0.25),
+    "exact-0.25-finish": like("exact-0.25", finish=0.25),
+    "exact-0.125-finish": like("exact-0.125", finish=0.3),
+    "step-0.25-double-rate": like("step-0.25", rate=2.0),
+    "exact-0.25-double-rate": like("exact-0.25", rate=2.0),
+    # More of the tokens towards the top or the bottom, in attention or the MLP; about the products of keep 0.375.
+    "ramp-up-both-float8": like(f"step-0.375-slope-{RAMP}-both-float8"),
+    "ramp-down-both-float8": like(f"step-0.375-slope-{-RAMP}-both-float8"),
+    "attention-0.5-mlp-0.3125-both-float8": unequal(0.5, 0.3125),
+    "attention-0.25-mlp-0.4375-both-float8": unequal(0.25, 0.4375),
+    "exact-0.25-full-keys": like("exact-0.25", rival=rivals.full_keys),
+    "exact-0.25-dense-top": Plan(replace(plans.named("exact-0.25"), dense_layers=(0, 9, 10, 11))),
+    "exact-0.25-dense-bottom": Plan(replace(plans.named("exact-0.25"), dense_layers=(0, 1, 2, 11))),
+    "exact-0.25-attention": Plan(replace(plans.named("exact-0.25"), mlp=None)),
+    "exact-0.25-mlp": Plan(replace(plans.named("exact-0.25"), attention=None)),
 }
-"""Every plan of the study by name."""
+"""Plans that `plans.py` has no name for, or that run otherwise than the others."""
+PICKED = (
+    "lora",
+    "lora-0.5-steps",
+    "truncated-0.5",
+    "longlora",
+    "tokentune-0.25",
+    "lemo",
+    "step-0.4375-slope-0.5",
+    "step-0.5-slope-0.6-both-float8",
+    "step-0.375-slope-0.6-both-float8",
+)
+"""LoRA, its simple and published rivals, and the presets."""
+
+
+def plan_named(name: str) -> Plan:
+    """A plan of `PLANS` or of `plans.py`.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    return PLANS[name] if name in PLANS else Plan(plans.named(name))
 
 
 @dataclass
@@ -334,7 +307,7 @@ def train(
     fitted: dict[str, lemo_fx.Predictors],
 ) -> dict[str, Any]:
     """One run of a plan, and its figures."""
-    plan = PLANS[name]
+    plan = plan_named(name)
     model = load_model(base, args.context, args.stretch, seed, args.rank, device).train()
     config = plan.config(model.config.num_hidden_layers) if callable(plan.config) else plan.config
     if "stand_in" in repr(config) and name not in fitted:
@@ -445,7 +418,9 @@ def run(
     base: Annotated[Path, typer.Option(help="folder of the base model, from train_small_model.py")],
     corpus: Annotated[Path, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")],
     out: Annotated[Path, typer.Option(help="folder for results.jsonl")],
-    plans: Annotated[str, typer.Option(help=f"comma-separated, from {', '.join(PLANS)}")] = ",".join(PLANS),
+    chosen: Annotated[
+        str, typer.Option("--plans", help=f"comma-separated: {plans.HELP}; or one of {', '.join(PLANS)}")
+    ] = ",".join(PICKED),
     seeds: Annotated[str, typer.Option()] = "0",
     context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,
     stretch: Annotated[
@@ -468,9 +443,11 @@ def run(
     """Make the runs that are not in the results yet, every plan of a seed before the next seed."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unknown = set(plans.split(",")) - set(PLANS)
-    if unknown:
-        raise typer.BadParameter(f"no such plan: {', '.join(sorted(unknown))}")
+    try:
+        for name in chosen.split(","):
+            plan_named(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
     args = Arguments(context, stretch, steps, batch, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
@@ -478,7 +455,7 @@ def run(
     texts = load_texts(base, corpus, context, windows, device)
     print(f"texts ready [{time.perf_counter() - began:.0f} s]", flush=True)
     # Figures of the base itself, with the longer RoPE base and an adapter that does nothing yet.
-    todo = [(plan, int(seed)) for seed in seeds.split(",") for plan in plans.split(",")]
+    todo = [(plan, int(seed)) for seed in seeds.split(",") for plan in chosen.split(",")]
     fitted: dict[str, lemo_fx.Predictors] = {}
     if ("none", context, 0) not in done:
         model = load_model(base, context, stretch, 0, rank, device)
@@ -597,7 +574,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
     return sorted(summaries, key=lambda s: (s.context, s.gap))
 
 
-def speeds(benches: list[Path]) -> dict[str, tuple[float, float]]:
+def speeds(benches: list[Path], names: Iterable[str]) -> dict[str, tuple[float, float]]:
     """(times faster, share of the memory) of plans against checkpointed, compiled LoRA, from bench_model's JSON files.
 
     Of the whole training: a plan of half the steps or half the windows is twice as fast. What ends dense needs what
@@ -612,7 +589,12 @@ def speeds(benches: list[Path]) -> dict[str, tuple[float, float]]:
             memory = run["peak_allocated_gb"] / lora["peak_allocated_gb"]
             measured.setdefault(key, (lora["step_ms"] / run["step_ms"], memory))
     result = {}
-    for name, plan in PLANS.items():
+    for name in names:
+        try:
+            plan = plan_named(name)
+        except ValueError:
+            # What did not pay is gone from the code and stays in the results.
+            continue
         base = "lora" if plan.config is None and plan.rival is None else name
         variant = base.removesuffix("-finish").removesuffix("-more")
         # One choice a site or one a step: the cost is the same.
@@ -633,7 +615,7 @@ def table(
 ) -> None:
     """The gaps to plain LoRA as a table, and gap against speed as a picture."""
     summaries = summarise(read_results(results))
-    fast = speeds([Path(name) for name in bench.split(",") if name])
+    fast = speeds([Path(name) for name in bench.split(",") if name], {s.plan for s in summaries} - {"none"})
     head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "no key", "1 key", "4 keys"]
     head += ["step", "memory"]
     head += ["32K, 8B: times faster", "memory"] if fast else []

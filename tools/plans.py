@@ -1,0 +1,88 @@
+"""Plans by name, as the benchmarks and the accuracy study write them: `step-0.375-slope-0.6-both-float8`.
+
+A name begins with what happens to eliminated tokens and the share that is kept; words for what differs from the usual
+follow, in any order:
+
+    skip-0.5, stand_in-0.5    LeMo's elimination, and with fitted maps
+    exact-0.25, step-0.25     gradient through the kept tokens only: a random choice a site, one choice a step
+    lora                      nothing is eliminated
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from lemo_fx import Elimination, LemoConfig
+from lemo_fx.config import Score
+
+FLOAT8: dict[str, Any] = {"forward": "float8", "backward": "float8"}
+TREATMENTS = {
+    "skip": {"eliminated": "skip"},
+    "stand_in": {"eliminated": "stand_in"},
+    "exact": {"eliminated": "exact", "score": "random"},
+    "step": {"eliminated": "exact", "score": "step"},
+}
+SITE_WORDS: dict[str, dict[str, Any]] = {
+    "random": {"score": "random"},
+    "measured": {"score": "measured"},
+    "balanced": {"balance": True},
+}
+WORDS: dict[str, dict[str, Any]] = {
+    "float8": {"forward": "float8"},
+    "both-float8": FLOAT8,
+    "elementwise": {"recompute": "elementwise"},
+    "attention-kept": {"recompute": "projections"},
+    "offload": {"offload": True},
+    "all-layers": {"dense_layers": ()},
+    "dense-first": {"dense_layers": (0,)},
+    "dense-last": {"dense_layers": (-1,)},
+    "dense-first-two": {"dense_layers": (0, 1, -1)},
+    "dense-last-two": {"dense_layers": (0, -2, -1)},
+    "last-two": {"dense_layers": (0, -2, -1)},
+}
+OTHER = ("slope-SHARE", "block-TOKENS", "shared (the MLP keeps what attention kept)")
+HELP = f"{', '.join(TREATMENTS)} and a share, or lora; then {', '.join((*SITE_WORDS, *WORDS, *OTHER))}"
+_START = re.compile(rf"(?:lora|({'|'.join(TREATMENTS)})-([\d.]+))(?=-|$)")
+_LONGEST_FIRST = "|".join(sorted((*SITE_WORDS, *WORDS, "shared"), key=len, reverse=True))
+_WORD = re.compile(rf"-(?:(?P<word>{_LONGEST_FIRST})|slope-(?P<slope>-?[\d.]+)|block-(?P<block>\d+))(?=-|$)")
+
+
+def named(name: str, score: Score = "measured") -> LemoConfig:
+    """What a name says.
+
+    Args:
+        score: what ranks the blocks of `skip` and `stand_in` unless the name says so.
+
+    Raises:
+        ValueError: the name is none of the grammar's.
+    """
+    start = _START.match(name)
+    if start is None:
+        raise ValueError(f"{name!r} is no plan: {HELP}")
+    treatment, keep = start.groups()
+    site: dict[str, Any] = {} if treatment is None else {"keep": float(keep), "score": score, **TREATMENTS[treatment]}
+    plan: dict[str, Any] = {}
+    shared, at = False, start.end()
+    while at < len(name):
+        found = _WORD.match(name, at)
+        if found is None:
+            raise ValueError(f"{name!r} is no plan from {name[at:]!r} on: {HELP}")
+        word, slope, block = found.group("word", "slope", "block")
+        if slope is not None:
+            site["slope"] = float(slope)
+        elif block is not None:
+            plan["block_size"] = int(block)
+        elif word == "shared":
+            shared = True
+        else:
+            site.update(SITE_WORDS.get(word, {}))
+            plan.update(WORDS.get(word, {}))
+        at = found.end()
+    if treatment is None:
+        if site or shared:
+            raise ValueError(f"{name!r}: without elimination there is nothing to rank or share")
+        return LemoConfig(attention=None, mlp=None, **plan)
+    attention = Elimination(**site)
+    return LemoConfig(attention=attention, mlp=replace(attention, score="shared") if shared else attention, **plan)
