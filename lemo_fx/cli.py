@@ -35,7 +35,7 @@ KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
 Keep = Annotated[float | None, KEEP]
 Slope = Annotated[
     float | None,
-    typer.Option(help="How much more the last layer keeps than the first; none beside --keep, --eliminated, --score."),
+    typer.Option(help="How much more the last layer keeps than the first; 0 beside --keep, the preset's else."),
 ]
 Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
 Scores = Annotated[
@@ -180,8 +180,9 @@ def _plan(path: Path | None, preset: str | None, block_size: int | None, given: 
     settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     usual = LemoConfig.preset(preset or "careful")
     if given:
-        # A preset's slope belongs to its keep.
-        given.setdefault("slope", 0.0)
+        # A preset's slope belongs to its keep, and to `exact`.
+        if "keep" in given or given.get("eliminated", "exact") != "exact":
+            given.setdefault("slope", 0.0)
         settings |= {
             "attention": dataclasses.replace(usual.attention or Elimination(), **given),
             "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
@@ -225,7 +226,12 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
         raise InputError(f"--layer {index}: the model that was built has {len(layers)} decoder layers")
     shown = layers[len(layers) // 2 if index is None else index] if layers else None
     before = draw.captured(shown[1]) if shown else None
-    lemo_fx.transform(model, plan, dump=dump)
+    predictors = None
+    if any(site is not None and site.score == "predicted" for site in (plan.attention, plan.mlp)):
+        # What they choose means nothing; the graph is that of trained ones.
+        predictors = lemo_fx.Predictors.random(model, plan)
+        console.print("predictors: untrained, of their real size", highlight=False)
+    lemo_fx.transform(model, plan, predictors=predictors, dump=dump)
     assert shown is not None
     assert before is not None
     name, layer = shown

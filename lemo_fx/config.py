@@ -96,7 +96,10 @@ class Elimination:
                 raise ConfigError("slope changes one keep from layer to layer: give keep as one number")
             ends = [keep - self.slope / 2, keep + self.slope / 2]
             if not all(0 < end <= 1 for end in ends):
-                raise ConfigError(f"keep={keep:g} with slope={self.slope:g} goes from {ends[0]:g} to {ends[1]:g}")
+                raise ConfigError(
+                    f"keep={keep:g} with slope={self.slope:g} goes from {ends[0]:g} in the first layer to {ends[1]:g} "
+                    "in the last; every share must be in (0, 1]"
+                )
         if not isinstance(self.balance, bool):
             raise ConfigError(f"balance={self.balance!r} must be True or False")
         if self.keep == () or self.threshold == ():
@@ -111,8 +114,8 @@ class Elimination:
             ConfigError: a per-layer sequence does not have one value per decoder layer.
         """
         value = getattr(self, name)
-        if name == "keep" and self.slope:
-            return value + self.slope * (layer / max(layers - 1, 1) - 0.5)
+        if name == "keep" and self.slope and layers > 1:
+            return value + self.slope * (layer / (layers - 1) - 0.5)
         if not isinstance(value, tuple):
             return value
         if len(value) != layers:
@@ -202,9 +205,13 @@ class LemoConfig:
         if self.mlp is not None and self.mlp.score == "shared":
             if self.attention is None:
                 raise ConfigError("mlp score='shared' needs an attention Elimination to share with")
-            budgets = [(site.keep, site.slope, site.threshold, site.balance) for site in (self.mlp, self.attention)]
-            if budgets[0] != budgets[1]:
-                raise ConfigError("mlp score='shared' keeps what the attention kept: give both the same keep")
+            for name in ("keep", "slope", "threshold", "balance"):
+                mlp, attention = (getattr(site, name) for site in (self.mlp, self.attention))
+                if mlp != attention:
+                    raise ConfigError(
+                        f"mlp score='shared' keeps what the attention kept, but its {name} is {mlp!r} and the "
+                        f"attention's {attention!r}"
+                    )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LemoConfig:

@@ -52,8 +52,15 @@ def test_inspect_shows_what_transform_would_do(config, tmp_path):
         row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
         assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", keep]
         assert ("float8" in row) == ("--preset" in options)
-    result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), "--slope", "0.2"])
-    assert "keep 0.4042" in result.output
+    for options, shown in (
+        (["--slope", "0.2"], "keep 0.4042"),
+        (["--score", "random"], "keep 0.3542"),
+        (["--eliminated", "skip"], "keep 0.4375"),
+        (["--score", "predicted"], "predictors: untrained, of their real size"),
+    ):
+        result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
+        assert result.exit_code == 0, result.output
+        assert shown in result.output
 
 
 def test_inspect_reads_a_plan(config, tmp_path):

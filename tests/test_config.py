@@ -16,6 +16,7 @@ def test_defaults():
 
 def test_presets_are_the_default_with_changes():
     assert LemoConfig.preset("careful") == LemoConfig()
+    assert [LemoConfig().mlp.at_layer("keep", 0, layers) for layers in (1, 2, 5)] == [0.4375, 0.1875, 0.1875]
     balanced = LemoConfig.preset("balanced").mlp
     assert (balanced.keep, balanced.slope) == (0.5, 0.6)
     assert LemoConfig.preset("balanced").float8_everywhere
@@ -102,7 +103,7 @@ def test_slope_changes_keep_evenly_around_its_mean():
     [
         ({"slope": "steep"}, "slope='steep'"),
         ({"slope": 1.5}, "slope=1.5"),
-        ({"keep": 0.2, "slope": 0.5}, r"from -0\.05 to 0\.45"),
+        ({"keep": 0.2, "slope": 0.5}, r"from -0\.05 in the first layer to 0\.45"),
         ({"keep": 0.9, "slope": 0.3}, r"to 1\.05"),
         ({"keep": [0.2, 0.3], "slope": 0.1}, "one number"),
         ({"threshold": 1.0, "slope": 0.1}, "one number"),

@@ -47,9 +47,14 @@ def test_variants_of_the_benchmark():
     assert not named("step-0.5").checkpointed
 
 
-@pytest.mark.parametrize("name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random"])
+@pytest.mark.parametrize("name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random", "step-."])
 def test_a_name_that_says_nothing(name):
     with pytest.raises(ValueError, match=repr(name)):
         plans.named(name)
     with pytest.raises(ValueError, match=repr(name)):
         study_accuracy.plan_named(name)
+
+
+def test_a_name_that_says_something_twice():
+    with pytest.raises(ValueError, match="says forward twice"):
+        plans.named("step-0.5-float8-both-float8")

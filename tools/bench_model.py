@@ -106,7 +106,8 @@ class Variant:
     def named(cls, name: str) -> Variant:
         """A plan of `plans.py`, where `skip` goes by predictors of their real size, and words of `MODES`.
 
-        `lora-eager` and Liger run the model as it is, with full logits; `longlora` is LoRA with LongLoRA's attention.
+        `lora-eager` alone and Liger run the model as it is, with full logits; `longlora` is LoRA with LongLoRA's
+        attention.
 
         Raises:
             ValueError: there is no such plan.

@@ -27,6 +27,7 @@ TREATMENTS = {
 SITE_WORDS: dict[str, dict[str, Any]] = {
     "random": {"score": "random"},
     "measured": {"score": "measured"},
+    # As many blocks in every eighth of the sequence; not the preset of that name.
     "balanced": {"balance": True},
 }
 WORDS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "attention-kept": {"recompute": "projections"},
     "offload": {"offload": True},
     "all-layers": {"dense_layers": ()},
+    # Instead of the first and the last layer.
     "dense-first": {"dense_layers": (0,)},
     "dense-last": {"dense_layers": (-1,)},
     "dense-first-two": {"dense_layers": (0, 1, -1)},
@@ -44,9 +46,10 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 OTHER = ("slope-SHARE", "block-TOKENS", "shared (the MLP keeps what attention kept)")
 HELP = f"{', '.join(TREATMENTS)} and a share, or lora; then {', '.join((*SITE_WORDS, *WORDS, *OTHER))}"
-_START = re.compile(rf"(?:lora|({'|'.join(TREATMENTS)})-([\d.]+))(?=-|$)")
+_SHARE = r"\d*\.?\d+"
+_START = re.compile(rf"(?:lora|({'|'.join(TREATMENTS)})-({_SHARE}))(?=-|$)")
 _LONGEST_FIRST = "|".join(sorted((*SITE_WORDS, *WORDS, "shared"), key=len, reverse=True))
-_WORD = re.compile(rf"-(?:(?P<word>{_LONGEST_FIRST})|slope-(?P<slope>-?[\d.]+)|block-(?P<block>\d+))(?=-|$)")
+_WORD = re.compile(rf"-(?:(?P<word>{_LONGEST_FIRST})|slope-(?P<slope>-?{_SHARE})|block-(?P<block>\d+))(?=-|$)")
 
 
 def named(name: str, score: Score = "measured") -> LemoConfig:
@@ -62,7 +65,7 @@ def named(name: str, score: Score = "measured") -> LemoConfig:
     if start is None:
         raise ValueError(f"{name!r} is no plan: {HELP}")
     treatment, keep = start.groups()
-    site: dict[str, Any] = {} if treatment is None else {"keep": float(keep), "score": score, **TREATMENTS[treatment]}
+    site: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     shared, at = False, start.end()
     while at < len(name):
@@ -70,19 +73,18 @@ def named(name: str, score: Score = "measured") -> LemoConfig:
         if found is None:
             raise ValueError(f"{name!r} is no plan from {name[at:]!r} on: {HELP}")
         word, slope, block = found.group("word", "slope", "block")
-        if slope is not None:
-            site["slope"] = float(slope)
-        elif block is not None:
-            plan["block_size"] = int(block)
-        elif word == "shared":
-            shared = True
-        else:
-            site.update(SITE_WORDS.get(word, {}))
-            plan.update(WORDS.get(word, {}))
+        of_site = SITE_WORDS.get(word, {}) if slope is None else {"slope": float(slope)}
+        of_plan = WORDS.get(word, {}) if block is None else {"block_size": int(block)}
+        twice = (site.keys() & of_site.keys()) | (plan.keys() & of_plan.keys())
+        if twice:
+            raise ValueError(f"{name!r} says {min(twice)} twice")
+        site |= of_site
+        plan |= of_plan
+        shared |= word == "shared"
         at = found.end()
     if treatment is None:
         if site or shared:
             raise ValueError(f"{name!r}: without elimination there is nothing to rank or share")
         return LemoConfig(attention=None, mlp=None, **plan)
-    attention = Elimination(**site)
+    attention = Elimination(**{"keep": float(keep), "score": score, **TREATMENTS[treatment], **site})
     return LemoConfig(attention=attention, mlp=replace(attention, score="shared") if shared else attention, **plan)
