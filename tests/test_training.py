@@ -169,7 +169,8 @@ def test_killed_and_resumed(folder, tmp_path):
     assert "--resume" in again.stderr
     other = lemo_train(folder, tmp_path / "killed", *options, "--resume", "--rank", "2", "--keep", "0.25")
     assert other.exit_code == 2
-    assert "plan.attention.keep, plan.mlp.keep, settings.rank" in other.stderr
+    changed = "plan.attention.keep, plan.attention.slope, plan.mlp.keep, plan.mlp.slope, settings.rank"
+    assert changed in other.stderr
 
     resumed = lemo_train(folder, tmp_path / "killed", *options, "--resume")
     assert resumed.exit_code == 0, resumed.output
