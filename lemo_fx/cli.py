@@ -227,7 +227,7 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
     shown = layers[len(layers) // 2 if index is None else index] if layers else None
     before = draw.captured(shown[1]) if shown else None
     predictors = None
-    if any(site is not None and site.score == "predicted" for site in (plan.attention, plan.mlp)):
+    if plan.predicts:
         # What they choose means nothing; the graph is that of trained ones.
         predictors = lemo_fx.Predictors.random(model, plan)
         console.print("predictors: untrained, of their real size", highlight=False)

@@ -233,6 +233,16 @@ class LemoConfig:
         return self.attention if kind == "attention" else self.mlp
 
     @property
+    def eliminations(self) -> tuple[Elimination, ...]:
+        """Those of the kinds of site that are not left dense."""
+        return tuple(site for site in (self.attention, self.mlp) if site is not None)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it names predictors to choose the blocks."""
+        return any(site.score == "predicted" for site in self.eliminations)
+
+    @property
     def float8_everywhere(self) -> bool:
         """Whether branches that are not `exact` compute in float8 too."""
         return self.forward == self.backward == "float8"

@@ -82,7 +82,7 @@ def make_plans(
 
 
 def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, nn.Module]]) -> None:
-    for site in filter(None, (config.attention, config.mlp)):
+    for site in config.eliminations:
         site.at_layer("keep", 0, len(layers))
         site.at_layer("threshold", 0, len(layers))
     for name, layer in layers:

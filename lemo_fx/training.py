@@ -472,8 +472,7 @@ def _described(
 
 
 def _needs_fit(plan: LemoConfig) -> bool:
-    sites = [site for site in (plan.attention, plan.mlp) if site is not None]
-    return any(site.score == "predicted" or site.eliminated == "stand_in" for site in sites)
+    return plan.predicts or any(site.eliminated == "stand_in" for site in plan.eliminations)
 
 
 def _predictors(

@@ -216,7 +216,7 @@ def prepare(model: torch.nn.Module, variant: Variant) -> None:
     base.config._attn_implementation = variant.attention
     if variant.config is not None:
         # Of their real size and random weights: they cost what trained ones cost.
-        predictors = Predictors.random(base, variant.config) if _predicts(variant.config) else None
+        predictors = Predictors.random(base, variant.config) if variant.config.predicts else None
         lemo_fx.transform(model, variant.config, predictors=predictors)
     if variant.checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -291,10 +291,6 @@ def measure(
         (profile / f"{variant.name}-{tokens}.profile.txt").write_text(text)
     del loss, optimizer
     return result
-
-
-def _predicts(config: LemoConfig) -> bool:
-    return any(site is not None and site.score == "predicted" for site in (config.attention, config.mlp))
 
 
 def _kernels(model: torch.nn.Module, ids: torch.Tensor, rows: int = 30) -> str:
@@ -415,18 +411,6 @@ def environment(device: torch.device, weights: str = "random") -> dict[str, str]
     }
 
 
-def parsed(names: str) -> list[Variant]:
-    """Variants by their comma-separated names, as a command gets them.
-
-    Raises:
-        typer.BadParameter: one of them says nothing that there is.
-    """
-    try:
-        return [Variant.named(name) for name in names.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
     tokens: Annotated[str, typer.Option(help="sequence lengths, comma-separated")] = "8192,32768",
@@ -448,7 +432,7 @@ def main(
 ) -> None:
     """Measure one training step of each variant at each length; results are written after every variant."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parsed(variants)
+    chosen = plans.each(variants, Variant.named)
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

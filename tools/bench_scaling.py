@@ -40,7 +40,7 @@ import plans
 import torch
 import torch.distributed as dist
 import typer
-from bench_model import SHAPES, Variant, build, environment, parsed, prepare
+from bench_model import SHAPES, Variant, build, environment, prepare
 from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -403,7 +403,7 @@ def main(
         if rank == 0:
             print(f"{time.time() - result['environment']['began']:.0f} s: {json.dumps(record)}", flush=True)
 
-    by_name = {variant.name: variant for variant in parsed(variants)}
+    by_name = {variant.name: variant for variant in plans.each(variants, Variant.named)}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     for kind in kinds:

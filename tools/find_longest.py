@@ -19,7 +19,8 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_model import Variant, attempt, build, environment, gate, parsed
+import plans
+from bench_model import Variant, attempt, build, environment, gate
 
 FIRST_RATE = 500e12
 """FLOP/s assumed for the first probe."""
@@ -59,7 +60,7 @@ def main(
 ) -> None:
     """Try each variant at growing lengths; the result is written after every probe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parsed(variants)
+    chosen = plans.each(variants, Variant.named)
     out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(device), "shape": shape, "gate": gate(shape, device, adapters), "probes": []}
     if device.type == "cuda":

@@ -11,12 +11,16 @@ follow, in any order:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
+
+import typer
 
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.config import Score
 
+T = TypeVar("T")
 FLOAT8: dict[str, Any] = {"forward": "float8", "backward": "float8"}
 TREATMENTS = {
     "skip": {"eliminated": "skip"},
@@ -88,3 +92,15 @@ def named(name: str, score: Score = "measured") -> LemoConfig:
         return LemoConfig(attention=None, mlp=None, **plan)
     attention = Elimination(**{"keep": float(keep), "score": score, **TREATMENTS[treatment], **site})
     return LemoConfig(attention=attention, mlp=replace(attention, score="shared") if shared else attention, **plan)
+
+
+def each(names: str, of: Callable[[str], T]) -> list[T]:
+    """What comma-separated names say, as a command gets them.
+
+    Raises:
+        typer.BadParameter: one of them says nothing that there is.
+    """
+    try:
+        return [of(name) for name in names.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -103,6 +103,17 @@ def unequal(attention: float, mlp: float) -> Plan:
     return Plan(replace(config, mlp=replace(config.attention, keep=mlp)))
 
 
+MORE_STEPS = {
+    "step-0.375-float8": 1.36,
+    "step-0.5-both-float8": 1.28,
+    "step-0.375-both-float8": 1.46,
+    "step-0.5-slope-0.6-both-float8": 1.36,
+    "step-0.5-both-float8-last-two": 1.24,
+    "step-0.375-both-float8-last-two": 1.4,
+    "step-0.25-both-float8-last-two": 1.58,
+}
+"""As many as fit into 0.6 of LoRA's time at the speed that was measured or expected then."""
+DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
 # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
 RAMP = 0.25 * 11 / 9
 PLANS: dict[str, Plan] = {
@@ -122,24 +133,12 @@ PLANS: dict[str, Plan] = {
     "lemo-finish": Plan(deeper_half(score="measured"), finish=0.15),
     "lemo-balanced": Plan(deeper_half(score="measured", balance=True)),
     "lemo-stand_in": Plan(deeper_half(score="measured", eliminated="stand_in")),
-    # As many steps as fit into 0.6 of LoRA's time at the speed that was measured or expected then.
-    "step-0.375-float8-more": like("step-0.375-float8", steps=1.36),
-    "step-0.5-both-float8-more": like("step-0.5-both-float8", steps=1.28),
-    "step-0.375-both-float8-more": like("step-0.375-both-float8", steps=1.46),
-    "step-0.5-slope-0.6-both-float8-more": like("step-0.5-slope-0.6-both-float8", steps=1.36),
-    "step-0.5-both-float8-last-two-more": like("step-0.5-both-float8-last-two", steps=1.24),
-    "step-0.375-both-float8-last-two-more": like("step-0.375-both-float8-last-two", steps=1.4),
-    "step-0.25-both-float8-last-two-more": like("step-0.25-both-float8-last-two", steps=1.58),
+    **{f"{name}-more": like(name, steps=steps) for name, steps in MORE_STEPS.items()},
     "exact-0.25-twice": like("exact-0.25", steps=2.0),
     "exact-0.25-half-more": like("exact-0.25", steps=1.5),
-    # With dense steps at the end.
+    **{f"{name}-finish": like(name, finish=share) for name, share in DENSE_FINISH.items()},
     "step-0.375-both-float8-more-finish": like("step-0.375-both-float8", steps=1.25, finish=0.1),
-    "step-0.25-finish": like("step-0.25", finish=0.25),
-    "step-0.125-finish": like("step-0.125", finish=0.25),
-    "exact-0.25-finish": like("exact-0.25", finish=0.25),
-    "exact-0.125-finish": like("exact-0.125", finish=0.3),
-    "step-0.25-double-rate": like("step-0.25", rate=2.0),
-    "exact-0.25-double-rate": like("exact-0.25", rate=2.0),
+    **{f"{name}-double-rate": like(name, rate=2.0) for name in ("step-0.25", "exact-0.25")},
     # More of the tokens towards the top or the bottom, in attention or the MLP; about the products of keep 0.375.
     "ramp-up-both-float8": like(f"step-0.375-slope-{RAMP}-both-float8"),
     "ramp-down-both-float8": like(f"step-0.375-slope-{-RAMP}-both-float8"),
@@ -287,12 +286,10 @@ def evaluate(
     }
     for name, (ids, answer) in texts.probes.items():
         result[name] = retrieval(model, ids, answer, batch)
-    if config is not None:
-        sites = (config.attention, config.mlp)
-        if any(site is not None and site.eliminated != "exact" for site in sites):
-            with half_precision(texts.heldout.device):
-                lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
-            result["sparse_perplexity"] = math.exp(token_losses(model, texts.heldout, batch).mean().item())
+    if config is not None and any(site.eliminated != "exact" for site in config.eliminations):
+        with half_precision(texts.heldout.device):
+            lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
+        result["sparse_perplexity"] = math.exp(token_losses(model, texts.heldout, batch).mean().item())
     model.train()
     return result
 
@@ -443,11 +440,7 @@ def run(
     """Make the runs that are not in the results yet, every plan of a seed before the next seed."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        for name in chosen.split(","):
-            plan_named(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    plans.each(chosen, plan_named)
     out.mkdir(parents=True, exist_ok=True)
     args = Arguments(context, stretch, steps, batch, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
