@@ -123,7 +123,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
             budget = getattr(called, "threshold", None)
             numerator, denominator = getattr(called, "keep", (1, 1))
             share = numerator / denominator
-            rule = f"keep {share:g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
+            rule = f"keep {share:.4g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
             return Call(_name(node), "select", (rule,))
         role = "score" if str(node.target).endswith(("_score", "_candidates")) else "dense"
         return Call(str(node.target).removeprefix("lemo_"), role, (type(called).__name__,))
