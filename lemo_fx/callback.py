@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo_fx.config import is_count, is_number
 from lemo_fx.errors import ConfigError
+from lemo_fx.measure import peak_memory
 from lemo_fx.transform import report, set_dense
 
 
@@ -92,7 +90,8 @@ class LemoCallback(TrainerCallback):
         model, logs = kwargs["model"], kwargs["logs"]
         if "loss" not in logs:
             return
-        entries = {**_kept_shares(model), "lemo/peak_memory_gib": _peak_memory(model) / 2**30, **self._recall}
+        peak = peak_memory(next(model.parameters()).device) / 2**30
+        entries = {**_kept_shares(model), "lemo/peak_memory_gib": peak, **self._recall}
         self._recall = {}
         # The history got a copy before the callbacks were asked.
         for target in (logs, state.log_history[-1]):
@@ -112,14 +111,6 @@ def _kept_shares(model: nn.Module) -> dict[str, float]:
         if site.kept_share is not None:
             shares[site.site.split("_")[0]].append(1.0 if done.dense else site.kept_share)
     return {f"lemo/kept_{kind}": fmean(values) for kind, values in shares.items()}
-
-
-def _peak_memory(model: nn.Module) -> int:
-    """Bytes."""
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return torch.accelerator.max_memory_allocated(device)
 
 
 class DenseFinish(TrainerCallback):

@@ -330,6 +330,18 @@ def fit(
         _print_paths([out])
 
 
+Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
+Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
+Attention = Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")]
+Checkpointing = Annotated[bool, typer.Option(help="Activation checkpointing.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+FittedBefore = Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")]
+
+
+def _targets(text: str) -> str | tuple[str, ...]:
+    return text if text == "all-linear" else tuple(filter(None, text.split(",")))
+
+
 @app.command()
 def train(
     model: Model,
@@ -340,18 +352,16 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Windows of a step; one at a time is on the device.")] = 1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapters.")] = 16,
-    targets: Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")] = (
-        "all-linear"
-    ),
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
     plan: Plan = None,
     preset: Preset = None,
     keep: Keep = None,
     slope: Slope = None,
     eliminated: Treatments = None,
     score: Scores = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
-    predictors: Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")] = None,
+    block_size: BlockSize = None,
+    predictors: FittedBefore = None,
     heldout: Annotated[
         Path | None, typer.Option("--eval", help="Data for the held-out loss; by default a part of DATA is held out.")
     ] = None,
@@ -361,11 +371,11 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out from its last checkpoint.")] = False,
     pack: Annotated[bool, typer.Option(help="Short documents share a window, none seeing another.")] = True,
     assistant_only: Annotated[bool, typer.Option(help="Of chats, learn only what the assistant says.")] = False,
-    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing.")] = True,
+    checkpointing: Checkpointing = True,
     compile: Annotated[
         bool | None, typer.Option(help="Compile every decoder layer (torch.compile); by default on a GPU.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")] = None,
+    attention: Attention = None,
     seed: Annotated[int, typer.Option(help="Of the adapters, the order, and what is held out.")] = 0,
 ) -> None:
     """Fine-tune a local model on local data with LoRA: an adapter, a report page and a summary."""
@@ -375,9 +385,7 @@ def train(
 
         _no_bars_of_transformers()
         names = (field.name for field in dataclasses.fields(training.Settings) if field.name in given)
-        named = {name: given[name] for name in names}
-        if targets != "all-linear":
-            named["targets"] = tuple(filter(None, targets.split(",")))
+        named = {name: given[name] for name in names} | {"targets": _targets(targets)}
         summary = training.train(
             model,
             data,
@@ -395,3 +403,87 @@ def train(
             table.add_row(name, value)
         console.print(table)
         _print_paths([out / "adapter", out / training.PAGE, out / training.SUMMARY])
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model, or its config.json (random weights).")],
+    context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "4096",
+    out: Out = Path("lemo-bench"),
+    steps: Annotated[int, typer.Option(help="Timed steps of each plan; one more comes first, which compiles.")] = 3,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    plan: Plan = None,
+    preset: Annotated[str | None, typer.Option(help="A measured plan; without any plan, all of them.")] = None,
+    keep: Keep = None,
+    slope: Slope = None,
+    eliminated: Treatments = None,
+    score: Scores = None,
+    block_size: BlockSize = None,
+    predictors: FittedBefore = None,
+    checkpointing: Checkpointing = True,
+    compile: Annotated[
+        bool | None, typer.Option(help="Compile every decoder layer, but for the plain script; by default on a GPU.")
+    ] = None,
+    attention: Attention = None,
+) -> None:
+    """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
+    with _errors_in_one_line():
+        site = {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}
+        given = {**site, "plan": plan, "preset": preset, "block_size": block_size}
+        named = {name for name, value in given.items() if value is not None}
+        _bench(
+            model,
+            out,
+            {preset if named == {"preset"} else "the plan": _plan(plan, preset, block_size, site)} if named else None,
+            predictors,
+            context,
+            {
+                "steps": steps,
+                "batch": batch,
+                "rank": rank,
+                "targets": _targets(targets),
+                "checkpointing": checkpointing,
+                "compile": compile,
+                "attention": attention,
+            },
+        )
+
+
+def _bench(
+    model: Path, out: Path, plans: Any, predictors: Path | None, context: str, settings: dict[str, Any]
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lemo_fx import bench as benchmark
+
+    _no_bars_of_transformers()
+    try:
+        contexts = tuple(int(length) for length in context.split(","))
+    except ValueError as error:
+        raise InputError(f"--context {context!r} must be a number of tokens, or several with commas") from error
+    if plans is None:
+        plans = benchmark.PLANS
+    else:
+        plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+
+        def progress(what: str, parts: int) -> Callable[[], None]:
+            task = bar.add_task(what, total=parts)
+            return lambda: bar.advance(task)
+
+        outcome = benchmark.bench(model, plans, benchmark.Settings(contexts, **settings), predictors, progress)
+    console.print(benchmark.table(outcome))
+    console.print(
+        f'"{benchmark.UNTOUCHED}": {"neither compiled nor " if _compiles(outcome) else "not "}transformed. '
+        f'"{benchmark.LORA}": the loss in segments, nothing eliminated. Token ids are random'
+        f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original.",
+        highlight=False,
+    )
+    _print_paths(benchmark.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
+
+
+def _compiles(outcome: Any) -> bool:
+    return outcome.settings.compile or (outcome.settings.compile is None and outcome.device != "cpu")

@@ -1,12 +1,16 @@
-"""What one training step costs: bytes kept for the backward, floating-point operations, and wall time."""
+"""What one training step costs: bytes kept for the backward, floating-point operations, wall time and peak memory."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,3 +165,25 @@ def step_cost(model: nn.Module, batch: Mapping[str, Any]) -> StepCost:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
     return StepCost(kept, operations, seconds)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that tensors took on an accelerator since `reset_peak`; on the CPU, that the process had resident."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return
+    # Linux forgets a process's peak on demand; elsewhere it stays that of the whole run.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

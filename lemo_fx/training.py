@@ -37,6 +37,7 @@ from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
 from lemo_fx.files import write_text
+from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
 from lemo_fx.sites import causal_model, decoder_layers
 from lemo_fx.transform import suspended
@@ -241,7 +242,7 @@ class Timeline(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the memory's peak."""
-        _reset_peak(next(kwargs["model"].parameters()).device)
+        reset_peak(next(kwargs["model"].parameters()).device)
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -254,15 +255,6 @@ class Timeline(TrainerCallback):
                 kept[site.site.split("_")[0]][self.layers.index(site.module)] = site.kept_share
         seconds = time.perf_counter() - self.start
         state.log_history[-1].update({"lemo_fx/kept": kept, "lemo_fx/seconds": seconds})
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-        return
-    # Linux forgets a process's peak on demand; elsewhere it stays that of the whole run.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Bars(TrainerCallback):
@@ -335,7 +327,7 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     model = load_model(model_path, torch.bfloat16 if bf16 else torch.float32, settings.attention)
-    _check_context(model, plan, settings.context)
+    check_context(model, plan, settings.context)
     documents = tokenised(rows, model_path, model, settings.assistant_only)
     most = settings.eval_windows * settings.context
     if heldout_rows is None:
@@ -375,14 +367,20 @@ def train(
     return summary
 
 
-def _check_place(out: Path, resume: bool) -> None:
+def check_alone() -> None:
+    """Raise InputError where a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("lemo-fx train runs on one device: for several, transform the model in a Trainer script")
+        raise InputError("lemo-fx uses one device: for several, transform the model in a Trainer script")
+
+
+def _check_place(out: Path, resume: bool) -> None:
+    check_alone()
     if (out / SETTINGS).exists() and not resume:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
 
 
-def _check_context(model: Any, plan: LemoConfig, context: int) -> None:
+def check_context(model: Any, plan: LemoConfig, context: int) -> None:
+    """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise InputError(
@@ -490,6 +488,27 @@ def _predictors(
     return lemo_fx.fit(model, longest, plan, folder=folder)
 
 
+def adapted(model: Any, rank: int, targets: str | tuple[str, ...]) -> Any:
+    """The model with LoRA adapters, without a cache, which training has no use for.
+
+    Raises:
+        ConfigError: it has no such targets.
+    """
+    model.config.use_cache = False
+    named = targets if isinstance(targets, str) else list(targets)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=named, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"targets={named!r} do not fit {type(model).__name__}: {error}") from error
+
+
+def one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """On a machine with several GPUs the Trainer would else wrap the model in DataParallel."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def _trainer(
     model: Any,
     windows: Sequence[Window],
@@ -501,13 +520,7 @@ def _trainer(
     bf16: bool,
 ) -> Trainer:
     transformers.set_seed(settings.seed)
-    model.config.use_cache = False
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        model = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ConfigError(f"targets={targets!r} do not fit {type(model).__name__}: {error}") from error
+    model = adapted(model, settings.rank, settings.targets)
     lemo_fx.transform(model, plan, predictors=predictors)
     layers = decoder_layers(model)
     if settings.compile or (settings.compile is None and next(model.parameters()).is_cuda):
@@ -548,11 +561,9 @@ def _trainer(
         disable_tqdm=True,
         seed=settings.seed,
     )
-    # On a machine with several GPUs the Trainer would else wrap the model in DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = WindowTrainer(
         model=model,
-        args=arguments,
+        args=one_device(arguments),
         data_collator=one_window,
         train_dataset=Windows(windows),
         eval_dataset=Windows(heldout),
@@ -616,12 +627,8 @@ def summarise(
         "settings": dataclasses.asdict(settings),
         "report": lemo_fx.report(model).to_dict(),
         "history": state.log_history,
-        "environment": {**environment(command), "device": _device_name(device)},
+        "environment": {**environment(command), "device": device_name(device)},
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _graph_picture(model: Any) -> Any:

@@ -1,0 +1,365 @@
+"""`lemo-fx bench`: time and memory of a model's training steps on this machine, plainly and under plans, side by side.
+
+Whole steps of the transformers Trainer are timed: its batches, its autocast, clipping, the optimizer and a log for every
+step. Token ids are random, since neither time nor memory depends on them where a plan keeps a fixed share; nothing here
+speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import lemo_fx
+from lemo_fx import draw
+from lemo_fx.config import PRESETS, LemoConfig
+from lemo_fx.demo import COLOURS, environment
+from lemo_fx.errors import ConfigError, InputError
+from lemo_fx.files import write_text, writing
+from lemo_fx.measure import device_name, peak_memory, reset_peak
+from lemo_fx.predictors import Predictors
+from lemo_fx.sites import decoder_layers
+from lemo_fx.training import adapted, check_alone, check_context, load_model, one_device
+
+UNTOUCHED, LORA = "as it is", "LoRA"
+Plans = Mapping[str, LemoConfig | None]
+PLANS: Plans = {UNTOUCHED: None, LORA: LemoConfig(attention=None, mlp=None), **PRESETS}
+"""The script as people have it: neither compiled, nor the loss in segments; LoRA with both; the presets, with both."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the steps are made.
+
+    Attributes:
+        contexts: tokens of a sequence, one after the other.
+        steps: timed steps; one more comes first, which compiles.
+        batch: sequences of a step.
+        rank, targets, checkpointing, compile, attention: as in `training.Settings`.
+    """
+
+    contexts: tuple[int, ...] = (4096,)
+    steps: int = 3
+    batch: int = 1
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    checkpointing: bool = True
+    compile: bool | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One plan at one length.
+
+    Attributes:
+        step_seconds: median of the timed steps; slowest_seconds: the longest; first_seconds: the first step, compiling.
+        first_loss: of the first step; that of random token ids, and of random weights where the model has such.
+        peak_bytes: most that tensors took after the first step (on the CPU: that the process had resident).
+        reserved_bytes: most that the allocator held for them; None on the CPU.
+        kept_share: of the tokens, mean over the rewritten sites.
+        failed: why there is nothing of all this.
+    """
+
+    plan: str
+    context: int
+    step_seconds: float | None = None
+    slowest_seconds: float | None = None
+    first_seconds: float | None = None
+    first_loss: float | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    kept_share: float | None = None
+    failed: str | None = None
+
+
+@dataclass
+class Outcome:
+    """All runs, in order, and what is needed to make them again."""
+
+    model: str
+    random_weights: bool
+    parameters: dict[str, int]
+    device: str
+    settings: Settings
+    plans: Plans
+    runs: list[Run]
+
+    def beside(self, run: Run) -> Run | None:
+        """LoRA at the same length, where it ran."""
+        return next((r for r in self.runs if (r.plan, r.context) == (LORA, run.context) and not r.failed), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, in plain types."""
+        return {
+            "model": self.model,
+            "weights": "random" if self.random_weights else "the model's",
+            "parameters": self.parameters,
+            "device": self.device,
+            "settings": dataclasses.asdict(self.settings),
+            "plans": {name: plan and dataclasses.asdict(plan) for name, plan in self.plans.items()},
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }
+
+
+class Clock(TrainerCallback):
+    """Seconds and loss of every step, batches and logs included; memory counts from the end of the first one."""
+
+    def __init__(self, device: torch.device, tick: Callable[[], None]) -> None:
+        self.device, self.tick = device, tick
+        self.steps: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first step starts."""
+        self.last = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has waited for the device here, to read the loss."""
+        if "loss" not in kwargs["logs"]:
+            return
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        self.steps.append(now - self.last)
+        self.losses.append(kwargs["logs"]["loss"])
+        if len(self.steps) == 1:
+            _forget_memory(self.device)
+        self.tick()
+        self.last = time.perf_counter()
+
+
+def bench(
+    model_path: Path,
+    plans: Plans,
+    settings: Settings,
+    predictors_path: Path | None = None,
+    progress: Callable[[str, int], Callable[[], None]] = lambda what, parts: lambda: None,
+) -> Outcome:
+    """Make the steps of every plan at every length, with the same adapters on the same token ids.
+
+    Args:
+        model_path: a folder with weights; or a config.json, or a folder without weights, for random ones.
+        plans: name -> plan; None leaves the model and its script as they are.
+        predictors_path: what `lemo-fx fit` made; else predictors are untrained ones of their real size.
+        progress: (what, number of steps) -> a function to call after each step.
+
+    Raises:
+        LemoError: bad input, or a plan that does not fit the model. A plan that takes too much memory is noted instead.
+    """
+    check_alone()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, random_weights = load(model_path, device, settings.attention)
+    for context in settings.contexts:
+        for plan in filter(None, plans.values()):
+            check_context(model, plan, context)
+    transformers.set_seed(0)
+    model = adapted(model, settings.rank, settings.targets).train()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    given = None if predictors_path is None else Predictors.load(predictors_path)
+    for plan in filter(None, plans.values()):
+        # What does not fit the model is said before anything is timed.
+        _transform(model, plan, given)
+    parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
+    outcome = Outcome(str(model_path), random_weights, parameters, device_name(device), settings, plans, [])
+    for context in settings.contexts:
+        for name, plan in plans.items():
+            tick = progress(f"{name}, {context:,}", settings.steps + 1)
+            model.load_state_dict(start, strict=False)
+            outcome.runs.append(_attempt(model, name, plan, given, context, settings, device, tick))
+    return outcome
+
+
+def load(path: Path, device: torch.device, attention: str | None) -> tuple[Any, bool]:
+    """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random).
+
+    Raises:
+        InputError: there is no model, or it does not fit into the memory.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:
+        if path.is_dir() and any(path.glob("*.safetensors")):
+            return load_model(path, dtype, attention).to(device), False
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give a local model folder or a config.json")
+        try:
+            config = AutoConfig.from_pretrained(path)
+            with device:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise InputError(f"{path} does not describe a causal language model: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{path}: the model alone does not fit: {str(error).splitlines()[0]}") from error
+    return model, True
+
+
+def _transform(model: nn.Module, plan: LemoConfig, given: Predictors | None) -> None:
+    lemo_fx.revert(model)
+    predictors = Predictors.random(model, plan) if plan.predicts and given is None else given
+    lemo_fx.transform(model, plan, predictors=predictors)
+
+
+def _attempt(model: Any, name: str, plan: LemoConfig | None, given: Predictors | None, context: int, *rest: Any) -> Run:
+    """`_run`, or in its place that it did not fit."""
+    try:
+        return _run(model, name, plan, given, context, *rest)
+    except torch.OutOfMemoryError as error:
+        failed = f"out of memory: {str(error).splitlines()[0]}"
+    # Outside the handler: what went wrong holds the tensors of the step.
+    model.zero_grad()
+    return Run(name, context, failed=failed)
+
+
+def _run(
+    model: Any,
+    name: str,
+    plan: LemoConfig | None,
+    given: Predictors | None,
+    context: int,
+    settings: Settings,
+    device: torch.device,
+    tick: Callable[[], None],
+) -> Run:
+    lemo_fx.revert(model)
+    if plan is not None:
+        _transform(model, plan, given)
+    torch._dynamo.reset()
+    compiles = settings.compile or (settings.compile is None and device.type == "cuda")
+    for _, layer in decoder_layers(model):
+        layer._compiled_call_impl = None
+        if compiles and plan is not None:
+            layer.compile()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    count = (settings.steps + 1) * settings.batch
+    ids = torch.randint(vocabulary, (count, context), generator=torch.Generator().manual_seed(0))
+    clock = Clock(device, tick)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=settings.steps + 1,
+            per_device_train_batch_size=settings.batch,
+            gradient_checkpointing=settings.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=next(model.parameters()).dtype == torch.bfloat16,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(model=model, args=one_device(arguments), train_dataset=rows, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        _forget_memory(device)
+        try:
+            trainer.train()
+        finally:
+            # The next run's autocast would else lie around this one's.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            model.gradient_checkpointing_disable()
+    shares = [] if plan is None else [site.kept_share for site in lemo_fx.report(model).sites]
+    kept = [share for share in shares if share is not None]
+    first, *timed = clock.steps
+    return Run(
+        name,
+        context,
+        step_seconds=statistics.median(timed),
+        slowest_seconds=max(timed),
+        first_seconds=first,
+        first_loss=clock.losses[0],
+        peak_bytes=peak_memory(device),
+        reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        kept_share=statistics.fmean(kept) if kept else None,
+    )
+
+
+def _forget_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak(device)
+
+
+def table(outcome: Outcome) -> Table:
+    """All runs beside LoRA of the same length."""
+    shown = Table("tokens", "", "tokens kept", "step", "", "peak memory", "", "first loss")
+    for column in shown.columns[2:]:
+        column.justify = "right"
+    for run in outcome.runs:
+        if run.step_seconds is None or run.peak_bytes is None:
+            shown.add_row(f"{run.context:,}", run.plan, "", "", "", (run.failed or "").partition(":")[0], "", "")
+            continue
+        lora = outcome.beside(run)
+        faster = memory = ""
+        if lora is not None and lora is not run:
+            assert lora.step_seconds is not None
+            assert lora.peak_bytes is not None
+            faster = f"{lora.step_seconds / run.step_seconds:.2f}x as fast"
+            memory = f"{run.peak_bytes / lora.peak_bytes:.2f}x"
+        shown.add_row(
+            f"{run.context:,}",
+            run.plan,
+            "" if run.kept_share is None else f"{run.kept_share:.0%}",
+            f"{1e3 * run.step_seconds:,.0f} ms",
+            faster,
+            f"{run.peak_bytes / 1e9:.2f} GB",
+            memory,
+            f"{run.first_loss:.4f}",
+        )
+    return shown
+
+
+def plot(outcome: Outcome) -> Figure:
+    """Step time against peak memory, one panel a length."""
+    contexts = outcome.settings.contexts
+    figure = Figure(figsize=(4.6 * len(contexts) + 0.6, 4.4), layout="constrained")
+    labels: dict[str, Any] = {}
+    for axes, context in zip(figure.subplots(1, len(contexts), squeeze=False)[0], contexts, strict=True):
+        for number, name in enumerate(outcome.plans):
+            for run in outcome.runs:
+                if (run.plan, run.context) == (name, context) and run.step_seconds is not None and run.peak_bytes:
+                    colour = COLOURS[0] if name in (UNTOUCHED, LORA) else f"C{number}"
+                    marker = "s" if name in (UNTOUCHED, LORA) else "o"
+                    face = "none" if name == UNTOUCHED else colour
+                    labels[name] = axes.plot(
+                        run.peak_bytes / 1e9, run.step_seconds, ls="", ms=8, marker=marker, color=colour, mfc=face
+                    )[0]
+        axes.set(title=f"{context:,} tokens", xlabel="peak memory, GB", ylabel="seconds a step")
+        axes.margins(0.1)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{Path(outcome.model).name}, {outcome.device}", fontsize=10)
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
+    """bench.json and bench.png; returns their paths."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        figures = out / "bench.json"
+        write_text(figures, json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
+        return [figures, draw.save(plot(outcome), out / "bench.png")]
