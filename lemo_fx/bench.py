@@ -1,6 +1,6 @@
-"""`lemo-fx bench`: time and memory of a model's training steps on this machine, plainly and under plans, side by side.
+"""`lemo-fx bench`: time and memory of training steps on this machine, plainly and under plans, side by side.
 
-Whole steps of the transformers Trainer are timed: its batches, its autocast, clipping, the optimizer and a log for every
+Whole steps of the transformers Trainer are timed: its batches, its autocast, clipping, the optimizer and a log for each
 step. Token ids are random, since neither time nor memory depends on them where a plan keeps a fixed share; nothing here
 speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss.
 """
@@ -156,6 +156,7 @@ def bench(
     settings: Settings,
     predictors_path: Path | None = None,
     progress: Callable[[str, int], Callable[[], None]] = lambda what, parts: lambda: None,
+    ended: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Make the steps of every plan at every length, with the same adapters on the same token ids.
 
@@ -164,16 +165,18 @@ def bench(
         plans: name -> plan; None leaves the model and its script as they are.
         predictors_path: what `lemo-fx fit` made; else predictors are untrained ones of their real size.
         progress: (what, number of steps) -> a function to call after each step.
+        ended: called after each run with all that is known so far.
 
     Raises:
         LemoError: bad input, or a plan that does not fit the model. A plan that takes too much memory is noted instead.
     """
     check_alone()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, random_weights = load(model_path, device, settings.attention)
+    model_config = read_config(model_path)
     for context in settings.contexts:
         for plan in filter(None, plans.values()):
-            check_context(model, plan, context)
+            check_context(model_config, plan, context)
+    model, random_weights = load(model_path, model_config, device, settings.attention)
     transformers.set_seed(0)
     model = adapted(model, settings.rank, settings.targets).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -184,31 +187,43 @@ def bench(
     parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
     outcome = Outcome(str(model_path), random_weights, parameters, device_name(device), settings, plans, [])
     for context in settings.contexts:
-        for name, plan in plans.items():
+        for name, given_plan in plans.items():
             tick = progress(f"{name}, {context:,}", settings.steps + 1)
             model.load_state_dict(start, strict=False)
-            outcome.runs.append(_attempt(model, name, plan, given, context, settings, device, tick))
+            outcome.runs.append(_attempt(model, name, given_plan, given, context, settings, device, tick))
+            ended(outcome)
     return outcome
 
 
-def load(path: Path, device: torch.device, attention: str | None) -> tuple[Any, bool]:
+def read_config(path: Path) -> Any:
+    """The transformers config of a folder or file.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a local model folder or a config.json")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} does not describe a model: {error}") from error
+
+
+def load(path: Path, config: Any, device: torch.device, attention: str | None) -> tuple[Any, bool]:
     """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random).
 
     Raises:
-        InputError: there is no model, or it does not fit into the memory.
+        InputError: there is no causal language model, or it does not fit into the memory.
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
         if path.is_dir() and any(path.glob("*.safetensors")):
             return load_model(path, dtype, attention).to(device), False
-        if not path.exists():
-            raise InputError(f"{path} does not exist: give a local model folder or a config.json")
         try:
-            config = AutoConfig.from_pretrained(path)
             with device:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"{path} does not describe a causal language model: {error}") from error
     except torch.OutOfMemoryError as error:
         raise InputError(f"{path}: the model alone does not fit: {str(error).splitlines()[0]}") from error
@@ -356,8 +371,17 @@ def plot(outcome: Outcome) -> Figure:
     return figure
 
 
+def line(outcome: Outcome) -> str:
+    """The last run in one line."""
+    run = outcome.runs[-1]
+    if run.step_seconds is None or run.peak_bytes is None:
+        return f"{run.context:,} tokens, {run.plan}: {run.failed}"
+    step, memory = f"{1e3 * run.step_seconds:,.0f} ms a step", f"{run.peak_bytes / 1e9:.2f} GB"
+    return f"{run.context:,} tokens, {run.plan}: {step}, {memory}, first step {run.first_seconds:,.0f} s"
+
+
 def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
-    """bench.json and bench.png; returns their paths."""
+    """bench.json and bench.png, also of an unfinished comparison; returns their paths."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         figures = out / "bench.json"

@@ -451,9 +451,7 @@ def bench(
         )
 
 
-def _bench(
-    model: Path, out: Path, plans: Any, predictors: Path | None, context: str, settings: dict[str, Any]
-) -> None:
+def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context: str, settings: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx import bench as benchmark
@@ -467,14 +465,20 @@ def _bench(
         plans = benchmark.PLANS
     else:
         plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
+    command = " ".join(["lemo-fx", *sys.argv[1:]])
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
 
         def progress(what: str, parts: int) -> Callable[[], None]:
             task = bar.add_task(what, total=parts)
             return lambda: bar.advance(task)
 
-        outcome = benchmark.bench(model, plans, benchmark.Settings(contexts, **settings), predictors, progress)
+        def ended(outcome: Any) -> None:
+            bar.remove_task(bar.task_ids[-1])
+            console.print(benchmark.line(outcome), highlight=False, soft_wrap=True)
+            benchmark.write(outcome, out, command)
+
+        outcome = benchmark.bench(model, plans, benchmark.Settings(contexts, **settings), predictors, progress, ended)
     console.print(benchmark.table(outcome))
     console.print(
         f'"{benchmark.UNTOUCHED}": {"neither compiled nor " if _compiles(outcome) else "not "}transformed. '
@@ -482,7 +486,7 @@ def _bench(
         f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original.",
         highlight=False,
     )
-    _print_paths(benchmark.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
+    _print_paths(benchmark.write(outcome, out, command))
 
 
 def _compiles(outcome: Any) -> bool:

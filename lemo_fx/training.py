@@ -327,7 +327,7 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     model = load_model(model_path, torch.bfloat16 if bf16 else torch.float32, settings.attention)
-    check_context(model, plan, settings.context)
+    check_context(model.config, plan, settings.context)
     documents = tokenised(rows, model_path, model, settings.assistant_only)
     most = settings.eval_windows * settings.context
     if heldout_rows is None:
@@ -379,13 +379,13 @@ def _check_place(out: Path, resume: bool) -> None:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
 
 
-def check_context(model: Any, plan: LemoConfig, context: int) -> None:
+def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
     """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise InputError(
-            f"context={context}: {type(model).__name__} reads up to {longest} tokens: choose --context {longest} or "
-            "less, or set rope scaling in the model's config.json"
+            f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "
+            f"{longest} or less, or set rope scaling in the model's config.json"
         )
     if context < 4 * plan.block_size:
         raise ConfigError(f"context={context} is under four blocks of {plan.block_size} tokens: nothing to choose from")

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from lemo_fx import bench
+from lemo_fx.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    size = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=1024, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    path.write_text(size.to_json_string(use_diff=False))
+    return path
+
+
+def invoke(config, tmp_path, *options):
+    return runner.invoke(app, ["bench", str(config), "--out", str(tmp_path / "out"), "--steps", "2", *options])
+
+
+def test_every_plan_at_every_length(config, tmp_path):
+    result = invoke(config, tmp_path, "--context", "256,512")
+    assert result.exit_code == 0, result.output
+    assert "random, weights too" in result.output
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+    assert (figures["weights"], figures["device"]) == ("random", "cpu")
+    assert {"command", "date", "torch"} <= set(figures["environment"])
+    runs = {(run["plan"], run["context"]): run for run in figures["runs"]}
+    assert list(runs) == [(plan, context) for context in (256, 512) for plan in bench.PLANS]
+    for (plan, context), run in runs.items():
+        assert run["failed"] is None
+        assert run["slowest_seconds"] >= run["step_seconds"] > 0
+        assert run["peak_bytes"] > 0
+        assert run["kept_share"] == (None if plan in (bench.UNTOUCHED, bench.LORA) else pytest.approx(0.5, abs=0.2))
+        # Every plan among them computes all of the forward; float8 rounds it.
+        beside = runs[bench.UNTOUCHED, context]["first_loss"]
+        assert run["first_loss"] == pytest.approx(beside, abs=5e-3 if plan in ("balanced", "fast") else 1e-4)
+
+
+def test_one_plan_of_ones_own(config, tmp_path):
+    result = invoke(config, tmp_path, "--context", "256", "--keep", "0.25", "--eliminated", "skip", "--score", "random")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    _, lora, plan = figures["runs"]
+    assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA, "the plan"]
+    assert plan["kept_share"] == 0.5  # two of four blocks, the least there is
+    assert plan["first_loss"] != pytest.approx(lora["first_loss"], abs=1e-6)
+    assert "256 tokens, the plan: " in result.output
+
+
+def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
+    real = bench._run
+
+    def run(model, name, *rest):
+        if name == bench.UNTOUCHED:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nAnd more.")
+        return real(model, name, *rest)
+
+    monkeypatch.setattr(bench, "_run", run)
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    first, lora, careful = json.loads((tmp_path / "out" / "bench.json").read_text())["runs"]
+    assert first["failed"] == "out of memory: CUDA out of memory. Tried to allocate 1.00 GiB."
+    assert first["step_seconds"] is None
+    assert lora["failed"] is careful["failed"] is None
+
+
+def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
+    real = bench._run
+
+    def run(model, name, *rest):
+        if name == "careful":
+            raise KeyboardInterrupt
+        return real(model, name, *rest)
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert invoke(config, tmp_path, "--context", "256").exit_code != 0
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--context", "long"], "--context 'long'"),
+        (["--context", "4096"], "1024"),
+        (["--context", "0"], "0"),
+        (["--context", "256", "--steps", "0"], "steps=0"),
+        (["--context", "256", "--batch", "-1"], "batch=-1"),
+        (["--context", "256", "--preset", "best"], "best"),
+        (["--context", "256", "--keep", "2"], "keep=2.0"),
+        (["--context", "256", "--targets", "nothing"], "nothing"),
+        (["--context", "256", "--predictors", "none"], "none"),
+    ],
+)
+def test_errors_come_before_the_first_step(config, tmp_path, monkeypatch, options, says):
+    monkeypatch.setattr(bench, "_run", None)
+    if options[1] in ("4096", "0"):
+        # Said before the weights are made, which may be many.
+        monkeypatch.setattr(bench, "load", None)
+    result = invoke(config, tmp_path, *options)
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
