@@ -94,6 +94,12 @@ class LayerSettings:
         return True
 
 
+def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
+    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
+    asked = kwargs.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
 @dataclass
 class HeadSettings:
     """What a rewritten causal model asks before each forward."""
@@ -119,16 +125,14 @@ class HeadSettings:
                         parallel.refuse_finer_units(name, module)
                 self.weights_checked = True
 
-        def wanted(name: str) -> bool:
-            asked = kwargs.get(name)
-            return model.training and bool(getattr(model.config, name, False) if asked is None else asked)
-
-        if wanted("output_attentions") and self.config.attention is not None and not self.step.dense:
+        if not model.training:
+            return
+        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None and not self.step.dense:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
                 "collected is no longer one matrix a layer; ask for it in eval()"
             )
-        if wanted("output_router_logits") and self.sparse_experts:
+        if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
             raise InputError(
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
@@ -141,7 +145,7 @@ class HeadSettings:
             and labels is not None
             and self.loss_function is not None
             and model.loss_function is self.loss_function
-            and not kwargs.get("output_router_logits")
+            and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
             and segmentable(model.get_output_embeddings())  # type: ignore[operator]
         )
