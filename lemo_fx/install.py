@@ -7,6 +7,7 @@ original's name (FSDP2 does the same). The object, its parameters and its state_
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, MethodType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
 from lemo_fx import parallel, runtime
@@ -29,6 +31,9 @@ from lemo_fx.passes.rewrite import LayerRewrite
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
+
+CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
+"""Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
 
 @dataclass
@@ -251,7 +256,7 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
             if torch.compiler.is_compiling():
                 read_floats(self, settings.floats)
             return graph_forward(self, *args, **kwargs)
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled()):
             # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
             # the cache away from it.
             kwargs.update({name: value for name, value in NO_CACHE.items() if name in kwargs})

@@ -62,9 +62,12 @@ def test_active_always_is_sparse_in_evaluation():
         assert not torch.equal(model(inputs).logits, dense)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("eliminated", ["skip", "exact"])
-def test_generate_in_training_mode(eliminated):
+def test_generate_in_training_mode(eliminated, checkpointing):
     model = with_lora(tiny("llama", layers=4))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     prompt = batch(2, 40)["input_ids"]
     expected = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
     site = Elimination(keep=0.3, eliminated=eliminated)
