@@ -209,6 +209,8 @@ def rewritten_class(
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
+        if make_forward is make_head_forward and hasattr(original, "generate"):
+            subclass.generate = make_generate(original.generate)  # type: ignore[method-assign, attr-defined]
         subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]
@@ -293,6 +295,27 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
         return graph_forward(self, **given)
 
     return HeadForward(forward)
+
+
+def make_generate(original: Callable) -> Callable:
+    """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
+
+    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
+    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
+    """
+
+    @functools.wraps(original)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None or settings.config.active == "always":
+            return original(self, *args, **kwargs)
+        before, settings.step.dense = settings.step.dense, True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            settings.step.dense = before
+
+    return generate
 
 
 class HeadForward:

@@ -32,7 +32,7 @@ class Step:
         labels: of the running batch, which the causal model tells its layers.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         led: whether such a first site was planned.
-        dense: whether the layers run their original code for now (`lemo_fx.set_dense`).
+        dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
     """
 
