@@ -74,6 +74,13 @@ class LayerSettings:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
         return cache.get_seq_length(self.layer_index) > 0 or cache.get_seq_length() > length
 
+    def _fills_a_cache(self, layer: nn.Module) -> bool:
+        """Whether a cache that reaches the layer is more than what transformers makes in every forward."""
+        if not layer.training:
+            return self.step.cache_asked
+        # From a checkpointed layer transformers takes it away.
+        return not torch.is_grad_enabled() or (self.step.cache_asked and not layer.gradient_checkpointing)
+
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
         if self.step.dense or not (layer.training or self.config.active == "always"):
@@ -86,8 +93,8 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # Nothing trains and a cache is to be filled (generate() in training mode), which a rewritten layer cannot.
-            if layer.training and not torch.is_grad_enabled():
+            # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
+            if self._fills_a_cache(layer):
                 return False
             if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):
                 return False
@@ -97,6 +104,11 @@ class LayerSettings:
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def asks_for_cache(given: Mapping[str, Any]) -> bool:
+    """Whether a call brings a cache or wants one back; transformers makes one unasked where the config says so."""
+    return bool(given.get("use_cache")) or any(given.get(name) is not None for name in CACHE_NAMES)
 
 
 def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
@@ -142,6 +154,13 @@ class HeadSettings:
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
             )
+
+    def leaves_cache_out(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
+        """Whether this call says nothing of a cache and runs rewritten layers: they could not fill the default one."""
+        if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in self.arguments:
+            return False
+        trains = torch.is_grad_enabled() or given.get("labels") is not None
+        return self.config.active == "always" or (model.training and trains)
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments and returns no logits."""
@@ -287,9 +306,6 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
             if own is not None and name != own and given.get(name) is not None:
                 # An older name, which a decorator of the original forward would have translated.
                 given[own] = given.pop(name)
-        # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
-        if given.get("use_cache") is None and all(given.get(name) is None for name in CACHE_NAMES):
-            given["use_cache"] = False
         if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
             given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
         return graph_forward(self, **given)
@@ -362,13 +378,18 @@ def telling_labels(forward: Callable) -> Callable:
             for switch in settings.step.switches:
                 switch.refresh()
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        before = settings.step.labels
+        if settings.leaves_cache_out(self, given) and "use_cache" not in settings.arguments[: len(args)]:
+            kwargs["use_cache"] = False
+        step = settings.step
+        before = step.labels, step.cache_asked
+        step.cache_asked = asks_for_cache(given)
         if given.get("labels") is not None:
-            settings.step.labels = given["labels"]
+            step.labels = given["labels"]
         try:
             return forward(self, *args, **kwargs)
         finally:
-            settings.step.labels, settings.step.scores = before, None
+            step.labels, step.cache_asked = before
+            step.scores = None
 
     return told
 
