@@ -171,6 +171,7 @@ class HeadSettings:
             and model.loss_function is self.loss_function
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
+            and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(model.get_output_embeddings())  # type: ignore[operator]
         )
 
