@@ -174,8 +174,17 @@ def test_treatments_and_scores_without_what_they_need():
 
 
 def test_shared_choice_where_the_mlp_comes_first():
+    model = tiny("gpt_neox")
+
+    class MlpFirst(type(model.gpt_neox.layers[0])):
+        def forward(self, hidden_states, **kwargs):
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + self.attention(self.input_layernorm(hidden_states), **kwargs)[0]
+
+    for layer in model.gpt_neox.layers:
+        layer.__class__ = MlpFirst
     config = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5, score="shared"), 8, ())
-    refused(tiny("gpt_neox"), config, match="shared")
+    refused(model, config, match="shared")
 
 
 def test_a_forward_replaced_on_a_layer():
