@@ -142,9 +142,9 @@ class HeadSettings:
                         parallel.refuse_finer_units(name, module)
                 self.weights_checked = True
 
-        if not model.training:
+        if not model.training or self.step.dense:
             return
-        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None and not self.step.dense:
+        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
                 "collected is no longer one matrix a layer; ask for it in eval()"
