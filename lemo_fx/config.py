@@ -160,8 +160,8 @@ class LemoConfig:
             Together with `forward="float8"` all other branches of the decoder layers compute so too, those of dense
             layers included; a site with `keep=1.0` stays the original's. Float32 adapters of a bfloat16 model multiply
             in bfloat16 wherever the layers beside them are in float8, as they do under autocast.
-        active: `"training"`: in `eval()`, `generate()` or with a filled cache the original code runs.
-            `"always"`: the sparse forward also runs in `eval()`, for studies.
+        active: `"training"`: in `eval()`, in `generate()` or with a cache that a call brings or asks for the original
+            code runs. `"always"`: the sparse forward also runs in `eval()`, for studies, where there is no such cache.
     """
 
     attention: Elimination | None = DEFAULT_SITE

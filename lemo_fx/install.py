@@ -7,6 +7,7 @@ original's name (FSDP2 does the same). The object, its parameters and its state_
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, MethodType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
 from lemo_fx import parallel, runtime
@@ -29,6 +31,9 @@ from lemo_fx.passes.rewrite import LayerRewrite
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
+
+CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
+"""Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
 
 @dataclass
@@ -69,6 +74,13 @@ class LayerSettings:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
         return cache.get_seq_length(self.layer_index) > 0 or cache.get_seq_length() > length
 
+    def _fills_a_cache(self, layer: nn.Module) -> bool:
+        """Whether a cache that reaches the layer is more than what transformers makes in every forward."""
+        if not layer.training:
+            return self.step.cache_asked
+        # From a checkpointed layer transformers takes it away.
+        return not torch.is_grad_enabled() or (self.step.cache_asked and not layer.gradient_checkpointing)
+
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
         if self.step.dense or not (layer.training or self.config.active == "always"):
@@ -81,8 +93,8 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # Nothing trains and a cache is to be filled (generate() in training mode), which a rewritten layer cannot.
-            if layer.training and not torch.is_grad_enabled():
+            # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
+            if self._fills_a_cache(layer):
                 return False
             if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):
                 return False
@@ -92,6 +104,17 @@ class LayerSettings:
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def asks_for_cache(given: Mapping[str, Any]) -> bool:
+    """Whether a call brings a cache or wants one back; transformers makes one unasked where the config says so."""
+    return bool(given.get("use_cache")) or any(given.get(name) is not None for name in CACHE_NAMES)
+
+
+def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
+    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
+    asked = kwargs.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
 @dataclass
@@ -119,20 +142,25 @@ class HeadSettings:
                         parallel.refuse_finer_units(name, module)
                 self.weights_checked = True
 
-        def wanted(name: str) -> bool:
-            asked = kwargs.get(name)
-            return model.training and bool(getattr(model.config, name, False) if asked is None else asked)
-
-        if wanted("output_attentions") and self.config.attention is not None and not self.step.dense:
+        if not model.training or self.step.dense:
+            return
+        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
                 "collected is no longer one matrix a layer; ask for it in eval()"
             )
-        if wanted("output_router_logits") and self.sparse_experts:
+        if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
             raise InputError(
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
             )
+
+    def leaves_cache_out(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
+        """Whether this call says nothing of a cache and runs rewritten layers: they could not fill the default one."""
+        if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in self.arguments:
+            return False
+        trains = torch.is_grad_enabled() or given.get("labels") is not None
+        return self.config.active == "always" or (model.training and trains)
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments and returns no logits."""
@@ -141,8 +169,9 @@ class HeadSettings:
             and labels is not None
             and self.loss_function is not None
             and model.loss_function is self.loss_function
-            and not kwargs.get("output_router_logits")
+            and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
+            and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(model.get_output_embeddings())  # type: ignore[operator]
         )
 
@@ -200,6 +229,8 @@ def rewritten_class(
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
+        if make_forward is make_head_forward and hasattr(original, "generate"):
+            subclass.generate = make_generate(original.generate)  # type: ignore[method-assign, attr-defined]
         subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]
@@ -247,7 +278,7 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
             if torch.compiler.is_compiling():
                 read_floats(self, settings.floats)
             return graph_forward(self, *args, **kwargs)
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled()):
             # transformers checkpoints a layer in its own class's `forward` or `__call__`, which are ours now, and takes
             # the cache away from it.
             kwargs.update({name: value for name, value in NO_CACHE.items() if name in kwargs})
@@ -276,14 +307,32 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
             if own is not None and name != own and given.get(name) is not None:
                 # An older name, which a decorator of the original forward would have translated.
                 given[own] = given.pop(name)
-        # A rewritten layer cannot fill a cache, and training has no use for one unless it is asked for.
-        if given.get("use_cache") is None and all(given.get(name) is None for name in CACHE_NAMES):
-            given["use_cache"] = False
         if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
             given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
         return graph_forward(self, **given)
 
     return HeadForward(forward)
+
+
+def make_generate(original: Callable) -> Callable:
+    """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
+
+    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
+    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
+    """
+
+    @functools.wraps(original)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None or settings.config.active == "always":
+            return original(self, *args, **kwargs)
+        before, settings.step.dense = settings.step.dense, True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            settings.step.dense = before
+
+    return generate
 
 
 class HeadForward:
@@ -330,13 +379,18 @@ def telling_labels(forward: Callable) -> Callable:
             for switch in settings.step.switches:
                 switch.refresh()
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        before = settings.step.labels
+        if settings.leaves_cache_out(self, given) and "use_cache" not in settings.arguments[: len(args)]:
+            kwargs["use_cache"] = False
+        step = settings.step
+        before = step.labels, step.cache_asked
+        step.cache_asked = asks_for_cache(given)
         if given.get("labels") is not None:
-            settings.step.labels = given["labels"]
+            step.labels = given["labels"]
         try:
             return forward(self, *args, **kwargs)
         finally:
-            settings.step.labels, settings.step.scores = before, None
+            step.labels, step.cache_asked = before
+            step.scores = None
 
     return told
 

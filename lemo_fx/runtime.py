@@ -30,13 +30,15 @@ class Step:
 
     Attributes:
         labels: of the running batch, which the causal model tells its layers.
+        cache_asked: whether the running call asked for a cache.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         led: whether such a first site was planned.
-        dense: whether the layers run their original code for now (`lemo_fx.set_dense`).
+        dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
     """
 
     labels: torch.Tensor | None = None
+    cache_asked: bool = False
     scores: torch.Tensor | None = None
     led: bool = False
     dense: bool = False

@@ -82,7 +82,7 @@ class Refusal:
 
 
 def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
-    """The sites of a captured decoder layer in the order in which they return to the stream, and what was refused.
+    """The sites of a captured decoder layer in the order in which they are computed, and what was refused.
 
     Nothing is changed, except that a flattening of [B, S, H] to [B * S, H] around an MLP (OPT) is removed once every
     operation inside is known to treat tokens one by one.
@@ -125,7 +125,8 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         leaves = _leaves(node, stream, partial(attends, below=below))
         if sum(leaf is stream for leaf in leaves) != 1:
             continue
-        for branch in (leaf for leaf in leaves if leaf is not stream):
+        # As they are computed, which may not be as they are added: a dropout of one draws before a dropout of the next.
+        for branch in sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__):
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
             found = _classify(graph, stream, node, branch, region)
             if isinstance(found, Site):

@@ -54,10 +54,10 @@ def transform(
     """Rewrite a causal language model in place so that each layer works on its informative token blocks only.
 
     The model stays the same object of the same class with the same state_dict. In `eval()`, in `generate()` and with a
-    filled cache it runs its original code (unless `config.active` is "always"). Call it before or after adding PEFT
-    adapters, and before DDP or FSDP2's `fully_shard` or after them; after `fully_shard` every rank must call it, since
-    planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does nothing. Every
-    error leaves the model as it was.
+    cache that a call brings or asks for it runs its original code (see `LemoConfig.active`). Call it before or after
+    adding PEFT adapters, and before DDP or FSDP2's `fully_shard` or after them; after `fully_shard` every rank must
+    call it, since planning gathers one layer's weights at a time. Calling it again re-plans; with an equal plan it does
+    nothing. Every error leaves the model as it was.
 
     Threads: several may transform, run and revert models at a time, each its own. One model in two threads is not safe:
     a step leaves its labels and choices on the model for its own layers and for the recompute in its backward. Dropout

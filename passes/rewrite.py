@@ -69,7 +69,7 @@ class LayerRewrite:
     Attributes:
         layer: the decoder layer; never changed by a pass.
         graph: its captured graph; every pass edits it in place.
-        sites: planned sites in the order in which they return to the stream.
+        sites: planned sites in the order in which they are computed.
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).

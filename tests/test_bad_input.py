@@ -174,8 +174,17 @@ def test_treatments_and_scores_without_what_they_need():
 
 
 def test_shared_choice_where_the_mlp_comes_first():
+    model = tiny("gpt_neox")
+
+    class MlpFirst(type(model.gpt_neox.layers[0])):
+        def forward(self, hidden_states, **kwargs):
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + self.attention(self.input_layernorm(hidden_states), **kwargs)[0]
+
+    for layer in model.gpt_neox.layers:
+        layer.__class__ = MlpFirst
     config = LemoConfig(Elimination(keep=0.5), Elimination(keep=0.5, score="shared"), 8, ())
-    refused(tiny("gpt_neox"), config, match="shared")
+    refused(model, config, match="shared")
 
 
 def test_a_forward_replaced_on_a_layer():
@@ -270,12 +279,33 @@ def test_sliding_window_where_attention_counts_for_itself():
     refused(model, match="sliding window")
 
 
-def test_router_loss_with_sparse_experts():
-    model = lemo_fx.transform(tiny("mixtral"), SPARSE)
+@pytest.mark.parametrize("asked_by", ["call", "config"])
+def test_router_loss_with_sparse_experts(asked_by):
+    model = lemo_fx.transform(tiny("mixtral", output_router_logits=asked_by == "config"), SPARSE)
+    inputs = batch(2, 48) | ({"output_router_logits": True} if asked_by == "call" else {})
     with pytest.raises(InputError, match="output_router_logits"):
-        model(**batch(2, 48), output_router_logits=True)
-    model = lemo_fx.transform(tiny("mixtral"), LemoConfig(SPARSE.attention, None, 8, ()))
-    assert model(**batch(2, 48), output_router_logits=True).aux_loss is not None
+        model(**inputs)
+    assert lemo_fx.set_dense(model)(**inputs).aux_loss is not None
+    model.config.output_router_logits = False
+    assert lemo_fx.set_dense(model, False)(**batch(2, 48)).loss is not None
+    model.config.output_router_logits = asked_by == "config"
+    lemo_fx.transform(model, LemoConfig(SPARSE.attention, None, 8, ()))
+    assert model(**inputs).aux_loss is not None
+
+
+@pytest.mark.parametrize("asked_by", ["call", "config"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_loss_with_dense_experts(checkpointing, asked_by):
+    model = tiny("mixtral", output_router_logits=asked_by == "config", router_aux_loss_coef=0.5)
+    inputs = batch(2, 48) | ({"output_router_logits": True} if asked_by == "call" else {})
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = step(model, inputs)
+    lemo_fx.transform(model, LemoConfig(Elimination(keep=1.0), None, 8, ()))
+    assert_same_step(step(model, inputs), expected, "fp32")
+    # Said in the call, it counts for more than what the config says.
+    without = step(model, inputs | {"output_router_logits": False})
+    assert without[0] < expected[0] - 0.1
 
 
 def test_functions_that_need_a_transformed_model():

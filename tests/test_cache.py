@@ -1,6 +1,7 @@
-"""A cache in a training step: a fresh one must not switch elimination off, a filled one runs the original code."""
+"""A cache in a training step: the default one is not made, one that is asked for or filled runs the original code."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +25,47 @@ def shares(model) -> set[float | None]:
     return {site.kept_share for site in lemo_fx.report(model).sites if site.eliminated != "dense"}
 
 
-@pytest.mark.parametrize("use_cache", [None, True])
+@pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_fresh_cache_does_not_switch_elimination_off(model, use_cache, labelled):
+def test_the_default_cache_does_not_switch_elimination_off(model, use_cache, labelled):
+    """It is not made: of rewritten layers it would hold nothing."""
     ids = torch.randint(0, 50, (2, 64))
-    model(input_ids=ids, labels=ids if labelled else None, use_cache=use_cache)
+    assert model(input_ids=ids, labels=ids if labelled else None, use_cache=use_cache).past_key_values is None
+    assert model(ids, None, None, None, None, ids if labelled else None, use_cache).logits is None or not labelled
     assert shares(model) == {0.5}
+    model.model(ids, use_cache=use_cache)
+    assert shares(model) == {0.5}
+
+
+@pytest.mark.parametrize("active", ["training", "always"])
+@pytest.mark.parametrize("how", ["use_cache", "past_key_values"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_cache_that_a_call_asks_for_is_filled(model, how, labelled, active):
+    ids, more = torch.randint(0, 50, (2, 64)), torch.randint(0, 50, (2, 1))
+    lemo_fx.transform(model, replace(lemo_fx.report(model).config, active=active)).train(active == "training")
+
+    def run():
+        cache = {"use_cache": True} if how == "use_cache" else {how: DynamicCache(config=model.config)}
+        out = model(input_ids=ids, labels=ids if labelled else None, **cache)
+        return out.loss, model(more, past_key_values=out.past_key_values).logits
+
+    loss, logits = run()
+    assert shares(model) == {None}
+    lemo_fx.revert(model)
+    expected_loss, expected = run()
+    torch.testing.assert_close(logits, expected)
+    if labelled:
+        torch.testing.assert_close(loss, expected_loss)
+
+
+@pytest.mark.parametrize("how", ["use_cache", "past_key_values"])
+def test_checkpointing_leaves_no_cache_to_fill(model, how):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 50, (2, 64))
+    cache = {"use_cache": True} if how == "use_cache" else {how: DynamicCache(config=model.config)}
+    model(input_ids=ids, labels=ids, **cache).loss.backward()
+    assert shares(model) == {0.5}
+    assert how == "use_cache" or cache[how].get_seq_length() == 0
 
 
 def test_a_filled_cache_runs_the_original_code(model):

@@ -495,3 +495,15 @@ def test_layers_that_are_called_by_themselves_draw_their_own_choice():
         with Recorder(model) as recorder:
             model.model.layers[2](x, position_embeddings=rope).sum().backward()
         assert {tokens.shape for (tokens,) in recorder.tokens.values()} == {(1, length // 2)}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "phi"])
+def test_a_shared_choice_is_that_of_the_attention(architecture):
+    model, inputs, found = tiny(architecture), batch(2, 64, padding="both"), []
+    for score in ("random", "shared"):
+        config = sparse(mlp=lemo_fx.Elimination(keep=0.5, score=score))
+        lemo_fx.transform(model, config)
+        fix_choice(model, [0, 2, 5, 7])
+        found.append(step(model, inputs))
+    assert len(selections(model)) == 2
+    assert_same_step(found[1], found[0], "fp32")

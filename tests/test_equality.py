@@ -68,6 +68,34 @@ def test_one_kind_of_site_or_mixed_treatments(architecture, attention, mlp):
     assert_same_step(step(model, inputs), expected, "fp32")
 
 
+DROPOUTS = {
+    "llama": ["attention_dropout"],
+    "phi3": ["attention_dropout", "resid_pdrop"],
+    "opt": ["attention_dropout", "dropout"],
+    "gpt2": ["attn_pdrop", "resid_pdrop"],
+    "phi": ["attention_dropout", "resid_pdrop"],
+    "gpt_neox": ["attention_dropout", "hidden_dropout"],
+    "gpt_neox_sequential": ["attention_dropout", "hidden_dropout"],
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
+@pytest.mark.parametrize("treatment", ["skip", "exact"])
+@pytest.mark.parametrize("architecture", DROPOUTS)
+def test_dropouts_draw_as_in_the_original(architecture, treatment, checkpointing):
+    model = tiny(architecture, **dict.fromkeys(DROPOUTS[architecture], 0.3))
+    inputs = batch(2, 40, padding="right")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(step(model, inputs))
+        lemo_fx.transform(model, everything_kept(treatment))
+    assert_same_step(found[1], found[0], "fp32")
+    assert not torch.allclose(step(model, inputs)[0], found[0][0]), "there are dropouts"
+
+
 def test_bfloat16():
     model = tiny("llama").bfloat16()
     inputs = batch(2, 40)

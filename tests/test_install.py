@@ -62,15 +62,25 @@ def test_active_always_is_sparse_in_evaluation():
         assert not torch.equal(model(inputs).logits, dense)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("eliminated", ["skip", "exact"])
-def test_generate_in_training_mode(eliminated):
+def test_generate_in_training_mode(eliminated, checkpointing, use_cache):
     model = with_lora(tiny("llama", layers=4))
-    prompt = batch(2, 40)["input_ids"]
-    expected = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    how = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+    inputs = batch(2, 40)
+    expected = model.generate(input_ids=inputs["input_ids"], **how)
     site = Elimination(keep=0.3, eliminated=eliminated)
     lemo_fx.transform(model, LemoConfig(site, site, block_size=8))
+    before = step(model, inputs)
     assert model.training
-    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(model.generate(input_ids=inputs["input_ids"], **how), expected)
+    with pytest.raises(TypeError):
+        model.generate(input_ids=inputs["input_ids"], max_new_tokens="6")
+    assert not lemo_fx.report(model).dense
+    assert_same_step(step(model, inputs), before, "same")
 
 
 def test_generate_with_active_always():

@@ -157,13 +157,18 @@ def test_no_labels_gives_logits_in_training():
     assert torch.equal(model(inputs, labels=None).logits, before)
 
 
-def test_return_dict_false():
-    model, inputs = tiny("llama"), batch(2, 43)
-    loss = model(**inputs).loss
+def test_a_tuple_holds_the_logits_in_their_place():
+    model, inputs = tiny("llama"), {**batch(2, 43), "use_cache": False, "return_dict": False}
+    expected = model(**inputs)
     lemo_fx.transform(model, only_loss())
-    result = model(**inputs, return_dict=False)
-    assert isinstance(result, tuple)
-    torch.testing.assert_close(result[0], loss, **TOLERANCE["fp32"])
+    assert len(expected) == 2
+    torch.testing.assert_close(model(**inputs), expected, **TOLERANCE["fp32"])
+    assert model(**{**inputs, "return_dict": True}).logits is None
+    site = lemo_fx.Elimination(keep=0.5)
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=()))
+    loss, logits = model(**inputs)
+    assert not torch.allclose(logits, expected[1]), "the layers stay sparse"
+    torch.testing.assert_close(model(**{**inputs, "return_dict": True}).loss, loss, **TOLERANCE["fp32"])
 
 
 def test_positional_arguments_and_hidden_states():
