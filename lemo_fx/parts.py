@@ -329,8 +329,8 @@ class SelectBlocks(nn.Module):
     def set_threshold(self, threshold: float | None) -> None:
         """Keep the blocks whose score reaches this; None goes by the share again."""
         if threshold is not None:
-            # Pinned blocks rank as the largest number, and reach every threshold.
-            threshold = min(threshold, torch.finfo(torch.float32).max)
+            # Pinned blocks reach every threshold.
+            threshold = min(threshold, selection.PINNED)
         self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
