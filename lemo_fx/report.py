@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 
 from lemo_fx.config import LemoConfig
 
@@ -62,8 +62,12 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         asked = any(site.recall is not None for site in self.sites)
-        columns = ["layer", "site", "eliminated tokens", "score", "budget", "kept in last step"]
-        table = Table(*columns, *(["recall"] if asked else []), "note")
+        # The end of a layer's name is what tells it from others: broken over lines where there is no room, never cut.
+        longest = max((len(site.module) for site in self.sites), default=0)
+        table = Table(Column("layer", overflow="fold", no_wrap=3 * longest < options.max_width))
+        columns = ["site", "eliminated tokens", "score", "budget", "kept in last step"]
+        for name in (*columns, *(["recall"] if asked else []), "note"):
+            table.add_column(name, overflow="fold")
         for site in self.sites:
             share = site.kept_share
             kept = "" if share is None else f"{site.kept_tokens} of {site.total_tokens} ({share:.0%})"

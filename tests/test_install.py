@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import io
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import ARCHITECTURES, Recorder, anatomy, assert_same_step, batch, selections, step, tiny, with_lora
 
 import lemo_fx
@@ -210,6 +212,25 @@ def test_report_and_graphs():
     assert set(lemo_fx.graphs(model)) == {"", "model.layers.0", "model.layers.1"}
     with pytest.raises(lemo_fx.NotTransformedError):
         lemo_fx.report(lemo_fx.revert(model))
+
+
+@pytest.mark.parametrize("width", [None, 60, 90])
+def test_the_printed_report_names_every_layer(width):
+    model = lemo_fx.transform(
+        with_lora(tiny("llama", 12)), LemoConfig(block_size=8, forward="float8", backward="float8")
+    )
+    report = lemo_fx.report(model)
+    text = str(report)
+    if width is not None:
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(report)
+        text = console.file.getvalue()
+    # The cells of the first column, one after another.
+    column = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+    assert [name for name in {site.module for site in report.sites} if name not in column] == []
+    assert "…" not in text
+    if width is None:
+        assert all(site.module in text for site in report.sites)
 
 
 def test_graphs_are_found_by_their_name_in_the_base_model():
