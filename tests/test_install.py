@@ -240,6 +240,13 @@ def test_graphs_are_found_by_their_name_in_the_base_model():
     for name in ("model.layers.0", "layers", "2.1", "", "ers.2"):
         with pytest.raises(KeyError, match=r"base_model\.model\.model\.layers\.1, "):
             graphs[name]
+        assert name not in graphs
+        assert graphs.get(name) is None
+        assert graphs.get(name, 3) == 3
+    for name in ("model.layers.2", "layers.2", *graphs):
+        assert name in graphs
+        assert graphs.get(name) is graphs[name]
+    assert 2 not in graphs
 
 
 def test_outputs_with_hidden_states_keep_their_shape():
