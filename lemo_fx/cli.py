@@ -312,7 +312,7 @@ def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
-    max_length: Annotated[int, typer.Option(help="Tokens that are read of each text.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Number of texts that are read.")] = None,
 ) -> None:
     """Learn from texts what `transform` can use, and save it."""
@@ -320,13 +320,15 @@ def fit(
         import lemo_fx
         from lemo_fx import training
         from lemo_fx.config import LemoConfig
+        from lemo_fx.sites import longest_context
 
         config = LemoConfig(block_size=block_size)
         _no_bars_of_transformers()
         rows = training.data.read_rows(data)[:limit]
         loaded = training.load_model(model)
         documents = training.tokenised(rows, model, loaded)
-        lemo_fx.fit(loaded, [document.ids[:max_length].tolist() for document in documents], config).save(out)
+        most = min(max_length, longest_context(loaded.config) or max_length)
+        lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
         _print_paths([out])
 
 

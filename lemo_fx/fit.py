@@ -32,7 +32,7 @@ from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers, require_model
+from lemo_fx.sites import decoder_layers, longest_context, require_model
 from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
@@ -163,7 +163,7 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        InputError: no sequence, not token ids, or a mask that does not fit them.
+        InputError: no sequence, not token ids, more of them than the model reads, or a mask that does not fit them.
         UnsupportedModelError: as for `transform`; or the model is already wrapped by DDP or FSDP.
         ConfigError: a rank other than 0 was given a folder.
         StorageError: the disk is full; with a folder, a run with the same arguments goes on from what was finished.
@@ -196,7 +196,13 @@ def fit(
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
     words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
+    most = longest_context(getattr(model, "config", None))
     for number, ids in enumerate(batches):
+        if most is not None and ids.shape[1] > most:
+            raise InputError(
+                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it, or "
+                "set rope scaling in the model's config"
+            )
         if ids.min() < 0 or ids.max() >= words:
             raise InputError(
                 f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "

@@ -39,7 +39,7 @@ from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelE
 from lemo_fx.files import write_text
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
-from lemo_fx.sites import causal_model, decoder_layers
+from lemo_fx.sites import causal_model, decoder_layers, longest_context
 from lemo_fx.transform import suspended
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
@@ -381,7 +381,7 @@ def _check_place(out: Path, resume: bool) -> None:
 
 def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
     """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_context(model_config)
     if longest is not None and context > longest:
         raise InputError(
             f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "

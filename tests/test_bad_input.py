@@ -99,6 +99,15 @@ def test_the_wrong_kind_of_argument(call, error, match):
         call(tiny("llama", 2))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_sequences_longer_than_the_model_reads(architecture, lora):
+    model = tiny(architecture)
+    model = with_lora(model) if lora else model
+    with pytest.raises(InputError, match=r"sequence 1 has 513 tokens; \w+ reads up to 512"):
+        lemo_fx.fit(model, [[3] * 512, [3] * 513])
+
+
 def test_an_encoder_decoder():
     sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     config = transformers.BartConfig(
