@@ -100,9 +100,9 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     _no_bars_of_transformers()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
+    settings = demonstration.Settings(**{**named, "eliminated": treatments})
     if demonstration.other_load() > 0.5:
         console.print("Other programs are running on this machine: the times below will be too long and uneven.")
-    settings = demonstration.Settings(**{**named, "eliminated": treatments})
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
         "transformed"
@@ -322,6 +322,9 @@ def fit(
         from lemo_fx.config import LemoConfig
         from lemo_fx.sites import longest_context
 
+        for option, value in (("--max-length", max_length), ("--limit", limit)):
+            if value is not None and value < 1:
+                raise InputError(f"{option} {value} must be at least 1")
         config = LemoConfig(block_size=block_size)
         _no_bars_of_transformers()
         rows = training.data.read_rows(data)[:limit]

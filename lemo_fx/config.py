@@ -26,6 +26,12 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigError where NumPy would not take a seed."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must be a number from 0 to {2**32 - 1}")
+
+
 def _plain(value: Any) -> Any:
     """NumPy's numbers as Python's; anything else as it is."""
     if isinstance(value, numbers.Real) and type(value) not in (int, float, bool):

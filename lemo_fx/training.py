@@ -31,7 +31,7 @@ import lemo_fx
 from lemo_fx import data, page
 from lemo_fx.callback import LemoCallback
 from lemo_fx.capture import modes_kept
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, check_seed
 from lemo_fx.data import Document, Row, Window
 from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
@@ -89,10 +89,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch", "rate", "rank", "eval_windows", "eval_every", "save_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
         if not 0 < self.eval_share < 1:
             raise ConfigError(f"eval_share={self.eval_share!r} must lie between 0 and 1")
+        check_seed(self.seed)
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
