@@ -76,6 +76,8 @@ class LayerSettings:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
         if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                pass_by(layer)
             return False
         for name in ABSENT_IN_TRAINING:
             value = given.get(name)
@@ -92,6 +94,13 @@ class LayerSettings:
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def pass_by(layer: nn.Module) -> None:
+    """Let the report say nothing of what an earlier step kept in a layer."""
+    for part in layer._modules.values():
+        if isinstance(part, SelectBlocks):
+            part.nothing_kept()
 
 
 @dataclass

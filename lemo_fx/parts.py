@@ -358,6 +358,10 @@ class SelectBlocks(nn.Module):
         """What the last forward passes did here."""
         return record_of(self.site)
 
+    def nothing_kept(self) -> None:
+        """Note that a step passed this site by; choices that wait for their backward stay."""
+        self.record.kept_tokens = self.record.total_tokens = 0
+
 
 class StandIn(nn.Module):
     """A frozen low-rank affine map of a branch's normed input: x -> (x A) B + c.

@@ -75,6 +75,9 @@ def make_plans(
             notes.append(f"{name}: left as it is, neither offloaded, nor recomputed in parts, nor in float8: {error}")
             continue
         if plan is not None:
+            if config.is_dense(index, len(layers)) and not config.rewrites_dense_layers:
+                # The report has the note for it, as for any layer that keeps every token and is computed as before.
+                plan.rows.clear()
             plans.append(plan)
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
     head = _plan_head(model, config, step, sparse_experts, notes, dump)

@@ -21,7 +21,8 @@ class SiteReport:
         module: name of the decoder layer; site: "attention" or "mlp".
         eliminated: treatment of the eliminated tokens, or "dense".
         score: what ranks the blocks; budget: keep or threshold in force.
-        kept_tokens, total_tokens: of the last forward pass that ran the rewritten graph; None before the first.
+        kept_tokens, total_tokens: of the last step; None before the first, and where it ran the layer's original code
+            (dense by `lemo_fx.set_dense`, or shorter than a block). Evaluations and generation count for nothing here.
         recall: share of the tokens that the measured scores would keep and the predictor keeps; None unless asked for.
         note: what a reader should know.
     """
@@ -47,6 +48,8 @@ class Report:
     """All sites of a transformed model, the plan, and what was refused or left alone, with the reason.
 
     Attributes:
+        sites: of the layers in which something is eliminated, or that take part in something else the plan asks for
+            (`LemoConfig.rewrites_dense_layers`); a layer that is merely dense has a note.
         dense: whether every layer runs its original code for now, see `lemo_fx.set_dense`.
     """
 

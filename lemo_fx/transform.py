@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
-from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
+from lemo_fx.install import STATE, Installed, Plan, graph_module, install, pass_by, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.loss import segmented_loss
@@ -242,6 +242,8 @@ def set_dense(model: Model, dense: bool = True) -> Model:
         raise ConfigError(f"dense={dense!r} must be True or False")
     for plan in plans:
         plan.settings.step.dense = bool(dense)
+        if dense:
+            pass_by(plan.module)
     return model
 
 

@@ -187,6 +187,10 @@ def test_default_plan_leaves_the_ends_dense():
         "model.layers.0: dense (dense_layers)",
         "model.layers.4: dense (dense_layers)",
     ]
+    # Rows are those of layers that the plan changes, at either end.
+    assert {site.module for site in lemo_fx.report(model).sites} == {f"model.layers.{i}" for i in (1, 2, 3)}
+    lemo_fx.transform(model, LemoConfig(block_size=8, recompute="projections"))
+    assert {site.module for site in lemo_fx.report(model).sites} == {f"model.layers.{i}" for i in range(5)}
 
 
 def test_keep_per_layer():
@@ -212,6 +216,32 @@ def test_report_and_graphs():
     assert set(lemo_fx.graphs(model)) == {"", "model.layers.0", "model.layers.1"}
     with pytest.raises(lemo_fx.NotTransformedError):
         lemo_fx.report(lemo_fx.revert(model))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not_reentrant"])
+def test_the_report_forgets_what_was_kept_when_a_step_runs_the_original_code(checkpointing):
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+
+    def shares():
+        return [site.kept_share for site in lemo_fx.report(model).sites]
+
+    for original in ("short", "dense"):
+        step(model, batch(2, 64))
+        assert shares() == [0.5] * 4
+        model.eval()
+        with torch.no_grad():
+            model(**batch(2, 7))
+            model(**batch(2, 64))
+        model.train()
+        assert shares() == [0.5] * 4, "an evaluation is no step"
+        lemo_fx.set_dense(model, original == "dense")
+        step(model, batch(2, 7 if original == "short" else 64))
+        assert shares() == [None] * 4
+        lemo_fx.set_dense(model, False)
+        assert shares() == [None] * 4
 
 
 @pytest.mark.parametrize("width", [None, 60, 90])
