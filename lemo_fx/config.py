@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -92,8 +93,8 @@ class Elimination:
             if self.keep is not None and not (is_number(keep) and 0 < keep <= 1):
                 raise ConfigError(f"keep={keep!r} must be a number in (0, 1]; 1.0 keeps every block")
         for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
-            if self.threshold is not None and not (is_number(threshold) and threshold == threshold):
-                raise ConfigError(f"threshold={threshold!r} must be a number")
+            if self.threshold is not None and not (is_number(threshold) and -math.inf < threshold < math.inf):
+                raise ConfigError(f"threshold={threshold!r} must be a finite number")
         if not (is_number(self.slope) and abs(self.slope) < 1):
             raise ConfigError(f"slope={self.slope!r} must be a number between -1 and 1")
         if self.slope:
