@@ -195,6 +195,8 @@ def fit(
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
+    if max(ids.shape[1] for ids in batches) < 2:
+        raise InputError("every sequence is a single token: there is nothing to choose from")
     words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
     most = longest_context(getattr(model, "config", None))
     for number, ids in enumerate(batches):

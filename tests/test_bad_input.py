@@ -73,6 +73,7 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
         (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": [-9.0]}]), InputError, "a 1 or a 0"),
         (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": [0]}]), InputError, "leaves no token"),
         (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": 1}]), InputError, "token ids"),
+        (lambda model: lemo_fx.fit(model, [[3], [4]]), InputError, "every sequence is a single token"),
         (lambda model: lemo_fx.fit(model, IDS, folder=3), ConfigError, "folder=3"),
         (lambda model: lemo_fx.transform(model, dump=3), ConfigError, "dump=3"),
         (lambda model: lemo_fx.transform(model, dump="/proc/none"), StorageError, "cannot write /proc/none"),
