@@ -108,8 +108,9 @@ def _kept_shares(model: nn.Module) -> dict[str, float]:
     done = report(model)
     shares = defaultdict(list)
     for site in done.sites:
-        if site.kept_share is not None:
-            shares[site.site.split("_")[0]].append(1.0 if done.dense else site.kept_share)
+        share = 1.0 if done.dense and site.eliminated != "dense" else site.kept_share
+        if share is not None:
+            shares[site.site.split("_")[0]].append(share)
     return {f"lemo/kept_{kind}": fmean(values) for kind, values in shares.items()}
 
 

@@ -100,9 +100,9 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     _no_bars_of_transformers()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
+    settings = demonstration.Settings(**{**named, "eliminated": treatments})
     if demonstration.other_load() > 0.5:
         console.print("Other programs are running on this machine: the times below will be too long and uneven.")
-    settings = demonstration.Settings(**{**named, "eliminated": treatments})
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
         "transformed"
@@ -312,7 +312,7 @@ def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
-    max_length: Annotated[int, typer.Option(help="Tokens that are read of each text.")] = 4096,
+    max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Number of texts that are read.")] = None,
 ) -> None:
     """Learn from texts what `transform` can use, and save it."""
@@ -320,13 +320,18 @@ def fit(
         import lemo_fx
         from lemo_fx import training
         from lemo_fx.config import LemoConfig
+        from lemo_fx.sites import longest_context
 
+        for option, value in (("--max-length", max_length), ("--limit", limit)):
+            if value is not None and value < 1:
+                raise InputError(f"{option} {value} must be at least 1")
         config = LemoConfig(block_size=block_size)
         _no_bars_of_transformers()
         rows = training.data.read_rows(data)[:limit]
         loaded = training.load_model(model)
         documents = training.tokenised(rows, model, loaded)
-        lemo_fx.fit(loaded, [document.ids[:max_length].tolist() for document in documents], config).save(out)
+        most = min(max_length, longest_context(loaded.config) or max_length)
+        lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
         _print_paths([out])
 
 

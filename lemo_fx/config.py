@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,12 @@ def is_number(value: object) -> bool:
 def is_count(value: object) -> bool:
     """Whether a setting is a whole number of at least one."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError where NumPy would not take a seed."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must be a number from 0 to {2**32 - 1}")
 
 
 def _plain(value: Any) -> Any:
@@ -86,8 +93,8 @@ class Elimination:
             if self.keep is not None and not (is_number(keep) and 0 < keep <= 1):
                 raise ConfigError(f"keep={keep!r} must be a number in (0, 1]; 1.0 keeps every block")
         for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
-            if self.threshold is not None and not (is_number(threshold) and threshold == threshold):
-                raise ConfigError(f"threshold={threshold!r} must be a number")
+            if self.threshold is not None and not (is_number(threshold) and -math.inf < threshold < math.inf):
+                raise ConfigError(f"threshold={threshold!r} must be a finite number")
         if not (is_number(self.slope) and abs(self.slope) < 1):
             raise ConfigError(f"slope={self.slope!r} must be a number between -1 and 1")
         if self.slope:

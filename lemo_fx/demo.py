@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import lemo_fx
 from lemo_fx import draw
-from lemo_fx.config import Elimination, LemoConfig, Score, Treatment
+from lemo_fx.config import Elimination, LemoConfig, Score, Treatment, check_seed
 from lemo_fx.errors import ConfigError
 from lemo_fx.measure import counts
 from lemo_fx.predictor_training import Recipe
@@ -66,6 +66,19 @@ class Settings:
     rate: float = 1e-3
     rank: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "windows", "rate", "rank"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
+        check_seed(self.seed)
+        for eliminated in self.eliminated:
+            if eliminated not in ("skip", "exact"):
+                raise ConfigError(f"eliminated={eliminated!r} is not one of 'skip', 'exact', 'both'")
+        # What a treatment does not use must make sense, too.
+        site = Elimination(keep=self.keep, score=self.score)
+        LemoConfig(attention=site, mlp=site)
 
     def plan(self, eliminated: Treatment) -> LemoConfig:
         """The transform's configuration: both kinds of site, the first and last layer dense.
@@ -221,13 +234,13 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
         progress: (what, number of parts) -> a function to call after each part.
 
     Raises:
-        ConfigError: no document has a window of `context` tokens, or fewer than one step.
+        ConfigError: no document has a window of `context` tokens.
     """
     model, tokenizer = load(settings.seed, settings.rank)
     config: Any = model.config
     longest: int = config.max_position_embeddings
-    if not 64 <= settings.context <= longest or settings.steps < 1 or settings.windows < 1:
-        raise ConfigError(f"the demo needs at least one step, and a context of 64 to {longest} tokens")
+    if not 64 <= settings.context <= longest:
+        raise ConfigError(f"context={settings.context!r}: the demo needs a context of 64 to {longest} tokens")
     texts = windows(tokenizer, "train", settings.context, settings.steps, settings.seed)
     heldout = windows(tokenizer, "heldout", settings.context, settings.windows, settings.seed)
 

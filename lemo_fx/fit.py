@@ -32,7 +32,7 @@ from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers, require_model
+from lemo_fx.sites import decoder_layers, longest_context, require_model
 from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
@@ -148,7 +148,8 @@ def fit(
 
     Args:
         model: causal language model, with or without adapters; moved nowhere, its training mode restored.
-        sequences: token ids: a list of lists, a [N, S] tensor, or rows with "input_ids" (a datasets Dataset).
+        sequences: token ids: a list of lists, a [N, S] tensor, or rows with "input_ids" (a datasets Dataset). Where
+            rows have an "attention_mask", tokens under a 0 are padding and left out.
         config: which sites are sparse; `LemoConfig()` if None.
         rank: of the stand-in maps; an eighth of the hidden size if None.
         ridge: regularisation of the maps, as a share of the mean variance of the input.
@@ -162,7 +163,7 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        InputError: no sequence, or not token ids.
+        InputError: no sequence, not token ids, more of them than the model reads, or a mask that does not fit them.
         UnsupportedModelError: as for `transform`; or the model is already wrapped by DDP or FSDP.
         ConfigError: a rank other than 0 was given a folder.
         StorageError: the disk is full; with a folder, a run with the same arguments goes on from what was finished.
@@ -194,8 +195,16 @@ def fit(
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
+    if max(ids.shape[1] for ids in batches) < 2:
+        raise InputError("every sequence is a single token: there is nothing to choose from")
     words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
+    most = longest_context(getattr(model, "config", None))
     for number, ids in enumerate(batches):
+        if most is not None and ids.shape[1] > most:
+            raise InputError(
+                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it, or "
+                "set rope scaling in the model's config"
+            )
         if ids.min() < 0 or ids.max() >= words:
             raise InputError(
                 f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "
@@ -389,18 +398,34 @@ def _trained(
 
 
 def _batches(sequences: Any) -> Iterator[torch.Tensor]:
-    """Each sequence as a [1, S] tensor: no padding, whatever the lengths."""
+    """Each sequence as a [1, S] tensor: no padding, whatever the lengths, and none of what a mask takes for padding."""
     if isinstance(sequences, str) or not isinstance(sequences, Iterable):
         raise InputError(f"{_TOKEN_IDS}, not {type(sequences).__name__}")
-    for row in sequences:
+    for number, row in enumerate(sequences):
         try:
-            ids = row["input_ids"] if isinstance(row, dict) or hasattr(row, "keys") else row
-            tensor = torch.as_tensor(ids if isinstance(ids, Sequence | torch.Tensor) else list(ids))
+            fields = dict(row) if hasattr(row, "keys") else {"input_ids": row}
+            ids = _tensor(fields["input_ids"])
+            mask = fields.get("attention_mask")
+            mask = None if mask is None else _tensor(mask)
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{_TOKEN_IDS}: {error}") from error
-        if tensor.dim() != 1 or tensor.is_floating_point() or tensor.numel() == 0:
+        if ids.dim() != 1 or ids.is_floating_point() or ids.numel() == 0:
             raise InputError(_TOKEN_IDS)
-        yield tensor.long()[None]
+        if mask is not None:
+            if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
+                raise InputError(
+                    f"sequence {number}: its attention_mask {list(mask.shape)} must hold a 1 or a 0 for each of its "
+                    f"{len(ids)} token ids"
+                )
+            # Its real tokens alone give what they give beside padding, on whichever side that is.
+            ids = ids[mask.bool().to(ids.device)]
+            if not len(ids):
+                raise InputError(f"sequence {number}: its attention_mask leaves no token")
+        yield ids.long()[None]
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values if isinstance(values, Sequence | torch.Tensor) else list(values))
 
 
 _TOKEN_IDS = "sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'"

@@ -88,6 +88,8 @@ class LayerSettings:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
         if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                pass_by(layer)
             return False
         for name in ABSENT_IN_TRAINING:
             value = given.get(name)
@@ -115,6 +117,13 @@ def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
     """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
     asked = kwargs.get(name)
     return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
+def pass_by(layer: nn.Module) -> None:
+    """Let the report say nothing of what an earlier step kept in a layer."""
+    for part in layer._modules.values():
+        if isinstance(part, SelectBlocks):
+            part.nothing_kept()
 
 
 @dataclass

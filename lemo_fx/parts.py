@@ -329,8 +329,8 @@ class SelectBlocks(nn.Module):
     def set_threshold(self, threshold: float | None) -> None:
         """Keep the blocks whose score reaches this; None goes by the share again."""
         if threshold is not None:
-            # Pinned blocks rank as the largest number, and reach every threshold.
-            threshold = min(threshold, torch.finfo(torch.float32).max)
+            # Pinned blocks reach every threshold.
+            threshold = min(threshold, selection.PINNED)
         self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -357,6 +357,10 @@ class SelectBlocks(nn.Module):
     def record(self) -> SiteRecord:
         """What the last forward passes did here."""
         return record_of(self.site)
+
+    def nothing_kept(self) -> None:
+        """Note that a step passed this site by; choices that wait for their backward stay."""
+        self.record.kept_tokens = self.record.total_tokens = 0
 
 
 class StandIn(nn.Module):

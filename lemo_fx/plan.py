@@ -23,7 +23,7 @@ from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
-from lemo_fx.sites import causal_model, decoder_layers, find_sites, site_name
+from lemo_fx.sites import causal_model, decoder_layers, find_sites, longest_context, site_name
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
@@ -75,6 +75,9 @@ def make_plans(
             notes.append(f"{name}: left as it is, neither offloaded, nor recomputed in parts, nor in float8: {error}")
             continue
         if plan is not None:
+            if config.is_dense(index, len(layers)) and not config.rewrites_dense_layers:
+                # The report has the note for it, as for any layer that keeps every token and is computed as before.
+                plan.rows.clear()
             plans.append(plan)
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
     head = _plan_head(model, config, step, sparse_experts, notes, dump)
@@ -103,8 +106,8 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
             "no parameter of the model is trainable, so there is nothing to fine-tune: add adapters first (PEFT's "
             "get_peft_model), or study the sparse forward with LemoConfig(active='always')"
         )
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and config.block_size > longest:
+    longest = longest_context(getattr(model, "config", None))
+    if longest is not None and config.block_size > longest:
         raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 
 from lemo_fx.config import LemoConfig
 
@@ -21,7 +21,8 @@ class SiteReport:
         module: name of the decoder layer; site: "attention" or "mlp".
         eliminated: treatment of the eliminated tokens, or "dense".
         score: what ranks the blocks; budget: keep or threshold in force.
-        kept_tokens, total_tokens: of the last forward pass that ran the rewritten graph; None before the first.
+        kept_tokens, total_tokens: of the last step; None before the first, and where it ran the layer's original code
+            (dense by `lemo_fx.set_dense`, or shorter than a block). Evaluations and generation count for nothing here.
         recall: share of the tokens that the measured scores would keep and the predictor keeps; None unless asked for.
         note: what a reader should know.
     """
@@ -47,6 +48,8 @@ class Report:
     """All sites of a transformed model, the plan, and what was refused or left alone, with the reason.
 
     Attributes:
+        sites: of the layers in which something is eliminated, or that take part in something else the plan asks for
+            (`LemoConfig.rewrites_dense_layers`); a layer that is merely dense has a note.
         dense: whether every layer runs its original code for now, see `lemo_fx.set_dense`.
     """
 
@@ -62,8 +65,12 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         asked = any(site.recall is not None for site in self.sites)
-        columns = ["layer", "site", "eliminated tokens", "score", "budget", "kept in last step"]
-        table = Table(*columns, *(["recall"] if asked else []), "note")
+        # The end of a layer's name is what tells it from others: broken over lines where there is no room, never cut.
+        longest = max((len(site.module) for site in self.sites), default=0)
+        table = Table(Column("layer", overflow="fold", no_wrap=3 * longest < options.max_width))
+        columns = ["site", "eliminated tokens", "score", "budget", "kept in last step"]
+        for name in (*columns, *(["recall"] if asked else []), "note"):
+            table.add_column(name, overflow="fold")
         for site in self.sites:
             share = site.kept_share
             kept = "" if share is None else f"{site.kept_tokens} of {site.total_tokens} ({share:.0%})"

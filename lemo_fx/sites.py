@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import networkx as nx
 import torch
@@ -327,6 +328,13 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         ):
             best = [(f"{prefix}.{i}", layer) for i, layer in enumerate(module)]
     return best
+
+
+def longest_context(config: Any) -> int | None:
+    """The tokens that a model of this transformers config reads at most; None where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def causal_model(model: nn.Module) -> nn.Module | None:

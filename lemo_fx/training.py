@@ -31,7 +31,7 @@ import lemo_fx
 from lemo_fx import data, page
 from lemo_fx.callback import LemoCallback
 from lemo_fx.capture import modes_kept
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, check_seed
 from lemo_fx.data import Document, Row, Window
 from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
@@ -39,7 +39,7 @@ from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelE
 from lemo_fx.files import write_text
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
-from lemo_fx.sites import causal_model, decoder_layers
+from lemo_fx.sites import causal_model, decoder_layers, longest_context
 from lemo_fx.transform import suspended
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
@@ -89,10 +89,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch", "rate", "rank", "eval_windows", "eval_every", "save_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
         if not 0 < self.eval_share < 1:
             raise ConfigError(f"eval_share={self.eval_share!r} must lie between 0 and 1")
+        check_seed(self.seed)
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
@@ -381,7 +382,7 @@ def _check_place(out: Path, resume: bool) -> None:
 
 def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
     """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_context(model_config)
     if longest is not None and context > longest:
         raise InputError(
             f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "

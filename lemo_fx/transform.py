@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
-from lemo_fx.install import STATE, Installed, Plan, graph_module, install, uninstall
+from lemo_fx.install import STATE, Installed, Plan, graph_module, install, pass_by, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.loss import segmented_loss
@@ -117,11 +117,26 @@ def revert(model: Model) -> Model:
 class Graphs(dict[str, fx.GraphModule]):
     """Graphs by module name; a name within the base model finds the module under the wrappers around it (PEFT's)."""
 
+    def _whole(self, name: object) -> str | None:
+        """The module's whole name; None where no module or several are meant."""
+        if super().__contains__(name):
+            return str(name)
+        found = [whole for whole in self if isinstance(name, str) and name and whole.endswith(f".{name}")]
+        return found[0] if len(found) == 1 else None
+
     def __missing__(self, name: str) -> fx.GraphModule:
-        found = [whole for whole in self if name and whole.endswith(f".{name}")]
-        if len(found) != 1:
+        whole = self._whole(name)
+        if whole is None:
             raise KeyError(f"no module named {name!r} was rewritten, or several; those that were: {', '.join(self)}")
-        return self[found[0]]
+        return self[whole]
+
+    def __contains__(self, name: object) -> bool:
+        return self._whole(name) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The graph of this name, or a default."""
+        whole = self._whole(name)
+        return default if whole is None else self[whole]
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -227,6 +242,8 @@ def set_dense(model: Model, dense: bool = True) -> Model:
         raise ConfigError(f"dense={dense!r} must be True or False")
     for plan in plans:
         plan.settings.step.dense = bool(dense)
+        if dense:
+            pass_by(plan.module)
     return model
 
 

@@ -65,6 +65,15 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
         (lambda model: lemo_fx.fit(model, IDS, rank="8"), ConfigError, "rank='8'"),
         (lambda model: lemo_fx.fit(model, IDS, ridge=0), ConfigError, "ridge=0"),
         (lambda model: lemo_fx.fit(model, [{"ids": [3, 4]}]), InputError, "rows with 'input_ids': 'input_ids'"),
+        (
+            lambda model: lemo_fx.fit(model, [{"input_ids": [3, 4], "attention_mask": [1]}]),
+            InputError,
+            r"sequence 0: its attention_mask \[1\] must hold a 1 or a 0 for each of its 2 token ids",
+        ),
+        (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": [-9.0]}]), InputError, "a 1 or a 0"),
+        (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": [0]}]), InputError, "leaves no token"),
+        (lambda model: lemo_fx.fit(model, [{"input_ids": [3], "attention_mask": 1}]), InputError, "token ids"),
+        (lambda model: lemo_fx.fit(model, [[3], [4]]), InputError, "every sequence is a single token"),
         (lambda model: lemo_fx.fit(model, IDS, folder=3), ConfigError, "folder=3"),
         (lambda model: lemo_fx.transform(model, dump=3), ConfigError, "dump=3"),
         (lambda model: lemo_fx.transform(model, dump="/proc/none"), StorageError, "cannot write /proc/none"),
@@ -89,6 +98,15 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
 def test_the_wrong_kind_of_argument(call, error, match):
     with pytest.raises(error, match=match):
         call(tiny("llama", 2))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_sequences_longer_than_the_model_reads(architecture, lora):
+    model = tiny(architecture)
+    model = with_lora(model) if lora else model
+    with pytest.raises(InputError, match=r"sequence 1 has 513 tokens; \w+ reads up to 512"):
+        lemo_fx.fit(model, [[3] * 512, [3] * 513])
 
 
 def test_an_encoder_decoder():

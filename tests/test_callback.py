@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import lemo_fx
 from lemo_fx import DenseFinish, LemoCallback
+from lemo_fx.callback import _kept_shares
 from lemo_fx.measure import saved_bytes
 from lemo_fx.predictor_training import Recipe
 
@@ -136,6 +137,7 @@ def test_dense_is_the_original_step(treatment, checkpointing):
     lemo_fx.set_dense(model)
     assert_same_step(step(model, inputs), expected, "fp32")
     assert "original code for now" in str(lemo_fx.report(model))
+    assert _kept_shares(model) == {"lemo/kept_attention": 1.0, "lemo/kept_mlp": 1.0}
     lemo_fx.set_dense(model, False)
     assert_same_step(step(model, inputs), sparse, "same")
 

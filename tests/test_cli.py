@@ -99,6 +99,43 @@ def test_fit_refuses_data_without_text(tmp_path):
     assert "needs a field `text`" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--limit", "-3"], "--limit -3 must be at least 1"),
+        (["--max-length", "0"], "--max-length 0 must be at least 1"),
+    ],
+)
+def test_fit_refuses_numbers_at_once(tmp_path, options, says):
+    result = runner.invoke(app, ["fit", "no_model", "no_data", "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--keep", "2"], "keep=2.0 must be a number in (0, 1]"),
+        (["--keep", "2", "--eliminated", "exact"], "keep=2.0 must be a number in (0, 1]"),
+        (["--eliminated", "foo"], "eliminated='foo' is not one of 'skip', 'exact', 'both'"),
+        (["--eliminated", "stand_in"], "eliminated='stand_in'"),
+        (["--score", "foo"], "score='foo' is not one of"),
+        (["--score", "shared"], "score='shared' is for the MLP"),
+        (["--score", "foo", "--eliminated", "exact"], "score='foo' is not one of"),
+        (["--seed", "-1"], "seed=-1 must be a number from 0"),
+        (["--rate", "-1"], "rate=-1.0"),
+        (["--rate", "nan"], "rate=nan"),
+    ],
+)
+def test_demo_refuses_a_plan_before_it_trains(tmp_path, monkeypatch, options, says):
+    monkeypatch.setattr("lemo_fx.demo.load", None)
+    result = runner.invoke(app, ["demo", "--out", str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_demo(tmp_path):
     arguments = ["demo", "--steps", "1", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
     result = runner.invoke(app, arguments)

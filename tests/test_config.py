@@ -61,6 +61,9 @@ def test_dense_layers(layers, count, dense):
         {"score": "best"},
         {"threshold": "low"},
         {"threshold": float("nan")},
+        {"threshold": float("inf")},
+        {"threshold": [1.0, -float("inf")]},
+        {"threshold": numpy.float32("inf")},
         {"threshold": []},
     ],
 )

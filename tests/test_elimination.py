@@ -431,6 +431,15 @@ def test_labels_few_in_number_are_kept():
         assert {89, 90} <= set(tokens[1].tolist())
 
 
+@pytest.mark.parametrize("length", [64, 61])
+def test_the_only_labelled_block_keeps_its_gradient_under_the_smallest_budget(length):
+    model = lemo_fx.transform(tiny("llama"), LemoConfig(Elimination(keep=0.01), Elimination(keep=0.01), 8, ()))
+    inputs = batch(1, length)
+    inputs["labels"] = torch.where(torch.arange(length) == 30, inputs["input_ids"], -100)
+    _, found = step(model, inputs)
+    assert all(gradient.any() for name, gradient in found.items() if "layers" in name)
+
+
 def test_sequences_shorter_than_a_block_run_dense():
     model = tiny("llama")
     inputs = batch(2, 7)

@@ -76,6 +76,23 @@ def test_targets_are_the_true_scores(tmp_path, monkeypatch):
         torch.testing.assert_close(found.stream.float().square().mean(-1), torch.ones(3, 64), **TOLERANCE["compiled"])
 
 
+@pytest.mark.parametrize("side", ["left", "right", "both", None])
+def test_padding_is_left_out(side):
+    """Rows with an attention_mask give what their real tokens give."""
+    sequences = [row[: 64 - 9 * number].tolist() for number, row in enumerate(texts(3))]
+    rows = []
+    for ids in sequences:
+        before = {"left": 64 - len(ids), "right": 0, "both": (64 - len(ids)) // 2, None: 0}[side]
+        after = 0 if side is None else 64 - len(ids) - before
+        mask = [0] * before + [1] * len(ids) + [0] * after
+        rows.append({"input_ids": [1] * before + ids + [1] * after, "attention_mask": mask})
+    rows[0]["attention_mask"] = torch.tensor(rows[0]["attention_mask"]).bool()
+    rows[1]["attention_mask"] = rows[1]["attention_mask"] if side else None
+    expected, found = fit(tiny("llama"), sequences), fit(tiny("llama"), rows)
+    assert found.record["tokens"] == sum(map(len, sequences))
+    assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
+
+
 def fit_function_module():
     return importlib.import_module("lemo_fx.fit")
 

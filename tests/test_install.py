@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import io
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import ARCHITECTURES, Recorder, anatomy, assert_same_step, batch, selections, step, tiny, with_lora
 
 import lemo_fx
@@ -195,6 +197,10 @@ def test_default_plan_leaves_the_ends_dense():
         "model.layers.0: dense (dense_layers)",
         "model.layers.4: dense (dense_layers)",
     ]
+    # Rows are those of layers that the plan changes, at either end.
+    assert {site.module for site in lemo_fx.report(model).sites} == {f"model.layers.{i}" for i in (1, 2, 3)}
+    lemo_fx.transform(model, LemoConfig(block_size=8, recompute="projections"))
+    assert {site.module for site in lemo_fx.report(model).sites} == {f"model.layers.{i}" for i in range(5)}
 
 
 def test_keep_per_layer():
@@ -222,6 +228,51 @@ def test_report_and_graphs():
         lemo_fx.report(lemo_fx.revert(model))
 
 
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not_reentrant"])
+def test_the_report_forgets_what_was_kept_when_a_step_runs_the_original_code(checkpointing):
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+
+    def shares():
+        return [site.kept_share for site in lemo_fx.report(model).sites]
+
+    for original in ("short", "dense"):
+        step(model, batch(2, 64))
+        assert shares() == [0.5] * 4
+        model.eval()
+        with torch.no_grad():
+            model(**batch(2, 7))
+            model(**batch(2, 64))
+        model.train()
+        assert shares() == [0.5] * 4, "an evaluation is no step"
+        lemo_fx.set_dense(model, original == "dense")
+        step(model, batch(2, 7 if original == "short" else 64))
+        assert shares() == [None] * 4
+        lemo_fx.set_dense(model, False)
+        assert shares() == [None] * 4
+
+
+@pytest.mark.parametrize("width", [None, 60, 90])
+def test_the_printed_report_names_every_layer(width):
+    model = lemo_fx.transform(
+        with_lora(tiny("llama", 12)), LemoConfig(block_size=8, forward="float8", backward="float8")
+    )
+    report = lemo_fx.report(model)
+    text = str(report)
+    if width is not None:
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(report)
+        text = console.file.getvalue()
+    # The cells of the first column, one after another.
+    column = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+    assert [name for name in {site.module for site in report.sites} if name not in column] == []
+    assert "…" not in text
+    if width is None:
+        assert all(site.module in text for site in report.sites)
+
+
 def test_graphs_are_found_by_their_name_in_the_base_model():
     model = lemo_fx.transform(with_lora(tiny("llama", 4)), dataclasses.replace(SPARSE, dense_layers=None))
     graphs = lemo_fx.graphs(model)
@@ -229,6 +280,13 @@ def test_graphs_are_found_by_their_name_in_the_base_model():
     for name in ("model.layers.0", "layers", "2.1", "", "ers.2"):
         with pytest.raises(KeyError, match=r"base_model\.model\.model\.layers\.1, "):
             graphs[name]
+        assert name not in graphs
+        assert graphs.get(name) is None
+        assert graphs.get(name, 3) == 3
+    for name in ("model.layers.2", "layers.2", *graphs):
+        assert name in graphs
+        assert graphs.get(name) is graphs[name]
+    assert 2 not in graphs
 
 
 def test_outputs_with_hidden_states_keep_their_shape():

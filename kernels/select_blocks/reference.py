@@ -10,6 +10,9 @@ THRESHOLD_BUCKETS = 8
 WINDOWS = 8
 """A balanced choice gives each of this many windows of the sequence the same share of its blocks."""
 
+PINNED = torch.finfo(torch.float32).max / 2
+"""What pinned blocks rank as: more than any score, so that they reach every threshold up to this."""
+
 
 def balanced(scores: torch.Tensor) -> torch.Tensor:
     """[B, n] -> [B, n]: minus each block's rank within its window of the sequence, as a share of the window.
@@ -64,20 +67,23 @@ def rank(
 ) -> torch.Tensor:
     """Scores [B, n] with the rules that outrank them.
 
-    A ragged tail > pinned ends > few labels, NaN (to be safe) > scored > all padding. The tail comes first because it
+    A ragged tail > few labels > pinned ends > NaN (to be safe) > scored > all padding. The tail comes first because it
     must be taken in every sample, even where more blocks are pinned than the budget holds: what it lacks is then cut
-    off the end.
+    off the end. Labels come before the ends because without any of their blocks a site has no gradient at all.
     """
     top = torch.finfo(torch.float32).max
-    ranked = torch.nan_to_num(scores.float(), nan=top / 2, neginf=-top).clamp_max(top / 2)
+    ranked = torch.nan_to_num(scores.float(), nan=top / 4, neginf=-top).clamp_max(top / 4)
+    real = None if valid is None else block_any(valid, block_size)
+    if real is not None:
+        ranked = ranked.masked_fill(~real, -torch.inf)
+    pinned = pinned_blocks(scores.shape[1], valid, block_size, scores.shape[0], scores.device)
+    ranked = ranked.masked_fill(pinned, PINNED)
     if labelled is not None:
         labels = block_any(labelled, block_size)
-        few = labels.sum(1, keepdim=True) <= count // 2
-        ranked = ranked.masked_fill(labels & few, top / 2)
-    if valid is not None:
-        ranked = ranked.masked_fill(~block_any(valid, block_size), -torch.inf)
-    pinned = pinned_blocks(scores.shape[1], valid, block_size, scores.shape[0], scores.device)
-    ranked = ranked.masked_fill(pinned, top)
+        labels = labels if real is None else labels & real
+        # A single label may mark two blocks: the token that predicts it, and its own.
+        few = labels.sum(1, keepdim=True) <= max(2, count // 2)
+        ranked = ranked.masked_fill(labels & few, top)
     # No branch on the length, which would compile ragged lengths apart.
     ends = torch.arange(1, scores.shape[1] + 1, device=scores.device) * block_size
     return ranked.masked_fill(ends > length, torch.inf)

@@ -32,7 +32,7 @@ def random_site(draw):
     if draw.random() < 0.1:
         return mostly(draw, [None], [0.5, "skip"])
     if draw.random() < 0.2:
-        budget = {"threshold": mostly(draw, [0.0, 0.5, 3, -1e30, 1e30, float("inf")], ["low", float("nan"), [1.0]])}
+        budget = {"threshold": mostly(draw, [0.0, 0.5, 3, -1e30, 1e30], ["low", float("nan"), float("inf"), [1.0]])}
     else:
         wrong = [0, -1, 1.5, float("nan"), float("inf"), True, "half", [], [0.5], (0.5, 2)]
         budget = {"keep": mostly(draw, [0.1, 0.3, 0.5, 0.77, 1, 1e-9, 1.0, 1.0, 1.0], wrong)}
