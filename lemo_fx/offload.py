@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -55,14 +55,30 @@ class Lane:
         if fitting:
             return self.free.pop(min(fitting, key=lambda i: self.free[i].numel()))
         if self.free:
+            self.stream.synchronize()  # What is unpinned must not be read any more.
             self.free.pop(max(range(len(self.free)), key=lambda i: self.free[i].numel()))
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        except RuntimeError as error:
-            raise LemoError(
-                f"the host has no {size / 2**20:.0f} MiB of pinned memory left for a layer's saved rows: keep fewer "
-                "blocks, shorten the sequences, or transform with LemoConfig(offload=False)"
-            ) from error
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self.device.type == "cuda":
+            pin(buffer)
+        return buffer
+
+
+def pin(buffer: torch.Tensor) -> None:
+    """Lock a tensor's memory into the host's for as long as the tensor lives.
+
+    torch's own pinned memory comes in powers of two: up to twice as much as a layer's rows need.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    if int(status) == 0:
+        weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr()).atexit = False
+        return
+    with suppress(RuntimeError):
+        # The runtime remembers its last error, and the next launch would raise it.
+        torch.zeros(1, device="cuda")
+    raise LemoError(
+        f"the host has no {buffer.numel() / 2**20:.0f} MiB of pinned memory left for a layer's saved rows: keep fewer "
+        "blocks, shorten the sequences, or transform with LemoConfig(offload=False)"
+    )
 
 
 class Saved:

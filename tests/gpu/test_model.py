@@ -1,6 +1,7 @@
 """A rewritten model on a real GPU: equal to the original at keep=1.0, recomputed or not, compiled or not."""
 
 import dataclasses
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, offload
+from lemo_fx.errors import LemoError
 from lemo_fx.sites import decoder_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -129,8 +131,8 @@ def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
     stream = ids.numel() * 512 * 2
     attention = Elimination(keep=0.5, score="random")
     found = []
-    for offload in (False, False, True):
-        config = LemoConfig(attention, Elimination(keep=0.5, score="shared"), dense_layers=(), offload=offload)
+    for offloads in (False, False, True):
+        config = LemoConfig(attention, Elimination(keep=0.5, score="shared"), dense_layers=(), offload=offloads)
         lemo_fx.transform(model, config)
         torch._dynamo.reset()
         for _, layer in decoder_layers(model):
@@ -153,6 +155,22 @@ def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
     # Flash attention's backward adds in no fixed order: the same model differs from itself by a few thousandths.
     noise = float((again - gradient).norm() / gradient.norm())
     assert float((new_gradient - gradient).norm() / gradient.norm()) <= 2 * noise + 1e-6
+
+
+def test_a_host_buffer_is_pinned_as_long_as_it_lives_and_takes_what_it_holds():
+    buffer = torch.empty((1 << 20) + 4096, dtype=torch.uint8)
+    assert not buffer.is_pinned()
+    offload.pin(buffer)
+    assert buffer.is_pinned()
+    ptr = buffer.data_ptr()
+    with pytest.raises(LemoError, match="1 MiB of pinned memory"):
+        offload.pin(buffer)  # Registered twice, which the driver refuses as it does what the host does not hold.
+    assert torch.ones(4, device="cuda").sum().item() == 4
+    del buffer
+    # Unpinned: the same memory can be registered again.
+    assert int(torch.cuda.cudart().cudaHostUnregister(ptr)) != 0
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 @pytest.mark.parametrize("eliminated", [None, "skip"])
