@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -26,7 +27,7 @@ from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.kernels.select_blocks.op import forget
 from lemo_fx.loss import segmentable
 from lemo_fx.offload import offloading
-from lemo_fx.parts import SelectBlocks
+from lemo_fx.parts import SelectBlocks, StepScore
 from lemo_fx.passes.rewrite import LayerRewrite
 
 STATE = "_lemo_fx"
@@ -196,7 +197,7 @@ class RewrittenClass(type):
         return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
 
 
-_classes: dict[tuple[type, Callable, tuple[str, ...], bool], type[nn.Module]] = {}
+_classes: dict[tuple[type, Callable, tuple[str, ...], Callable], type[nn.Module]] = {}
 
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
@@ -216,17 +217,17 @@ def rewritten_class(
     compiled: dict[str, Callable],
     codes: tuple[str, ...],
     make_forward: Callable[[Callable, Callable], Any],
-    offload: bool,
+    call: Callable,
 ) -> type[nn.Module]:
     """The subclass of `original` that runs this code: one per distinct code.
 
     Args:
         compiled: "forward" and the functions it calls, by name.
         make_forward: (original forward, graph forward) -> the forward to install.
-        offload: what the module saves for the backward goes to the host.
+        call: its `__call__`.
     """
     # Another library may give a class another forward between two transforms (Liger does).
-    key = (original, original.forward, codes, offload)
+    key = (original, original.forward, codes, call)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
@@ -240,16 +241,30 @@ def rewritten_class(
         subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
         if make_forward is make_head_forward and hasattr(original, "generate"):
             subclass.generate = make_generate(original.generate)  # type: ignore[method-assign, attr-defined]
-        subclass.__call__ = call_offloading if offload else nn.Module.__call__  # type: ignore[method-assign]
+        subclass.__call__ = call  # type: ignore[method-assign]
         _classes[key] = subclass
     return _classes[key]
 
 
-def call_offloading(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The `__call__` of a rewritten decoder layer under `LemoConfig(offload=True)`: outside its compiled forward."""
-    stream = args[0] if args else kwargs[vars(self)[STATE].settings.arguments[0]]
-    with offloading(self, stream, [*args, *kwargs.values()]):
-        return nn.Module.__call__(self, *args, **kwargs)
+def call_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The `__call__` of a rewritten decoder layer that has more to do than its forward, which a compiler may cut off.
+
+    With one choice a step, the choice is made here where it falls to this layer; under `LemoConfig(offload=True)` what
+    the layer saves for the backward goes to the host.
+    """
+    settings: LayerSettings = vars(self)[STATE].settings
+    stream = args[0] if args else kwargs[settings.arguments[0]]
+    choices = [part for part in self._modules.values() if isinstance(part, StepScore)]
+    sparse = (self.training or settings.config.active == "always") and not settings.step.dense
+    if choices and sparse and stream.dim() == 3:
+        choices[0].draw(stream)
+        settings.step.drawn = True
+    others = [*args, *kwargs.values()]
+    try:
+        with offloading(self, stream, others) if settings.config.offload else nullcontext():
+            return nn.Module.__call__(self, *args, **kwargs)
+    finally:
+        settings.step.drawn = False
 
 
 def settings_of(module: nn.Module) -> Any:
@@ -467,8 +482,10 @@ def _install(plan: Plan) -> None:
     codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
     layer = isinstance(plan.settings, LayerSettings)
     make: Callable = make_layer_forward if layer else make_head_forward
+    more = plan.settings.config.offload or any(isinstance(part, StepScore) for part in plan.parts.values())
+    call: Callable = call_layer if layer and more else nn.Module.__call__
     with PATCHING:
-        module.__class__ = rewritten_class(original, compiled, codes, make, layer and plan.settings.config.offload)
+        module.__class__ = rewritten_class(original, compiled, codes, make, call)
 
 
 def uninstall(module: nn.Module) -> None:

@@ -257,14 +257,19 @@ class StepScore(RandomScore):
         self.step = step
         self.leads = leads
 
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] -> [B, n], the same for all sites of the step."""
+    def draw(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, n] of the step, drawn now if this site is the first one or nothing was."""
         scores = self.step.scores
         # A layer that is called by itself has nobody to follow.
         if self.leads or scores is None or scores.shape != (stream.shape[0], -(-stream.shape[1] // self.block_size)):
-            scores = super().forward(stream)
-            self.step.scores = scores
-        return scores.to(stream.device)
+            scores = self.step.scores = super().forward(stream)
+        return scores
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, n], the same for all sites of the step."""
+        # A compiler that sees `drawn` does not ask who leads, so that the first layer shares the others' program.
+        drawn = self.step.scores if self.step.drawn else None
+        return (self.draw(stream) if drawn is None else drawn).to(stream.device)
 
 
 class SelectBlocks(nn.Module):

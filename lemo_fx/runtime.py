@@ -33,6 +33,7 @@ class Step:
         cache_asked: whether the running call asked for a cache.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         led: whether such a first site was planned.
+        drawn: whether the running layer's `scores` were seen to before its forward.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
     """
@@ -41,6 +42,7 @@ class Step:
     cache_asked: bool = False
     scores: torch.Tensor | None = None
     led: bool = False
+    drawn: bool = False
     dense: bool = False
     switches: list[Float8Switch] = field(default_factory=list)
 
