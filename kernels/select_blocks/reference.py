@@ -67,9 +67,10 @@ def rank(
 ) -> torch.Tensor:
     """Scores [B, n] with the rules that outrank them.
 
-    A ragged tail > few labels > pinned ends > NaN (to be safe) > scored > all padding. The tail comes first because it
-    must be taken in every sample, even where more blocks are pinned than the budget holds: what it lacks is then cut
-    off the end. Labels come before the ends because without any of their blocks a site has no gradient at all.
+    A ragged tail > labels > pinned ends > NaN (to be safe) > scored > all padding. The tail comes first because it must
+    be taken in every sample, even where more blocks are pinned than the budget holds: what it lacks is then cut off the
+    end. Labels come before the ends because without any of their blocks a site has no gradient at all: all of their
+    blocks where these are few, else the two that rank highest without them.
     """
     top = torch.finfo(torch.float32).max
     ranked = torch.nan_to_num(scores.float(), nan=top / 4, neginf=-top).clamp_max(top / 4)
@@ -83,7 +84,9 @@ def rank(
         labels = labels if real is None else labels & real
         # A single label may mark two blocks: the token that predicts it, and its own.
         few = labels.sum(1, keepdim=True) <= max(2, count // 2)
-        ranked = ranked.masked_fill(labels & few, top)
+        best = ranked.masked_fill(~labels, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :2]
+        two = torch.zeros_like(labels).scatter_(1, best, True)
+        ranked = ranked.masked_fill(labels & (few | two), top)
     # No branch on the length, which would compile ragged lengths apart.
     ends = torch.arange(1, scores.shape[1] + 1, device=scores.device) * block_size
     return ranked.masked_fill(ends > length, torch.inf)

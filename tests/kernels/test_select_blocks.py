@@ -96,15 +96,17 @@ def test_few_labelled_blocks_are_pinned_and_many_are_not():
         ([17], (1, 8), 32, [0, 4]),
         ([15, 16], (1, 8), 32, [3, 4]),
         ([17], (3, 8), 32, [0, 4, 7]),
-        ([7, 12, 17], (3, 8), 32, [0, 2, 7]),
+        ([7, 12, 17], (3, 8), 32, [0, 1, 3]),
+        ([7, 12, 17, 31], (3, 8), 32, [0, 1, 7]),
+        ([7, 12, 17, 31], (1, 8), 30, [1, 7]),
         ([17], (1, 8), 30, [4, 7]),
         ([15, 16], (1, 8), 30, [3, 7]),
         ([17], (3, 8), 30, [0, 4, 7]),
     ],
 )
-def test_few_labels_go_before_the_ends_but_not_before_a_ragged_tail(labels, keep, length, expected):
+def test_labels_go_before_the_ends_but_not_before_a_ragged_tail(labels, keep, length, expected):
     labelled = torch.zeros(1, length, dtype=torch.bool)
-    labelled[0, labels] = True
+    labelled[0, [label for label in labels if label < length]] = True
     valid = torch.arange(length)[None] < 24
     scores = [9.0, 9, 99, 9, 0, 9, 9, 9]
     # Where there is padding, the last real block has no place beside a padded tail.
@@ -145,6 +147,22 @@ def test_the_only_label_survives(data):
         tokens = select_by_threshold(scores, valid, labelled, length, size, part.threshold)
     for row, predicts in zip(tokens, target - 1, strict=True):
         assert predicts in row
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_however_many_labels_some_survive(data):
+    size, blocks = data.draw(st.integers(1, 9)), data.draw(st.integers(3, 24))
+    scores = torch.tensor([data.draw(st.lists(st.floats(-9, 9), min_size=blocks, max_size=blocks))])
+    chosen = data.draw(st.sets(st.integers(0, blocks - 1), min_size=1))
+    labelled = torch.isin(torch.arange(blocks * size) // size, torch.tensor(sorted(chosen)))[None]
+    count = data.draw(st.integers(2, blocks))
+    kept = set(blocks_of(select_blocks(scores, None, labelled, blocks * size, size, (count, blocks)), size)[0])
+    assert len(kept & chosen) >= min(len(chosen), 2)
+    if len(chosen) <= max(2, count // 2):
+        assert chosen <= kept
+    if len(chosen) == blocks:
+        assert {0, blocks - 1} <= kept
 
 
 def test_threshold_keeps_every_block_above():
