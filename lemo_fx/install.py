@@ -33,6 +33,9 @@ from lemo_fx.passes.rewrite import LayerRewrite
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
+TELLER = "_lemo_fx_cache"
+"""Instance attribute of a module above rewritten layers: handles of its `CacheTeller`'s hooks."""
+
 CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
@@ -97,9 +100,10 @@ class LayerSettings:
             if name == "use_cache" or value is None:
                 continue
             # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
-            if self._fills_a_cache(layer):
-                return False
-            if not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1]):
+            filled = not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1])
+            if filled or self._fills_a_cache(layer):
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    pass_by(layer)
                 return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
@@ -112,6 +116,56 @@ class LayerSettings:
 def asks_for_cache(given: Mapping[str, Any]) -> bool:
     """Whether a call brings a cache or wants one back; transformers makes one unasked where the config says so."""
     return bool(given.get("use_cache")) or any(given.get(name) is not None for name in CACHE_NAMES)
+
+
+def without_default_cache(
+    model: nn.Module, settings: HeadSettings | CacheTeller, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call that says nothing of a cache asks for none where it runs rewritten layers: they could not fill it."""
+    given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+    if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in settings.arguments:
+        return args, kwargs
+    trains = torch.is_grad_enabled() or given.get("labels") is not None or settings.step.labels is not None
+    if not (settings.config.active == "always" or (model.training and trains)):
+        return args, kwargs
+    at = settings.arguments.index("use_cache")
+    if at < len(args):
+        return (*args[:at], False, *args[at + 1 :]), kwargs
+    return args, {**kwargs, "use_cache": False}
+
+
+@dataclass
+class CacheTeller:
+    """Hooks of a module between the head and the decoder layers, which people call by itself too.
+
+    Attributes:
+        arguments: names of its forward's arguments.
+    """
+
+    config: LemoConfig
+    step: runtime.Step
+    arguments: tuple[str, ...]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before its forward: tell the layers whether this call asked for a cache."""
+        self.step.cache_asked = asks_for_cache({**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        return without_default_cache(module, self, args, kwargs)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After it: the layers are through; a recompute asks for nothing."""
+        self.step.cache_asked = False
+
+
+def add_cache_teller(module: nn.Module, config: LemoConfig, step: runtime.Step) -> None:
+    """Put the hooks on a module whose forward takes `use_cache`; on others there is nothing to tell."""
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    if "use_cache" not in arguments or STATE in vars(module):
+        return
+    teller = CacheTeller(config, step, arguments)
+    vars(module)[TELLER] = (
+        module.register_forward_pre_hook(teller.enter, with_kwargs=True),
+        module.register_forward_hook(teller.leave, always_call=True),
+    )
 
 
 def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
@@ -164,13 +218,6 @@ class HeadSettings:
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
             )
-
-    def leaves_cache_out(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
-        """Whether this call says nothing of a cache and runs rewritten layers: they could not fill the default one."""
-        if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in self.arguments:
-            return False
-        trains = torch.is_grad_enabled() or given.get("labels") is not None
-        return self.config.active == "always" or (model.training and trains)
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments and returns no logits."""
@@ -403,8 +450,7 @@ def telling_labels(forward: Callable) -> Callable:
             for switch in settings.step.switches:
                 switch.refresh()
         given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        if settings.leaves_cache_out(self, given) and "use_cache" not in settings.arguments[: len(args)]:
-            kwargs["use_cache"] = False
+        args, kwargs = without_default_cache(self, settings, args, kwargs)
         step = settings.step
         before = step.labels, step.cache_asked
         step.cache_asked = asks_for_cache(given)
@@ -451,13 +497,20 @@ def layer_plan(
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
-def install(plans: list[Plan]) -> None:
-    """Rewrite all planned modules, or none: any failure undoes what was done before it is raised."""
+def install(plans: list[Plan], above: Sequence[nn.Module] = ()) -> None:
+    """Rewrite all planned modules, or none: any failure undoes what was done before it is raised.
+
+    Args:
+        above: the modules that hold the decoder layers, whose calls may ask for a cache.
+    """
     done: list[nn.Module] = []
     try:
         for plan in plans:
             done.append(plan.module)
             _install(plan)
+        for module in above if plans else ():
+            done.append(module)
+            add_cache_teller(module, plans[0].settings.config, plans[0].settings.step)
     except BaseException:
         for module in done:
             uninstall(module)
@@ -494,6 +547,8 @@ def uninstall(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: another library has put its own class on top since.
     """
+    for handle in vars(module).pop(TELLER, ()):
+        handle.remove()
     record: Installed | None = vars(module).get(STATE)
     if record is None:
         return

@@ -330,6 +330,13 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return best
 
 
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold the decoder layers, the model itself first."""
+    layers = decoder_layers(model)
+    names = layers[0][0].split(".") if layers else []
+    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+
+
 def longest_context(config: Any) -> int | None:
     """The tokens that a model of this transformers config reads at most; None where it does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -23,7 +23,7 @@ from lemo_fx.parts import AttentionScore, SelectBlocks
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.report import Report, SiteReport
-from lemo_fx.sites import causal_model, require_model
+from lemo_fx.sites import causal_model, holders, require_model
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
@@ -97,7 +97,7 @@ def transform(
         revert(model)
     try:
         plans, notes = make_plans(model, config, predictors, Path(dump) if dump else None)
-        install(plans)
+        install(plans, holders(model))
     except BaseException:
         _put_back(model, before)
         raise
@@ -260,7 +260,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 def _put_back(model: nn.Module, before: Transformation | None) -> None:
     if before is not None:
-        install(before.plans)
+        install(before.plans, holders(model))
         vars(_holder(model))[TRANSFORMATION] = before
 
 

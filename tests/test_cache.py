@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny import tiny, with_lora
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
@@ -88,3 +89,54 @@ def test_a_filled_cache_counts_in_a_step_with_labels(model):
         alone = model(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(loss, expected)
     assert not torch.isclose(loss, alone)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox", "gemma3", "mixtral"])
+@pytest.mark.parametrize("active", ["training", "always"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_base_model_called_without_its_head_fills_a_cache_too(architecture, active, lora):
+    model = tiny(architecture)
+    model = with_lora(model) if lora else model
+    site = Elimination(keep=0.5, score="random")
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, active=active)).train(active == "training")
+    base = (model.get_base_model() if lora else model).base_model
+    ids, more = torch.randint(3, 90, (2, 64)), torch.randint(3, 90, (2, 1))
+    # A step that says nothing of a cache has none.
+    assert base(ids).past_key_values is None
+    assert shares(model) == {0.5}
+
+    def run(**cache):
+        out = base(ids, **cache)
+        return base(more, past_key_values=out.past_key_values).last_hidden_state
+
+    caches = [{"use_cache": True}, {"past_key_values": DynamicCache(config=model.config.get_text_config())}]
+    found = [run(**cache) for cache in caches]
+    assert shares(model) == {None}
+    base(ids)
+    assert shares(model) == {0.5}
+    lemo_fx.revert(model)
+    assert not any("_lemo_fx" in name or m._forward_hooks for m in model.modules() for name in vars(m))
+    expected = run(use_cache=True)
+    for hidden in found:
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_language_head_fills_a_cache_too():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, vocab_size=50, pad_token_id=0
+    )
+    model = LlamaForSequenceClassification(config).train()
+    site = Elimination(keep=0.5, score="random")
+    lemo_fx.transform(model, LemoConfig(attention=site, mlp=site, block_size=8))
+    ids = torch.randint(1, 50, (2, 64))
+    labels = torch.tensor([0, 1])
+    assert model(input_ids=ids, labels=labels).past_key_values is None
+    assert shares(model) == {0.5}
+    cache = model(input_ids=ids, labels=labels, use_cache=True).past_key_values
+    assert [cache.get_seq_length(i) for i in range(5)] == [64] * 5
+    # A copy has hooks of its own.
+    copied = copy.deepcopy(model)
+    assert copied(input_ids=ids, labels=labels, use_cache=True).past_key_values.get_seq_length(2) == 64
+    lemo_fx.revert(copied)
+    assert not any(m._forward_pre_hooks for m in copied.modules())
+    assert model(input_ids=ids, labels=labels).past_key_values is None
