@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from lemo_fx import parallel, runtime
+from lemo_fx.calls import HeadSettings
 from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
-from lemo_fx.install import HeadSettings, Plan, layer_plan
+from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.parts import Candidates, RandomScore, SelectBlocks, StepScore, measured_score
 from lemo_fx.passes.insert_elimination import COMPACT

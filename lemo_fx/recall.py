@@ -14,8 +14,9 @@ import torch
 from torch import fx, nn
 
 from lemo_fx import runtime
+from lemo_fx.calls import STATE
 from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
-from lemo_fx.install import STATE, targets_of
+from lemo_fx.install import targets_of
 from lemo_fx.parallel import gathered
 from lemo_fx.parts import Predictor, SelectBlocks, measured_score
 from lemo_fx.passes.insert_scores import insert_scores

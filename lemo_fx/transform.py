@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import fx, nn
 
+from lemo_fx.calls import STATE, pass_by
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
-from lemo_fx.install import STATE, Installed, Plan, graph_module, install, pass_by, uninstall
+from lemo_fx.install import Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.loss import segmented_loss
