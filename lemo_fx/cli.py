@@ -96,7 +96,9 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
 
     from lemo_fx import demo as demonstration
     from lemo_fx import draw
+    from lemo_fx.files import check_folder
 
+    check_folder(out)
     _no_bars_of_transformers()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
@@ -216,9 +218,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
     import lemo_fx
     from lemo_fx import draw
-    from lemo_fx.files import writing
+    from lemo_fx.files import check_folder, writing
     from lemo_fx.sites import decoder_layers
 
+    for folder in (out, dump):
+        if folder is not None:
+            check_folder(folder)
     # Frozen, as it is under adapters.
     model = _load_model(path).requires_grad_(False)
     layers = decoder_layers(model)
@@ -320,8 +325,10 @@ def fit(
         import lemo_fx
         from lemo_fx import training
         from lemo_fx.config import LemoConfig
+        from lemo_fx.files import check_folder
         from lemo_fx.sites import longest_context
 
+        check_folder(out)
         for option, value in (("--max-length", max_length), ("--limit", limit)):
             if value is not None and value < 1:
                 raise InputError(f"{option} {value} must be at least 1")
@@ -460,7 +467,9 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx import bench as benchmark
+    from lemo_fx.files import check_folder
 
+    check_folder(out)
     _no_bars_of_transformers()
     try:
         contexts = tuple(int(length) for length in context.split(","))

@@ -36,7 +36,7 @@ from lemo_fx.data import Document, Row, Window
 from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
-from lemo_fx.files import write_text
+from lemo_fx.files import check_folder, write_text
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
 from lemo_fx.sites import causal_model, decoder_layers, longest_context
@@ -376,6 +376,7 @@ def check_alone() -> None:
 
 def _check_place(out: Path, resume: bool) -> None:
     check_alone()
+    check_folder(out)
     if (out / SETTINGS).exists() and not resume:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
 
