@@ -91,6 +91,13 @@ def _no_bars_of_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def _warn_of_other_load() -> None:
+    from lemo_fx.demo import other_load
+
+    if other_load() > 0.5:
+        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
+
+
 def _demo(out: Path, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -103,8 +110,7 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
     settings = demonstration.Settings(**{**named, "eliminated": treatments})
-    if demonstration.other_load() > 0.5:
-        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
+    _warn_of_other_load()
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
         "transformed"
@@ -480,6 +486,7 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     else:
         plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
     command = " ".join(["lemo-fx", *sys.argv[1:]])
+    _warn_of_other_load()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
 

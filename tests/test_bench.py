@@ -88,6 +88,15 @@ def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
     assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA]
 
 
+@pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
+def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
+    monkeypatch.setattr("lemo_fx.demo.other_load", lambda: load)
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    assert ("Other programs are running" in result.output) == warns
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
