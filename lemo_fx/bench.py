@@ -12,6 +12,7 @@ import gc
 import json
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import lemo_fx
 from lemo_fx import draw
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.demo import COLOURS, environment
-from lemo_fx.errors import ConfigError, InputError
+from lemo_fx.errors import ConfigError, InputError, LemoError
 from lemo_fx.files import write_text, writing
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
@@ -168,7 +169,8 @@ def bench(
         ended: called after each run with all that is known so far.
 
     Raises:
-        LemoError: bad input, or a plan that does not fit the model. A plan that takes too much memory is noted instead.
+        LemoError: bad input, or a plan that does not fit the model. What a plan's steps raise, too little memory
+            included, is noted in its run instead.
     """
     check_alone()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,11 +239,13 @@ def _transform(model: nn.Module, plan: LemoConfig, given: Predictors | None) -> 
 
 
 def _attempt(model: Any, name: str, plan: LemoConfig | None, given: Predictors | None, context: int, *rest: Any) -> Run:
-    """`_run`, or in its place that it did not fit."""
+    """`_run`, or in its place that it did not fit, or why the plan's steps are refused."""
     try:
         return _run(model, name, plan, given, context, *rest)
     except torch.OutOfMemoryError as error:
         failed = f"out of memory: {str(error).splitlines()[0]}"
+    except LemoError as error:
+        failed = f"refused: {' '.join(str(error).split())}"
     # Outside the handler: what went wrong holds the tensors of the step.
     model.zero_grad()
     return Run(name, context, failed=failed)
@@ -317,6 +321,12 @@ def _forget_memory(device: torch.device) -> None:
     reset_peak(device)
 
 
+def _in_short(failed: str) -> str:
+    """Why a run failed, for a cell of the table; the whole is in its line."""
+    kind, _, reason = failed.partition(": ")
+    return f"{kind}: {textwrap.shorten(reason.partition(': ')[0], 24)}" if kind == "refused" else kind
+
+
 def table(outcome: Outcome) -> Table:
     """All runs beside LoRA of the same length."""
     shown = Table("tokens", "", "tokens kept", "step", "", "peak memory", "", "first loss")
@@ -324,7 +334,7 @@ def table(outcome: Outcome) -> Table:
         column.justify = "right"
     for run in outcome.runs:
         if run.step_seconds is None or run.peak_bytes is None:
-            shown.add_row(f"{run.context:,}", run.plan, "", "", "", (run.failed or "").partition(":")[0], "", "")
+            shown.add_row(f"{run.context:,}", run.plan, "", "", "", _in_short(run.failed or ""), "", "")
             continue
         lora = outcome.beside(run)
         faster = memory = ""

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 from typer.testing import CliRunner
 
 from lemo_fx import bench
@@ -72,6 +72,23 @@ def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
     assert first["failed"] == "out of memory: CUDA out of memory. Tried to allocate 1.00 GiB."
     assert first["step_seconds"] is None
     assert lora["failed"] is careful["failed"] is None
+
+
+def test_refused_steps_are_noted(tmp_path):
+    path = tmp_path / "config.json"
+    size = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=2, output_router_logits=True, architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    path.write_text(size.to_json_string(use_diff=False))
+    result = invoke(path, tmp_path, "--context", "256", "--keep", "0.5", "--targets", "q_proj")
+    assert result.exit_code == 0, result.output
+    first, lora, plan = json.loads((tmp_path / "out" / "bench.json").read_text())["runs"]
+    assert first["failed"] is lora["failed"] is None
+    assert plan["failed"].startswith("refused: output_router_logits: the auxiliary loss counts")
+    assert f"256 tokens, the plan: {plan['failed']}\n" in result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("│") and "the plan" in line)
+    assert "refused: output_router_logits" in row
 
 
 def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
