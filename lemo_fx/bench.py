@@ -100,6 +100,7 @@ class Outcome:
     """All runs, in order, and what is needed to make them again."""
 
     model: str
+    model_type: str
     random_weights: bool
     parameters: dict[str, int]
     device: str
@@ -115,6 +116,7 @@ class Outcome:
         """All figures, in plain types."""
         return {
             "model": self.model,
+            "model_type": self.model_type,
             "weights": "random" if self.random_weights else "the model's",
             "parameters": self.parameters,
             "device": self.device,
@@ -187,7 +189,8 @@ def bench(
         # What does not fit the model is said before anything is timed.
         _transform(model, plan, given)
     parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
-    outcome = Outcome(str(model_path), random_weights, parameters, device_name(device), settings, plans, [])
+    kind = model_config.model_type
+    outcome = Outcome(str(model_path), kind, random_weights, parameters, device_name(device), settings, plans, [])
     for context in settings.contexts:
         for name, given_plan in plans.items():
             tick = progress(f"{name}, {context:,}", settings.steps + 1)
@@ -356,6 +359,27 @@ def table(outcome: Outcome) -> Table:
     return shown
 
 
+def title(outcome: Outcome) -> str:
+    """The model by file, type and size without adapters, and the device."""
+    size = outcome.parameters["all"] - outcome.parameters["trained"]
+    words = next(
+        (f"{size / n:.1f} {word}" for n, word in ((1e9, "billion"), (1e6, "million")) if size >= n), f"{size:,}"
+    )
+    name = Path(outcome.model).resolve().name
+    return f"{name}: {outcome.model_type}, {words} parameters\n{outcome.device}"
+
+
+def _style(name: str, number: int) -> dict[str, Any]:
+    """A plan's marker: the script as it is lies on top and is hollow, since LoRA may cost the same."""
+    if name == UNTOUCHED:
+        return {"marker": "s", "color": COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
+    return (
+        {"marker": "s", "color": COLOURS[0], "ms": 8}
+        if name == LORA
+        else {"marker": "o", "color": f"C{number}", "ms": 8}
+    )
+
+
 def plot(outcome: Outcome) -> Figure:
     """Step time against peak memory, one panel a length."""
     contexts = outcome.settings.contexts
@@ -365,20 +389,22 @@ def plot(outcome: Outcome) -> Figure:
         for number, name in enumerate(outcome.plans):
             for run in outcome.runs:
                 if (run.plan, run.context) == (name, context) and run.step_seconds is not None and run.peak_bytes:
-                    colour = COLOURS[0] if name in (UNTOUCHED, LORA) else f"C{number}"
-                    marker = "s" if name in (UNTOUCHED, LORA) else "o"
-                    face = "none" if name == UNTOUCHED else colour
-                    labels[name] = axes.plot(
-                        run.peak_bytes / 1e9, run.step_seconds, ls="", ms=8, marker=marker, color=colour, mfc=face
-                    )[0]
+                    point = axes.plot(run.peak_bytes / 1e9, run.step_seconds, ls="", **_style(name, number))
+                    labels[name] = point[0]
         axes.set(title=f"{context:,} tokens", xlabel="peak memory, GB", ylabel="seconds a step")
-        axes.margins(0.1)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        _from_nothing(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{Path(outcome.model).name}, {outcome.device}", fontsize=10)
+    figure.suptitle(title(outcome), fontsize=10)
     figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
+
+
+def _from_nothing(axes: Any) -> None:
+    """Both axes from 0 to beyond the largest point, so that every marker is whole."""
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    if points:
+        rightmost, highest = map(max, zip(*points, strict=True))
+        axes.set(xlim=(0, 1.12 * rightmost), ylim=(0, 1.12 * highest))
 
 
 def line(outcome: Outcome) -> str:

@@ -57,6 +57,26 @@ def test_one_plan_of_ones_own(config, tmp_path):
     assert "256 tokens, the plan: " in result.output
 
 
+def test_the_picture_shows_every_point():
+    runs = [
+        bench.Run(name, 512, step_seconds=0.2, peak_bytes=peak)
+        for name, peak in ((bench.UNTOUCHED, 901_000_000), (bench.LORA, 900_000_000), ("careful", 899_000_000))
+    ]
+    parameters = {"all": 8_130_000_000, "trained": 30_000_000}
+    settings = bench.Settings((512, 1024))
+    outcome = bench.Outcome("some/config.json", "llama", True, parameters, "cpu", settings, bench.PLANS, runs)
+    figure = bench.plot(outcome)
+    assert figure.get_suptitle() == "config.json: llama, 8.1 billion parameters\ncpu"
+    axes = figure.axes[0]
+    assert axes.get_xlim() == pytest.approx((0, 1.12 * 0.901))
+    assert axes.get_ylim() == pytest.approx((0, 1.12 * 0.2))
+    untouched, lora, _ = axes.lines
+    assert untouched.get_markerfacecolor() == "none"
+    assert untouched.get_markersize() > lora.get_markersize()
+    assert untouched.get_zorder() > lora.get_zorder()
+    figure.canvas.draw()
+
+
 def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
     real = bench._run
 
