@@ -2,7 +2,8 @@
 
 Whole steps of the transformers Trainer are timed: its batches, its autocast, clipping, the optimizer and a log for each
 step. Token ids are random, since neither time nor memory depends on them where a plan keeps a fixed share; nothing here
-speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss.
+speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss where the
+model has no dropout, whose random draws are others.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Outcome:
     model: str
     model_type: str
     random_weights: bool
+    dropout: bool
     parameters: dict[str, int]
     device: str
     settings: Settings
@@ -189,8 +191,8 @@ def bench(
         # What does not fit the model is said before anything is timed.
         _transform(model, plan, given)
     parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
-    kind = model_config.model_type
-    outcome = Outcome(str(model_path), kind, random_weights, parameters, device_name(device), settings, plans, [])
+    named = (str(model_path), model_config.model_type, random_weights, has_dropout(model_config))
+    outcome = Outcome(*named, parameters, device_name(device), settings, plans, [])
     for context in settings.contexts:
         for name, given_plan in plans.items():
             tick = progress(f"{name}, {context:,}", settings.steps + 1)
@@ -212,6 +214,15 @@ def read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} does not describe a model: {error}") from error
+
+
+def has_dropout(config: Any) -> bool:
+    """Whether a model of this config draws random numbers in its training forward."""
+    given = config.get_text_config().to_dict().items()
+    return any(
+        "drop" in name and not name.startswith(("classifier", "summary")) and isinstance(value, float) and value > 0
+        for name, value in given
+    )
 
 
 def load(path: Path, config: Any, device: torch.device, attention: str | None) -> tuple[Any, bool]:

@@ -504,7 +504,8 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     console.print(
         f'"{benchmark.UNTOUCHED}": {"neither compiled nor " if _compiles(outcome) else "not "}transformed. '
         f'"{benchmark.LORA}": the loss in segments, nothing eliminated. Token ids are random'
-        f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original.",
+        f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original"
+        f"{', where the model has no dropout; this one has' if outcome.dropout else ''}.",
         highlight=False,
     )
     _print_paths(benchmark.write(outcome, out, command))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import Gemma3Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, OPTConfig
 from typer.testing import CliRunner
 
 from lemo_fx import bench
@@ -64,7 +64,7 @@ def test_the_picture_shows_every_point():
     ]
     parameters = {"all": 8_130_000_000, "trained": 30_000_000}
     settings = bench.Settings((512, 1024))
-    outcome = bench.Outcome("some/config.json", "llama", True, parameters, "cpu", settings, bench.PLANS, runs)
+    outcome = bench.Outcome("some/config.json", "llama", True, False, parameters, "cpu", settings, bench.PLANS, runs)
     figure = bench.plot(outcome)
     assert figure.get_suptitle() == "config.json: llama, 8.1 billion parameters\ncpu"
     axes = figure.axes[0]
@@ -123,6 +123,31 @@ def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
     assert invoke(config, tmp_path, "--context", "256").exit_code != 0
     figures = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA]
+
+
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        (LlamaConfig(), False),
+        (LlamaConfig(attention_dropout=0.1), True),
+        (GPT2Config(), True),
+        (GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), False),
+        (OPTConfig(dropout=0.1), True),
+        (GPTNeoXConfig(), False),
+        (Gemma3Config(text_config={"attention_dropout": 0.1}), True),
+    ],
+)
+def test_dropout_is_seen_in_the_config(config, has):
+    assert bench.has_dropout(config) == has
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_is_said_beside_the_loss(config, tmp_path, monkeypatch, dropout):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": dropout}))
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    assert ("where the model has no dropout; this one has." in result.output.replace("\n", " ")) == (dropout > 0)
 
 
 @pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
