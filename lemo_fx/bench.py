@@ -37,7 +37,7 @@ from lemo_fx.files import write_text, writing
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 from lemo_fx.sites import decoder_layers
-from lemo_fx.training import adapted, check_alone, check_context, load_model, one_device
+from lemo_fx.training import adapted, check_alone, check_attention, check_context, load_model, one_device
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
@@ -177,6 +177,7 @@ def bench(
             included, is noted in its run instead.
     """
     check_alone()
+    check_attention(settings.attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_config(model_path)
     for context in settings.contexts:

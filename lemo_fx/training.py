@@ -323,6 +323,7 @@ def train(
         LemoError: bad input, a plan that does not fit the model, too little memory; the message says what to do.
     """
     _check_place(out, resume)
+    check_attention(settings.attention)
     rows = data.read_rows(data_path)
     heldout_rows = None if heldout_path is None else data.read_rows(heldout_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -372,6 +373,12 @@ def check_alone() -> None:
     """Raise InputError where a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lemo-fx uses one device: for several, transform the model in a Trainer script")
+
+
+def check_attention(attention: str | None) -> None:
+    """Raise InputError where torch has no backward of an attention implementation on this machine."""
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        raise InputError("--attention flex_attention trains on a GPU only, and here is none: choose sdpa or eager")
 
 
 def _check_place(out: Path, resume: bool) -> None:

@@ -109,6 +109,16 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch, comma
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("given", [["train", "no_model", "no_data"], ["bench", "no_model"]])
+def test_flex_attention_needs_a_gpu(tmp_path, monkeypatch, given):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = runner.invoke(app, [*given, "--out", str(tmp_path / "out"), "--attention", "flex_attention"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: --attention flex_attention trains on a GPU only")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_a_full_disk_asks_for_space(tmp_path):
     with pytest.raises(StorageError, match="give another folder"), writing(tmp_path):
         (tmp_path / "nothing" / "file").write_text("")
