@@ -478,7 +478,7 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     check_folder(out)
     _no_bars_of_transformers()
     try:
-        contexts = tuple(int(length) for length in context.split(","))
+        contexts = tuple(dict.fromkeys(int(length) for length in context.split(",")))
     except ValueError as error:
         raise InputError(f"--context {context!r} must be a number of tokens, or several with commas") from error
     if plans is None:

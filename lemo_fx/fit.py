@@ -32,7 +32,7 @@ from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers, longest_context, require_model
+from lemo_fx.sites import decoder_layers, has_rope, longest_context, require_model
 from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
@@ -201,9 +201,9 @@ def fit(
     most = longest_context(getattr(model, "config", None))
     for number, ids in enumerate(batches):
         if most is not None and ids.shape[1] > most:
+            more = ", or set rope scaling in the model's config" if has_rope(model.config) else ""
             raise InputError(
-                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it, or "
-                "set rope scaling in the model's config"
+                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it{more}"
             )
         if ids.min() < 0 or ids.max() >= words:
             raise InputError(

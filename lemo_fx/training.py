@@ -39,7 +39,7 @@ from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelE
 from lemo_fx.files import check_folder, write_text
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
-from lemo_fx.sites import causal_model, decoder_layers, longest_context
+from lemo_fx.sites import causal_model, decoder_layers, has_rope, longest_context
 from lemo_fx.transform import suspended
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
@@ -392,9 +392,14 @@ def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
     """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
     longest = longest_context(model_config)
     if longest is not None and context > longest:
+        more = (
+            ", or set rope scaling in the model's config.json"
+            if has_rope(model_config)
+            else ": its positions are learned"
+        )
         raise InputError(
             f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "
-            f"{longest} or less, or set rope scaling in the model's config.json"
+            f"{longest} or less{more}"
         )
     if context < 4 * plan.block_size:
         raise ConfigError(f"context={context} is under four blocks of {plan.block_size} tokens: nothing to choose from")

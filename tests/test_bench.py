@@ -7,6 +7,9 @@ from typer.testing import CliRunner
 
 from lemo_fx import bench
 from lemo_fx.cli import app
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import InputError
+from lemo_fx.training import check_context
 
 runner = CliRunner()
 
@@ -148,6 +151,29 @@ def test_dropout_is_said_beside_the_loss(config, tmp_path, monkeypatch, dropout)
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output
     assert ("where the model has no dropout; this one has." in result.output.replace("\n", " ")) == (dropout > 0)
+
+
+def test_each_length_is_measured_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "512,256,512", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert figures["settings"]["contexts"] == [512, 256]
+    assert [run["context"] for run in figures["runs"]] == [512] * 3 + [256] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (LlamaConfig(), "2048 or less, or set rope scaling in the model's config.json"),
+        (GPT2Config(), "1024 or less: its positions are learned"),
+        (OPTConfig(), "2048 or less: its positions are learned"),
+    ],
+)
+def test_rope_scaling_is_for_models_with_rope(config, advice):
+    with pytest.raises(InputError) as error:
+        check_context(config, LemoConfig(), 4096)
+    assert str(error.value).endswith(f"choose --context {advice}")
 
 
 @pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
