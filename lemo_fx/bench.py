@@ -25,7 +25,14 @@ import transformers
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 import lemo_fx
@@ -180,10 +187,17 @@ def bench(
     check_attention(settings.attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_config(model_path)
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{model_path}: a {model_config.model_type} model is no causal language model")
     for context in settings.contexts:
         for plan in filter(None, plans.values()):
             check_context(model_config, plan, context)
     model, random_weights = load(model_path, model_config, device, settings.attention)
+    if not decoder_layers(model):
+        raise InputError(
+            f"{model_path}: a {model_config.model_type} model has no decoder layers with causal attention, which plans "
+            "are for"
+        )
     transformers.set_seed(0)
     model = adapted(model, settings.rank, settings.targets).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

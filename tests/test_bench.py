@@ -2,7 +2,18 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma3Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, OPTConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 from lemo_fx import bench
@@ -151,6 +162,27 @@ def test_dropout_is_said_beside_the_loss(config, tmp_path, monkeypatch, dropout)
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output
     assert ("where the model has no dropout; this one has." in result.output.replace("\n", " ")) == (dropout > 0)
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32}
+HEADS = {"num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (T5Config(), "a t5 model is no causal language model"),
+        (CLIPConfig(), "a clip model is no causal language model"),
+        (BertConfig(**SMALL, **HEADS), "a bert model has no decoder layers with causal attention, which plans are for"),
+        (MambaConfig(**SMALL), "a mamba model has no decoder layers with causal attention, which plans are for"),
+    ],
+)
+def test_other_models_are_named_in_one_line(tmp_path, model, says):
+    path = tmp_path / "config.json"
+    path.write_text(model.to_json_string(use_diff=False))
+    result = invoke(tmp_path, tmp_path, "--context", "256")
+    assert result.exit_code == 2, result.output
+    assert result.stderr == f"error: {tmp_path}: {says}\n"
 
 
 def test_each_length_is_measured_once(config, tmp_path, monkeypatch):
