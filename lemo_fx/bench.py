@@ -2,7 +2,8 @@
 
 Whole steps of the transformers Trainer are timed: its batches, its autocast, clipping, the optimizer and a log for each
 step. Token ids are random, since neither time nor memory depends on them where a plan keeps a fixed share; nothing here
-speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss.
+speaks of quality. Plans that compute every token's forward ("exact") must show LoRA's first loss where the
+model has no dropout, whose random draws are others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import json
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,19 +25,26 @@ import transformers
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 import lemo_fx
 from lemo_fx import draw
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.demo import COLOURS, environment
-from lemo_fx.errors import ConfigError, InputError
+from lemo_fx.errors import ConfigError, InputError, LemoError
 from lemo_fx.files import write_text, writing
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 from lemo_fx.sites import decoder_layers
-from lemo_fx.training import adapted, check_alone, check_context, load_model, one_device
+from lemo_fx.training import adapted, check_alone, check_attention, check_context, load_model, one_device
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
@@ -99,7 +108,9 @@ class Outcome:
     """All runs, in order, and what is needed to make them again."""
 
     model: str
+    model_type: str
     random_weights: bool
+    dropout: bool
     parameters: dict[str, int]
     device: str
     settings: Settings
@@ -114,6 +125,7 @@ class Outcome:
         """All figures, in plain types."""
         return {
             "model": self.model,
+            "model_type": self.model_type,
             "weights": "random" if self.random_weights else "the model's",
             "parameters": self.parameters,
             "device": self.device,
@@ -168,15 +180,24 @@ def bench(
         ended: called after each run with all that is known so far.
 
     Raises:
-        LemoError: bad input, or a plan that does not fit the model. A plan that takes too much memory is noted instead.
+        LemoError: bad input, or a plan that does not fit the model. What a plan's steps raise, too little memory
+            included, is noted in its run instead.
     """
     check_alone()
+    check_attention(settings.attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_config(model_path)
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{model_path}: a {model_config.model_type} model is no causal language model")
     for context in settings.contexts:
         for plan in filter(None, plans.values()):
             check_context(model_config, plan, context)
     model, random_weights = load(model_path, model_config, device, settings.attention)
+    if not decoder_layers(model):
+        raise InputError(
+            f"{model_path}: a {model_config.model_type} model has no decoder layers with causal attention, which plans "
+            "are for"
+        )
     transformers.set_seed(0)
     model = adapted(model, settings.rank, settings.targets).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -185,7 +206,8 @@ def bench(
         # What does not fit the model is said before anything is timed.
         _transform(model, plan, given)
     parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
-    outcome = Outcome(str(model_path), random_weights, parameters, device_name(device), settings, plans, [])
+    named = (str(model_path), model_config.model_type, random_weights, has_dropout(model_config))
+    outcome = Outcome(*named, parameters, device_name(device), settings, plans, [])
     for context in settings.contexts:
         for name, given_plan in plans.items():
             tick = progress(f"{name}, {context:,}", settings.steps + 1)
@@ -207,6 +229,15 @@ def read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} does not describe a model: {error}") from error
+
+
+def has_dropout(config: Any) -> bool:
+    """Whether a model of this config draws random numbers in its training forward."""
+    given = config.get_text_config().to_dict().items()
+    return any(
+        "drop" in name and not name.startswith(("classifier", "summary")) and isinstance(value, float) and value > 0
+        for name, value in given
+    )
 
 
 def load(path: Path, config: Any, device: torch.device, attention: str | None) -> tuple[Any, bool]:
@@ -237,11 +268,13 @@ def _transform(model: nn.Module, plan: LemoConfig, given: Predictors | None) -> 
 
 
 def _attempt(model: Any, name: str, plan: LemoConfig | None, given: Predictors | None, context: int, *rest: Any) -> Run:
-    """`_run`, or in its place that it did not fit."""
+    """`_run`, or in its place that it did not fit, or why the plan's steps are refused."""
     try:
         return _run(model, name, plan, given, context, *rest)
     except torch.OutOfMemoryError as error:
         failed = f"out of memory: {str(error).splitlines()[0]}"
+    except LemoError as error:
+        failed = f"refused: {' '.join(str(error).split())}"
     # Outside the handler: what went wrong holds the tensors of the step.
     model.zero_grad()
     return Run(name, context, failed=failed)
@@ -317,6 +350,12 @@ def _forget_memory(device: torch.device) -> None:
     reset_peak(device)
 
 
+def _in_short(failed: str) -> str:
+    """Why a run failed, for a cell of the table; the whole is in its line."""
+    kind, _, reason = failed.partition(": ")
+    return f"{kind}: {textwrap.shorten(reason.partition(': ')[0], 24)}" if kind == "refused" else kind
+
+
 def table(outcome: Outcome) -> Table:
     """All runs beside LoRA of the same length."""
     shown = Table("tokens", "", "tokens kept", "step", "", "peak memory", "", "first loss")
@@ -324,7 +363,7 @@ def table(outcome: Outcome) -> Table:
         column.justify = "right"
     for run in outcome.runs:
         if run.step_seconds is None or run.peak_bytes is None:
-            shown.add_row(f"{run.context:,}", run.plan, "", "", "", (run.failed or "").partition(":")[0], "", "")
+            shown.add_row(f"{run.context:,}", run.plan, "", "", "", _in_short(run.failed or ""), "", "")
             continue
         lora = outcome.beside(run)
         faster = memory = ""
@@ -346,6 +385,27 @@ def table(outcome: Outcome) -> Table:
     return shown
 
 
+def title(outcome: Outcome) -> str:
+    """The model by file, type and size without adapters, and the device."""
+    size = outcome.parameters["all"] - outcome.parameters["trained"]
+    words = next(
+        (f"{size / n:.1f} {word}" for n, word in ((1e9, "billion"), (1e6, "million")) if size >= n), f"{size:,}"
+    )
+    name = Path(outcome.model).resolve().name
+    return f"{name}: {outcome.model_type}, {words} parameters\n{outcome.device}"
+
+
+def _style(name: str, number: int) -> dict[str, Any]:
+    """A plan's marker: the script as it is lies on top and is hollow, since LoRA may cost the same."""
+    if name == UNTOUCHED:
+        return {"marker": "s", "color": COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
+    return (
+        {"marker": "s", "color": COLOURS[0], "ms": 8}
+        if name == LORA
+        else {"marker": "o", "color": f"C{number}", "ms": 8}
+    )
+
+
 def plot(outcome: Outcome) -> Figure:
     """Step time against peak memory, one panel a length."""
     contexts = outcome.settings.contexts
@@ -355,20 +415,22 @@ def plot(outcome: Outcome) -> Figure:
         for number, name in enumerate(outcome.plans):
             for run in outcome.runs:
                 if (run.plan, run.context) == (name, context) and run.step_seconds is not None and run.peak_bytes:
-                    colour = COLOURS[0] if name in (UNTOUCHED, LORA) else f"C{number}"
-                    marker = "s" if name in (UNTOUCHED, LORA) else "o"
-                    face = "none" if name == UNTOUCHED else colour
-                    labels[name] = axes.plot(
-                        run.peak_bytes / 1e9, run.step_seconds, ls="", ms=8, marker=marker, color=colour, mfc=face
-                    )[0]
+                    point = axes.plot(run.peak_bytes / 1e9, run.step_seconds, ls="", **_style(name, number))
+                    labels[name] = point[0]
         axes.set(title=f"{context:,} tokens", xlabel="peak memory, GB", ylabel="seconds a step")
-        axes.margins(0.1)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        _from_nothing(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{Path(outcome.model).name}, {outcome.device}", fontsize=10)
+    figure.suptitle(title(outcome), fontsize=10)
     figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
+
+
+def _from_nothing(axes: Any) -> None:
+    """Both axes from 0 to beyond the largest point, so that every marker is whole."""
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    if points:
+        rightmost, highest = map(max, zip(*points, strict=True))
+        axes.set(xlim=(0, 1.12 * rightmost), ylim=(0, 1.12 * highest))
 
 
 def line(outcome: Outcome) -> str:

@@ -91,18 +91,26 @@ def _no_bars_of_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def _warn_of_other_load() -> None:
+    from lemo_fx.demo import other_load
+
+    if other_load() > 0.5:
+        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
+
+
 def _demo(out: Path, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx import demo as demonstration
     from lemo_fx import draw
+    from lemo_fx.files import check_folder
 
+    check_folder(out)
     _no_bars_of_transformers()
     treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
     named = {name: value for name, value in given.items() if name != "out"}
     settings = demonstration.Settings(**{**named, "eliminated": treatments})
-    if demonstration.other_load() > 0.5:
-        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
+    _warn_of_other_load()
     console.print(
         f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
         "transformed"
@@ -216,9 +224,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
     import lemo_fx
     from lemo_fx import draw
-    from lemo_fx.files import writing
+    from lemo_fx.files import check_folder, writing
     from lemo_fx.sites import decoder_layers
 
+    for folder in (out, dump):
+        if folder is not None:
+            check_folder(folder)
     # Frozen, as it is under adapters.
     model = _load_model(path).requires_grad_(False)
     layers = decoder_layers(model)
@@ -320,8 +331,10 @@ def fit(
         import lemo_fx
         from lemo_fx import training
         from lemo_fx.config import LemoConfig
+        from lemo_fx.files import check_folder
         from lemo_fx.sites import longest_context
 
+        check_folder(out)
         for option, value in (("--max-length", max_length), ("--limit", limit)):
             if value is not None and value < 1:
                 raise InputError(f"{option} {value} must be at least 1")
@@ -460,10 +473,12 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx import bench as benchmark
+    from lemo_fx.files import check_folder
 
+    check_folder(out)
     _no_bars_of_transformers()
     try:
-        contexts = tuple(int(length) for length in context.split(","))
+        contexts = tuple(dict.fromkeys(int(length) for length in context.split(",")))
     except ValueError as error:
         raise InputError(f"--context {context!r} must be a number of tokens, or several with commas") from error
     if plans is None:
@@ -471,6 +486,7 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     else:
         plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
     command = " ".join(["lemo-fx", *sys.argv[1:]])
+    _warn_of_other_load()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
 
@@ -488,7 +504,8 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     console.print(
         f'"{benchmark.UNTOUCHED}": {"neither compiled nor " if _compiles(outcome) else "not "}transformed. '
         f'"{benchmark.LORA}": the loss in segments, nothing eliminated. Token ids are random'
-        f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original.",
+        f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original"
+        f"{', where the model has no dropout; this one has' if outcome.dropout else ''}.",
         highlight=False,
     )
     _print_paths(benchmark.write(outcome, out, command))

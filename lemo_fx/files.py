@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lemo_fx.errors import StorageError
+from lemo_fx.errors import InputError, StorageError
+
+WRONG_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""What no free space mends."""
 
 
-@contextmanager
+def check_folder(path: Path) -> None:
+    """Raise InputError where `path` is no folder that can be written in, or made; leaves nothing behind."""
+    nearest = path
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not os.path.isdir(nearest):
+        raise InputError(f"cannot write in {path}: {nearest} is not a folder; give another one")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            # Says what the names alone do not, such as that one is too long.
+            path.stat()
+        # Shows more than the permissions: root has them where nobody can write. The file has no name on Linux.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write in {path}: {error.strerror or error}; give another folder") from error
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what a full or read-only disk raises into a StorageError that names the file."""
     try:
@@ -22,9 +45,11 @@ def writing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}; free some space, or give a folder on another disk, and try again"
-        ) from error
+        elsewhere = getattr(error, "errno", None) in WRONG_PLACE
+        mend = (
+            "give another folder" if elsewhere else "free some space, or give a folder on another disk, and try again"
+        )
+        raise StorageError(f"cannot write {path}: {error}; {mend}") from error
 
 
 def write_text(path: Path, text: str) -> None:

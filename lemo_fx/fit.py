@@ -32,7 +32,7 @@ from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
 from lemo_fx.predictors import Predictors, hidden_size, identity
 from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers, longest_context, require_model
+from lemo_fx.sites import decoder_layers, has_rope, longest_context, require_model
 from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
@@ -197,19 +197,20 @@ def fit(
         raise InputError("fit needs at least one sequence of token ids")
     if max(ids.shape[1] for ids in batches) < 2:
         raise InputError("every sequence is a single token: there is nothing to choose from")
-    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
     most = longest_context(getattr(model, "config", None))
+    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
     for number, ids in enumerate(batches):
         if most is not None and ids.shape[1] > most:
+            more = ", or set rope scaling in the model's config" if has_rope(model.config) else ""
             raise InputError(
-                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it, or "
-                "set rope scaling in the model's config"
+                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it{more}"
             )
         if ids.min() < 0 or ids.max() >= words:
             raise InputError(
                 f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "
                 "the text encoded by its own tokenizer?"
             )
+    _check_blocks(config.block_size, most, max(ids.shape[1] for ids in batches))
     hidden = hidden_size(model)
     with contextlib.ExitStack() as stack, Progress(disable=not progress, transient=True) as bar:
         scratch = Path(folder) if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -256,6 +257,17 @@ def fit(
             predictors.save(folder)
             _discard(work)
     return predictors
+
+
+def _check_blocks(size: int, most: int | None, longest: int) -> None:
+    """Raise ConfigError where no sequence fills a block of tokens."""
+    if most is not None and size > most:
+        raise ConfigError(f"block_size={size}: the model reads up to {most} tokens, less than one block: lower it")
+    if size > longest:
+        raise ConfigError(
+            f"block_size={size}: the longest sequence has {longest} tokens, less than one block: give longer ones, or "
+            "lower it"
+        )
 
 
 def _prepare(work: Path, key: str) -> None:

@@ -344,6 +344,12 @@ def longest_context(config: Any) -> int | None:
     return longest if isinstance(longest, int) else None
 
 
+def has_rope(config: Any) -> bool:
+    """Whether a model of this config rotates by positions, so that it can be made to read more of them."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+
+
 def causal_model(model: nn.Module) -> nn.Module | None:
     """The transformers model that owns the output projection, under any wrapper."""
     for module in model.modules():

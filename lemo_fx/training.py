@@ -36,10 +36,10 @@ from lemo_fx.data import Document, Row, Window
 from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
-from lemo_fx.files import write_text
+from lemo_fx.files import check_folder, write_text
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
-from lemo_fx.sites import causal_model, decoder_layers, longest_context
+from lemo_fx.sites import causal_model, decoder_layers, has_rope, longest_context
 from lemo_fx.transform import suspended
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
@@ -323,6 +323,7 @@ def train(
         LemoError: bad input, a plan that does not fit the model, too little memory; the message says what to do.
     """
     _check_place(out, resume)
+    check_attention(settings.attention)
     rows = data.read_rows(data_path)
     heldout_rows = None if heldout_path is None else data.read_rows(heldout_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -374,8 +375,15 @@ def check_alone() -> None:
         raise InputError("lemo-fx uses one device: for several, transform the model in a Trainer script")
 
 
+def check_attention(attention: str | None) -> None:
+    """Raise InputError where torch has no backward of an attention implementation on this machine."""
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        raise InputError("--attention flex_attention trains on a GPU only, and here is none: choose sdpa or eager")
+
+
 def _check_place(out: Path, resume: bool) -> None:
     check_alone()
+    check_folder(out)
     if (out / SETTINGS).exists() and not resume:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
 
@@ -384,9 +392,14 @@ def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
     """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
     longest = longest_context(model_config)
     if longest is not None and context > longest:
+        more = (
+            ", or set rope scaling in the model's config.json"
+            if has_rope(model_config)
+            else ": its positions are learned"
+        )
         raise InputError(
             f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "
-            f"{longest} or less, or set rope scaling in the model's config.json"
+            f"{longest} or less{more}"
         )
     if context < 4 * plan.block_size:
         raise ConfigError(f"context={context} is under four blocks of {plan.block_size} tokens: nothing to choose from")

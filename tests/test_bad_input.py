@@ -1,5 +1,6 @@
 """Bad input gets a typed, helpful error, and the model is left exactly as it was."""
 
+import importlib
 import logging
 
 import numpy
@@ -107,6 +108,15 @@ def test_sequences_longer_than_the_model_reads(architecture, lora):
     model = with_lora(model) if lora else model
     with pytest.raises(InputError, match=r"sequence 1 has 513 tokens; \w+ reads up to 512"):
         lemo_fx.fit(model, [[3] * 512, [3] * 513])
+
+
+@pytest.mark.parametrize(
+    ("size", "match"), [(1024, "reads up to 512 tokens"), (128, "longest sequence has 100 tokens")]
+)
+def test_blocks_larger_than_every_sequence(monkeypatch, size, match):
+    monkeypatch.setattr(importlib.import_module("lemo_fx.fit"), "run_probes", None)
+    with pytest.raises(ConfigError, match=f"block_size={size}: the .*{match}"):
+        lemo_fx.fit(tiny("llama"), [[3] * 100, [3] * 7], lemo_fx.LemoConfig(block_size=size))
 
 
 def test_an_encoder_decoder():

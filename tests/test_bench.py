@@ -2,11 +2,25 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 from lemo_fx import bench
 from lemo_fx.cli import app
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import InputError
+from lemo_fx.training import check_context
 
 runner = CliRunner()
 
@@ -57,6 +71,26 @@ def test_one_plan_of_ones_own(config, tmp_path):
     assert "256 tokens, the plan: " in result.output
 
 
+def test_the_picture_shows_every_point():
+    runs = [
+        bench.Run(name, 512, step_seconds=0.2, peak_bytes=peak)
+        for name, peak in ((bench.UNTOUCHED, 901_000_000), (bench.LORA, 900_000_000), ("careful", 899_000_000))
+    ]
+    parameters = {"all": 8_130_000_000, "trained": 30_000_000}
+    settings = bench.Settings((512, 1024))
+    outcome = bench.Outcome("some/config.json", "llama", True, False, parameters, "cpu", settings, bench.PLANS, runs)
+    figure = bench.plot(outcome)
+    assert figure.get_suptitle() == "config.json: llama, 8.1 billion parameters\ncpu"
+    axes = figure.axes[0]
+    assert axes.get_xlim() == pytest.approx((0, 1.12 * 0.901))
+    assert axes.get_ylim() == pytest.approx((0, 1.12 * 0.2))
+    untouched, lora, _ = axes.lines
+    assert untouched.get_markerfacecolor() == "none"
+    assert untouched.get_markersize() > lora.get_markersize()
+    assert untouched.get_zorder() > lora.get_zorder()
+    figure.canvas.draw()
+
+
 def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
     real = bench._run
 
@@ -74,6 +108,23 @@ def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
     assert lora["failed"] is careful["failed"] is None
 
 
+def test_refused_steps_are_noted(tmp_path):
+    path = tmp_path / "config.json"
+    size = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=2, output_router_logits=True, architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    path.write_text(size.to_json_string(use_diff=False))
+    result = invoke(path, tmp_path, "--context", "256", "--keep", "0.5", "--targets", "q_proj")
+    assert result.exit_code == 0, result.output
+    first, lora, plan = json.loads((tmp_path / "out" / "bench.json").read_text())["runs"]
+    assert first["failed"] is lora["failed"] is None
+    assert plan["failed"].startswith("refused: output_router_logits: the auxiliary loss counts")
+    assert f"256 tokens, the plan: {plan['failed']}\n" in result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("│") and "the plan" in line)
+    assert "refused: output_router_logits" in row
+
+
 def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
     real = bench._run
 
@@ -86,6 +137,84 @@ def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
     assert invoke(config, tmp_path, "--context", "256").exit_code != 0
     figures = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA]
+
+
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        (LlamaConfig(), False),
+        (LlamaConfig(attention_dropout=0.1), True),
+        (GPT2Config(), True),
+        (GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), False),
+        (OPTConfig(dropout=0.1), True),
+        (GPTNeoXConfig(), False),
+        (Gemma3Config(text_config={"attention_dropout": 0.1}), True),
+    ],
+)
+def test_dropout_is_seen_in_the_config(config, has):
+    assert bench.has_dropout(config) == has
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_is_said_beside_the_loss(config, tmp_path, monkeypatch, dropout):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": dropout}))
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    assert ("where the model has no dropout; this one has." in result.output.replace("\n", " ")) == (dropout > 0)
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32}
+HEADS = {"num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (T5Config(), "a t5 model is no causal language model"),
+        (CLIPConfig(), "a clip model is no causal language model"),
+        (BertConfig(**SMALL, **HEADS), "a bert model has no decoder layers with causal attention, which plans are for"),
+        (MambaConfig(**SMALL), "a mamba model has no decoder layers with causal attention, which plans are for"),
+    ],
+)
+def test_other_models_are_named_in_one_line(tmp_path, model, says):
+    path = tmp_path / "config.json"
+    path.write_text(model.to_json_string(use_diff=False))
+    result = invoke(tmp_path, tmp_path, "--context", "256")
+    assert result.exit_code == 2, result.output
+    assert result.stderr == f"error: {tmp_path}: {says}\n"
+
+
+def test_each_length_is_measured_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "512,256,512", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert figures["settings"]["contexts"] == [512, 256]
+    assert [run["context"] for run in figures["runs"]] == [512] * 3 + [256] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (LlamaConfig(), "2048 or less, or set rope scaling in the model's config.json"),
+        (GPT2Config(), "1024 or less: its positions are learned"),
+        (OPTConfig(), "2048 or less: its positions are learned"),
+    ],
+)
+def test_rope_scaling_is_for_models_with_rope(config, advice):
+    with pytest.raises(InputError) as error:
+        check_context(config, LemoConfig(), 4096)
+    assert str(error.value).endswith(f"choose --context {advice}")
+
+
+@pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
+def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
+    monkeypatch.setattr("lemo_fx.demo.other_load", lambda: load)
+    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
+    assert result.exit_code == 0, result.output
+    assert ("Other programs are running" in result.output) == warns
 
 
 @pytest.mark.parametrize(

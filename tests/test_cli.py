@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -5,6 +6,8 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lemo_fx.cli import app
+from lemo_fx.errors import StorageError
+from lemo_fx.files import writing
 
 runner = CliRunner()
 
@@ -89,6 +92,38 @@ def test_a_users_error_is_one_line_and_exit_code_2(config, tmp_path, arguments, 
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "fit", "train", "bench"])
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300, "/proc/nope"])
+def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch, command, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    given = {"demo": [], "inspect": ["no_model"], "bench": ["no_model"]}.get(command, ["no_model", "no_data"])
+    result = runner.invoke(app, [command, *given, "--out", place])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: cannot write in {place}: ")
+    assert result.stderr.count("\n") == 1
+    assert "space" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("given", [["train", "no_model", "no_data"], ["bench", "no_model"]])
+def test_flex_attention_needs_a_gpu(tmp_path, monkeypatch, given):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = runner.invoke(app, [*given, "--out", str(tmp_path / "out"), "--attention", "flex_attention"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: --attention flex_attention trains on a GPU only")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_full_disk_asks_for_space(tmp_path):
+    with pytest.raises(StorageError, match="give another folder"), writing(tmp_path):
+        (tmp_path / "nothing" / "file").write_text("")
+    with pytest.raises(StorageError, match="free some space"), writing(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_fit_refuses_data_without_text(tmp_path):
