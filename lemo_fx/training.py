@@ -226,9 +226,23 @@ class WindowTrainer(Trainer):
         assert head is not None
         head.training = True
         try:
-            return super().prediction_step(model, *args, **kwargs)
+            with uncompiled(model):
+                return super().prediction_step(model, *args, **kwargs)
         finally:
             head.training = False
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Decoder layers run as they are: compiling what few steps run, for every mode and length, takes longer."""
+    compiled = [(layer, layer._compiled_call_impl) for _, layer in decoder_layers(model)]
+    for layer, _ in compiled:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in compiled:
+            layer._compiled_call_impl = call
 
 
 class Timeline(TrainerCallback):
