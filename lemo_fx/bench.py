@@ -26,8 +26,6 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
@@ -44,7 +42,7 @@ from lemo_fx.files import write_text, writing
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 from lemo_fx.sites import decoder_layers
-from lemo_fx.training import adapted, check_alone, check_attention, check_context, load_model, one_device
+from lemo_fx.training import adapted, check_alone, check_attention, check_context, load_model, one_device, read_config
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
@@ -187,8 +185,6 @@ def bench(
     check_attention(settings.attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_config(model_path)
-    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{model_path}: a {model_config.model_type} model is no causal language model")
     for context in settings.contexts:
         for plan in filter(None, plans.values()):
             check_context(model_config, plan, context)
@@ -215,20 +211,6 @@ def bench(
             outcome.runs.append(_attempt(model, name, given_plan, given, context, settings, device, tick))
             ended(outcome)
     return outcome
-
-
-def read_config(path: Path) -> Any:
-    """The transformers config of a folder or file.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a local model folder or a config.json")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not describe a model: {error}") from error
 
 
 def has_dropout(config: Any) -> bool:

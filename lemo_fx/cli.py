@@ -267,18 +267,17 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
 def _load_model(path: Path) -> Any:
     """A model folder with its weights; a config (or a folder without weights) with random ones."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from lemo_fx.training import read_config
 
     _no_bars_of_transformers()
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a local model folder or a config.json")
-    has_weights = path.is_dir() and any(path.glob("*.safetensors"))
-    try:
-        if has_weights:
+    config = read_config(path)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        try:
             return AutoModelForCausalLM.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a transformers causal language model: {error}") from error
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} cannot be loaded as a transformers causal language model: {error}") from error
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and layers > SHOWN_LAYERS:
         config.num_hidden_layers = SHOWN_LAYERS

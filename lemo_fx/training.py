@@ -24,7 +24,15 @@ from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_s
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 import lemo_fx
@@ -96,6 +104,23 @@ class Settings:
         check_seed(self.seed)
 
 
+def read_config(path: Path) -> Any:
+    """The transformers config of a causal language model: of a folder, or a config.json.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a local model folder or a config.json")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} does not describe a model: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{path}: a {config.model_type} model is no causal language model")
+    return config
+
+
 def load_model(path: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
     """A causal language model with all of its weights from a local folder of safetensors.
 
@@ -106,6 +131,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, attention: str | No
         raise InputError(f"{path} is not a model: give a local folder with config.json, safetensors and tokenizer")
     if not any(path.glob("*.safetensors")):
         raise InputError(f"{path} holds no *.safetensors: there are no weights to start from (no other format is read)")
+    read_config(path)
     given: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     given |= {} if attention is None else {"attn_implementation": attention}
     given |= {} if dtype is None else {"dtype": dtype}

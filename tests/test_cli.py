@@ -2,7 +2,7 @@ import errno
 import json
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
 from lemo_fx.cli import app
@@ -124,6 +124,18 @@ def test_only_a_full_disk_asks_for_space(tmp_path):
         (tmp_path / "nothing" / "file").write_text("")
     with pytest.raises(StorageError, match="free some space"), writing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("command", ["inspect", "fit", "train"])
+def test_a_model_of_another_kind_is_named_in_one_line(tmp_path, command):
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    T5Config().save_pretrained(model)
+    (model / "model.safetensors").touch()
+    data.write_text('{"text": "some words"}\n')
+    files = [str(model)] if command == "inspect" else [str(model), str(data)]
+    result = runner.invoke(app, [command, *files, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {model}: a t5 model is no causal language model\n"
 
 
 def test_fit_refuses_data_without_text(tmp_path):

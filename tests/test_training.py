@@ -222,7 +222,7 @@ BAD = {
     "unknown type": (
         {"model": ("unknown", {"config_json": '{"model_type": "abacus"}', "model_safetensors": ""})},
         [],
-        "cannot be loaded",
+        "does not describe a model",
     ),
     "damaged weights": ({"model": ("torn", {"config_json": CONFIG, "model_safetensors": "x"})}, [], "cannot be loaded"),
     "no data": ({"data": "absent"}, [], "does not exist"),
