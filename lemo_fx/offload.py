@@ -57,7 +57,10 @@ class Lane:
         if self.free:
             self.stream.synchronize()  # What is unpinned must not be read any more.
             self.free.pop(max(range(len(self.free)), key=lambda i: self.free[i].numel()))
-        buffer = torch.empty(size, dtype=torch.uint8)
+        try:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise _too_little(size) from error
         if self.device.type == "cuda":
             pin(buffer)
         return buffer
@@ -75,8 +78,12 @@ def pin(buffer: torch.Tensor) -> None:
     with suppress(RuntimeError):
         # The runtime remembers its last error, and the next launch would raise it.
         torch.zeros(1, device="cuda")
-    raise LemoError(
-        f"the host has no {buffer.numel() / 2**20:.0f} MiB of pinned memory left for a layer's saved rows: keep fewer "
+    raise _too_little(buffer.numel())
+
+
+def _too_little(size: int) -> LemoError:
+    return LemoError(
+        f"the host has no {size / 2**20:.0f} MiB of pinned memory left for a layer's saved rows: keep fewer "
         "blocks, shorten the sequences, or transform with LemoConfig(offload=False)"
     )
 
