@@ -42,7 +42,16 @@ from lemo_fx.files import write_text, writing
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 from lemo_fx.sites import decoder_layers
-from lemo_fx.training import adapted, check_alone, check_attention, check_context, load_model, one_device, read_config
+from lemo_fx.training import (
+    adapted,
+    check_alone,
+    check_attention,
+    check_context,
+    compiles,
+    load_model,
+    one_device,
+    read_config,
+)
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
@@ -276,10 +285,9 @@ def _run(
     if plan is not None:
         _transform(model, plan, given)
     torch._dynamo.reset()
-    compiles = settings.compile or (settings.compile is None and device.type == "cuda")
     for _, layer in decoder_layers(model):
         layer._compiled_call_impl = None
-        if compiles and plan is not None:
+        if plan is not None and compiles(settings.compile):
             layer.compile()
     vocabulary = model.get_input_embeddings().num_embeddings
     count = (settings.steps + 1) * settings.batch

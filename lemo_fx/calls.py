@@ -65,15 +65,9 @@ class LayerSettings:
         # From a checkpointed layer transformers takes it away.
         return not torch.is_grad_enabled() or (self.step.cache_asked and not layer.gradient_checkpointing)
 
-    def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether this call runs the rewritten graph; otherwise the original code runs."""
-        if self.step.dense or not (layer.training or self.config.active == "always"):
-            return False
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        stream = given[self.arguments[0]]
+    def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
+        """Whether the rewritten graph can do what this step asks of the layer."""
         if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                pass_by(layer)
             return False
         for name in ABSENT_IN_TRAINING:
             value = given.get(name)
@@ -82,9 +76,19 @@ class LayerSettings:
             # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
             filled = not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1])
             if filled or self._fills_a_cache(layer):
-                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    pass_by(layer)
                 return False
+        return True
+
+    def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call runs the rewritten graph; otherwise the original code runs."""
+        if self.step.dense or not (layer.training or self.config.active == "always"):
+            return False
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        stream = given[self.arguments[0]]
+        if not self._takes(layer, stream, given):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                pass_by(layer)
+            return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
                 f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "

@@ -355,8 +355,12 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
 FittedBefore = Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")]
 
 
-def _targets(text: str) -> str | tuple[str, ...]:
-    return text if text == "all-linear" else tuple(filter(None, text.split(",")))
+def _settings(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that are fields of its settings."""
+    named = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+    if named["targets"] != "all-linear":
+        named["targets"] = tuple(filter(None, named["targets"].split(",")))
+    return named
 
 
 @app.command()
@@ -401,14 +405,12 @@ def train(
         from lemo_fx import page, training
 
         _no_bars_of_transformers()
-        names = (field.name for field in dataclasses.fields(training.Settings) if field.name in given)
-        named = {name: given[name] for name in names} | {"targets": _targets(targets)}
         summary = training.train(
             model,
             data,
             out,
             _plan(plan, preset, block_size, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}),
-            training.Settings(**named),
+            training.Settings(**_settings(training.Settings, given)),
             heldout_path=heldout,
             predictors_path=predictors,
             resume=resume,
@@ -446,33 +448,23 @@ def bench(
     attention: Attention = None,
 ) -> None:
     """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
+    options = dict(locals())
     with _errors_in_one_line():
         site = {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}
         given = {**site, "plan": plan, "preset": preset, "block_size": block_size}
         named = {name for name, value in given.items() if value is not None}
-        _bench(
-            model,
-            out,
-            {preset if named == {"preset"} else "the plan": _plan(plan, preset, block_size, site)} if named else None,
-            predictors,
-            context,
-            {
-                "steps": steps,
-                "batch": batch,
-                "rank": rank,
-                "targets": _targets(targets),
-                "checkpointing": checkpointing,
-                "compile": compile,
-                "attention": attention,
-            },
+        plans = (
+            {preset if named == {"preset"} else "the plan": _plan(plan, preset, block_size, site)} if named else None
         )
+        _bench(model, out, plans, predictors, context, options)
 
 
-def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context: str, settings: dict[str, Any]) -> None:
+def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context: str, options: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx import bench as benchmark
     from lemo_fx.files import check_folder
+    from lemo_fx.training import compiles
 
     check_folder(out)
     _no_bars_of_transformers()
@@ -485,6 +477,7 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
     else:
         plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
     command = " ".join(["lemo-fx", *sys.argv[1:]])
+    written: list[Path] = []
     _warn_of_other_load()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -496,19 +489,17 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
         def ended(outcome: Any) -> None:
             bar.remove_task(bar.task_ids[-1])
             console.print(benchmark.line(outcome), highlight=False, soft_wrap=True)
-            benchmark.write(outcome, out, command)
+            written[:] = benchmark.write(outcome, out, command)
 
-        outcome = benchmark.bench(model, plans, benchmark.Settings(contexts, **settings), predictors, progress, ended)
+        settings = benchmark.Settings(contexts, **_settings(benchmark.Settings, options))
+        outcome = benchmark.bench(model, plans, settings, predictors, progress, ended)
     console.print(benchmark.table(outcome))
+    plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(
-        f'"{benchmark.UNTOUCHED}": {"neither compiled nor " if _compiles(outcome) else "not "}transformed. '
+        f'"{benchmark.UNTOUCHED}": {plainly}. '
         f'"{benchmark.LORA}": the loss in segments, nothing eliminated. Token ids are random'
         f"{', weights too' if outcome.random_weights else ''}: the loss only shows whose forward is the original"
         f"{', where the model has no dropout; this one has' if outcome.dropout else ''}.",
         highlight=False,
     )
-    _print_paths(benchmark.write(outcome, out, command))
-
-
-def _compiles(outcome: Any) -> bool:
-    return outcome.settings.compile or (outcome.settings.compile is None and outcome.device != "cpu")
+    _print_paths(written)

@@ -421,6 +421,11 @@ def check_attention(attention: str | None) -> None:
         raise InputError("--attention flex_attention trains on a GPU only, and here is none: choose sdpa or eager")
 
 
+def compiles(asked: bool | None) -> bool:
+    """Whether decoder layers are compiled: as asked, else where there is a GPU."""
+    return torch.cuda.is_available() if asked is None else asked
+
+
 def _check_place(out: Path, resume: bool) -> None:
     check_alone()
     check_folder(out)
@@ -577,7 +582,7 @@ def _trainer(
     model = adapted(model, settings.rank, settings.targets)
     lemo_fx.transform(model, plan, predictors=predictors)
     layers = decoder_layers(model)
-    if settings.compile or (settings.compile is None and next(model.parameters()).is_cuda):
+    if compiles(settings.compile):
         # Not the whole model: transformers would then build a mask of length x length.
         for _, layer in layers:
             layer.compile()
