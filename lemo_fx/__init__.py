@@ -1,8 +1,6 @@
 """Long-context fine-tuning with less memory and less time: LeMo's contextual token sparsity as torch.fx passes."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lemo_fx._version import __version__
@@ -21,11 +19,11 @@ from lemo_fx.errors import (
 )
 
 if TYPE_CHECKING:
+    from lemo_fx.api import graphs, report, revert, set_dense, transform
     from lemo_fx.callback import DenseFinish, LemoCallback
-    from lemo_fx.fit import fit
+    from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
-    from lemo_fx.report import Report
-    from lemo_fx.transform import graphs, report, revert, set_dense, transform
+    from lemo_fx.reporting import Report
 
 __all__ = [
     "CaptureError",
@@ -58,13 +56,13 @@ _LATE = {
     "DenseFinish": "callback",
     "LemoCallback": "callback",
     "Predictors": "predictors",
-    "Report": "report",
-    "fit": "fit",
-    "graphs": "transform",
-    "report": "transform",
-    "revert": "transform",
-    "set_dense": "transform",
-    "transform": "transform",
+    "Report": "reporting",
+    "fit": "fitting.fit",
+    "graphs": "api",
+    "report": "api",
+    "revert": "api",
+    "set_dense": "api",
+    "transform": "api",
 }
 
 
@@ -78,13 +76,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing a submodule puts it here under its own name; `lemo_fx.transform` is the function nevertheless.
-        if not (name in _LATE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lemo_fx.api import report, set_dense
 from lemo_fx.config import is_count, is_number
 from lemo_fx.errors import ConfigError
 from lemo_fx.measure import peak_memory
-from lemo_fx.transform import report, set_dense
 
 
 class LemoCallback(TrainerCallback):

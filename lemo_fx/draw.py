@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 from torch import fx, nn
 
-from lemo_fx import runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, readable_code
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, readable_code
+from lemo_fx.runtime import branch
 
 ROLES = {
     "stream": ("residual stream", "#3a3a3a", "#ffffff"),
@@ -32,10 +32,10 @@ ROLES = {
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
 
 OUTLINED = (
-    runtime.branch,
-    runtime.token_wise_branch,
-    runtime.without_gradient,
-    runtime.token_wise_without_gradient,
+    branch.branch,
+    branch.token_wise_branch,
+    branch.without_gradient,
+    branch.token_wise_without_gradient,
 )
 """What calls a function that a pass made of a region."""
 
@@ -131,7 +131,7 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return None
     if node.target in OUTLINED:
         return _outlined(node, module)
-    if node.target is runtime.rows_for_values:
+    if node.target is branch.rows_for_values:
         return Call(_name(node), "eliminate", ("dropped rows of the stream",))
     name = str(node.target)
     if "eliminate" in name:
@@ -151,7 +151,7 @@ def _outlined(node: fx.Node, module: nn.Module | None) -> Call:
     body = module.get_submodule(str(function.target)) if module is not None else None
     inner = [n for n in body.graph.nodes if n.op == "call_module"] if isinstance(body, fx.GraphModule) else []
     lines = tuple(f"· {str(n.target).removeprefix('lemo_')}" for n in inner)
-    if node.target in (runtime.branch, runtime.token_wise_branch):
+    if node.target in (branch.branch, branch.token_wise_branch):
         return Call(_name(node), "branch", lines)
     scores = any(str(n.target).endswith("_score") for n in inner)
     return Call(_name(node), "score" if scores else "rest", lines)

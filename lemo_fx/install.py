@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lemo_fx import parallel, runtime
-from lemo_fx.calls import (
+from lemo_fx import distributed
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.graph.capture import PATCHING, build_module
+from lemo_fx.kernels.float8_linear.op import Float8Switch
+from lemo_fx.kernels.select_blocks.op import forget
+from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.runtime.head import HeadSettings, make_generate, make_head_forward
+from lemo_fx.runtime.layer import (
     STATE,
     TELLER,
-    HeadSettings,
     LayerSettings,
     add_cache_teller,
     call_layer,
     floats_of,
-    make_generate,
-    make_head_forward,
     make_layer_forward,
 )
-from lemo_fx.capture import PATCHING, build_module
-from lemo_fx.config import LemoConfig
-from lemo_fx.errors import UnsupportedModelError
-from lemo_fx.kernels.float8_linear.op import Float8Switch
-from lemo_fx.kernels.select_blocks.op import forget
-from lemo_fx.parts import SelectBlocks, StepScore
-from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.runtime.scores import StepScore
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.step import Step
 
 
 @dataclass
@@ -128,9 +128,7 @@ class Plan:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def layer_plan(
-    name: str, rewrite: LayerRewrite, config: LemoConfig, step: runtime.Step, rows: list[dict[str, Any]]
-) -> Plan:
+def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[dict[str, Any]]) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
@@ -207,7 +205,7 @@ def uninstall(module: nn.Module) -> None:
         module.__class__ = record.original
     else:
         below = present.__bases__[-1] if present.__bases__[-1] in _classes.values() else None
-        restored = parallel.under_fsdp(present, record.original) if below else None
+        restored = distributed.under_fsdp(present, record.original) if below else None
         if restored is None:
             raise UnsupportedModelError(
                 f"{present.__name__} was put on top by another library after lemo_fx.transform: undo that first"

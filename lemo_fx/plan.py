@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from lemo_fx import parallel, runtime
-from lemo_fx.calls import HeadSettings
-from lemo_fx.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
+from lemo_fx import distributed
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
+from lemo_fx.graph.sites import causal_model, decoder_layers, find_sites, longest_context, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
-from lemo_fx.parts import Candidates, RandomScore, SelectBlocks, StepScore, measured_score
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
-from lemo_fx.sites import causal_model, decoder_layers, find_sites, longest_context, site_name
+from lemo_fx.runtime import kept
+from lemo_fx.runtime.head import HeadSettings
+from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.step import Step
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
@@ -42,9 +45,9 @@ def make_plans(
 
     Nothing of the model is changed. Raises as `transform`.
     """
-    parallel.refuse_wrapped(model)
-    parallel.refuse_process(model)
-    parallel.refuse_cut_weights(model)
+    distributed.refuse_wrapped(model)
+    distributed.refuse_process(model)
+    distributed.refuse_cut_weights(model)
     layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(
@@ -56,7 +59,7 @@ def make_plans(
         holder = causal_model(model)
         predictors.check_fits(holder if holder is not None else model)
     notes: list[str] = []
-    step = runtime.Step()
+    step = Step()
     plans = []
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
@@ -66,9 +69,9 @@ def make_plans(
             # its graph is installed with dense branches, so that its MLP is recomputed in segments.
             if not (config.rewrites_dense_layers or last):
                 continue
-        parallel.refuse_finer_units(name, layer)
+        distributed.refuse_finer_units(name, layer)
         try:
-            with parallel.gathered(layer):
+            with distributed.gathered(layer):
                 plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
         except UnsupportedModelError as error:
             if not config.is_dense(index, len(layers)):
@@ -119,7 +122,7 @@ def _plan_layer(
     count: int,
     config: LemoConfig,
     predictors: Predictors | None,
-    step: runtime.Step,
+    step: Step,
     dump: Path | None,
 ) -> Plan | None:
     if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
@@ -195,12 +198,12 @@ def _plan_site(
     count: int,
     config: LemoConfig,
     predictors: Predictors | None,
-    step: runtime.Step,
+    step: Step,
 ) -> dict[str, Any]:
     """Decide one site and add its parts to the rewrite; returns its row of the report."""
     mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
     implementation = str(getattr(getattr(mixer, "config", None), "_attn_implementation", None))
-    if planned.site.kind == "attention" and implementation not in runtime.MASKED_IMPLEMENTATIONS and _window(mixer):
+    if planned.site.kind == "attention" and implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
         raise UnsupportedModelError(
             f"{layer_name}: {implementation} counts its sliding window in kept tokens, not in original positions; use "
             f"attn_implementation='sdpa'. {_MEND}"
@@ -303,7 +306,7 @@ def _refuse_unknown_arguments(name: str, rewrite: LayerRewrite, planned: Planned
 def _plan_head(
     model: nn.Module,
     config: LemoConfig,
-    step: runtime.Step,
+    step: Step,
     sparse_experts: bool,
     notes: list[str],
     dump: Path | None,

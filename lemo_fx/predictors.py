@@ -23,10 +23,11 @@ from torch import nn
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.files import write_text, writing
-from lemo_fx.parts import Candidates, PredictedScore, StandIn
-from lemo_fx.prediction import DECAYS
-from lemo_fx.predictor_training import Recipe, random_weights
-from lemo_fx.sites import causal_model, decoder_layers, site_names
+from lemo_fx.fitting.training import Recipe, random_weights
+from lemo_fx.graph.sites import causal_model, decoder_layers, site_names
+from lemo_fx.runtime.network import DECAYS
+from lemo_fx.runtime.scores import Candidates, PredictedScore
+from lemo_fx.runtime.stand_in import StandIn
 
 FORMAT_VERSION = 2
 TENSORS = "predictors.safetensors"
@@ -82,7 +83,7 @@ class Predictors:
 
     Attributes:
         tensors: "layers.<index>.<site>.stand_in.<down|up|bias>" and "layers.<index>.<site>.predictor.<name>", the names
-            of `lemo_fx.prediction`, -> tensor.
+            of `lemo_fx.runtime.network`, -> tensor.
         record: plain facts: format version, base model's class and fingerprint, hidden size, number of layers, how the
             fit was made and how well it explains each branch.
     """

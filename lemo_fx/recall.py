@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lemo_fx import runtime
-from lemo_fx.calls import STATE
-from lemo_fx.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
+from lemo_fx.distributed import gathered
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
+from lemo_fx.graph.sites import find_sites, site_name
 from lemo_fx.install import targets_of
-from lemo_fx.parallel import gathered
-from lemo_fx.parts import Predictor, SelectBlocks, measured_score
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
-from lemo_fx.sites import find_sites, site_name
+from lemo_fx.runtime import kept
+from lemo_fx.runtime.layer import STATE
+from lemo_fx.runtime.scores import Predictor, measured_score
+from lemo_fx.runtime.select import SelectBlocks
 
 
 def measure_recall(
@@ -107,7 +108,7 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
 def _recall(select: Any, predicted: torch.Tensor, true: torch.Tensor, stream: torch.Tensor, mask: Any) -> float:
     """Share of the real tokens chosen by the true scores that the predicted ones choose too."""
     assert isinstance(select, SelectBlocks)
-    valid = runtime.valid_tokens(mask, stream)
+    valid = kept.valid_tokens(mask, stream)
     wanted, got = (select.choose(scores, stream, valid) for scores in (true, predicted))
     both = wanted & got
     if valid is not None:

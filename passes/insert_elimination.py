@@ -11,15 +11,15 @@ itself without gradient (attention needs every token for that, an MLP the droppe
 
 from torch import fx
 
-from lemo_fx import runtime
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input
+from lemo_fx.runtime import branch, kept
 
 COMPACT = {
-    "attention_mask": runtime.compact_mask,
-    "position_embeddings": runtime.compact_rows,
-    "position_ids": runtime.compact_positions,
-    "**kwargs": runtime.compact_kwargs,
+    "attention_mask": kept.compact_mask,
+    "position_embeddings": kept.compact_rows,
+    "position_ids": kept.compact_positions,
+    "**kwargs": kept.compact_kwargs,
 }
 """How each layer argument that runs along the sequence follows the kept tokens."""
 
@@ -69,8 +69,8 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
         if function is not None:
             name = f"{argument.name.strip('_')}_kept"
             args: tuple = (argument, planned.tokens, length)
-            if function in (runtime.compact_positions, runtime.compact_kwargs):
-                args += (runtime.numbers_documents(planned.site.mixer, rewrite.graph),)
+            if function in (kept.compact_positions, kept.compact_kwargs):
+                args += (kept.numbers_documents(planned.site.mixer, rewrite.graph),)
             compact[argument] = call(rewrite.graph, function, args, name, region)
     return compact
 
@@ -79,7 +79,7 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     graph, site, name = rewrite.graph, planned.site, planned.name
     exact, token_wise = planned.treatment == "exact", site.kind == "mlp"
     if not exact or token_wise:
-        planned.dropped = call(graph, runtime.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
+        planned.dropped = call(graph, kept.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
     if exact:
         region = Region(f"lemo_{name}_forward", False, token_wise, float8=rewrite.forward == "float8")
         values = {}
@@ -87,7 +87,7 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
             # Where checkpointing keeps the products, the forward computes the kept rows' as well.
             recomputed = rewrite.recompute != "elementwise" and graph.create_node("get_attr", "gradient_checkpointing")
             args = (site.stream, planned.dropped, recomputed)
-            values[site.stream] = call(graph, runtime.rows_for_values, args, f"{name}_other_rows")
+            values[site.stream] = call(graph, branch.rows_for_values, args, f"{name}_other_rows")
         return clone(graph, site.nodes, values, region, "forward")[site.branch]
     region = Region(f"lemo_{name}_approximation", gradient=False)
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)

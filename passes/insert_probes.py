@@ -3,8 +3,8 @@
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n = norm(x);  a = attention(n, mask);  lemo_attention_probe(n, a);  y = x + a
 scored:  ...  scores = lemo_attention_score(n', mask);  lemo_attention_probe(n, a, x, scores, mask);  y = x + a
-Not part of the pipeline: `lemo_fx.probing` runs it alone on a fresh capture, after `insert_scores` where the true
-scores are wanted.
+Not part of the pipeline: `lemo_fx.fitting.profile` runs it alone on a fresh capture, after `insert_scores` where the
+true scores are wanted.
 """
 
 from torch import fx

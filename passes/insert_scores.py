@@ -12,8 +12,8 @@ A "shared" site gets none: it takes the tokens of the layer's attention.
 
 from torch import fx
 
-from lemo_fx import runtime
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
+from lemo_fx.runtime import kept
 
 
 def insert_scores(rewrite: LayerRewrite) -> int:
@@ -36,7 +36,7 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     site = planned.site
     if planned.score == "predicted" and site.kind == "attention":
         args: tuple = (site.stream, rewrite.placeholder("attention_mask"))
-        if runtime.numbers_documents(site.mixer, rewrite.graph):
+        if kept.numbers_documents(site.mixer, rewrite.graph):
             args += (rewrite.placeholder("position_ids"), rewrite.placeholder("**kwargs"))
         return call(rewrite.graph, target, args, name)
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
@@ -45,7 +45,7 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         args = (site.stream, rewrite.placeholder("attention_mask"))
         tokens = call(rewrite.graph, f"lemo_{planned.name}_candidates", args, f"{planned.name}_candidates")
         name_of_rows = f"{planned.name}_candidate_rows"
-        values[site.stream] = call(rewrite.graph, runtime.take, (site.stream, tokens), name_of_rows, region)
+        values[site.stream] = call(rewrite.graph, kept.take, (site.stream, tokens), name_of_rows, region)
     copies = clone(rewrite.graph, before_mixer, values, region, "scored")
     if site.kind == "attention":
         args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))

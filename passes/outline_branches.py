@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lemo_fx import runtime
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.passes.rewrite import META, LayerRewrite, Region, call
+from lemo_fx.runtime import branch
 
 FLOAT8 = "lemo_float8"
 """Attribute of a rewritten layer: the switch of its frozen linear layers."""
@@ -51,11 +51,11 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
         length = (rewrite.length(),) if region.token_wise else ()
         if region.gradient:
             switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
-            run: Callable = runtime.token_wise_branch if region.token_wise else runtime.branch
+            run: Callable = branch.token_wise_branch if region.token_wise else branch.branch
             share = (region.share,) if region.token_wise else ()
             args: tuple = (function, switch, rewrite.recompute, *length, *share, *inputs)
         else:
-            run = runtime.token_wise_without_gradient if region.token_wise else runtime.without_gradient
+            run = branch.token_wise_without_gradient if region.token_wise else branch.without_gradient
             args = (function, *length, *inputs)
         precision = {}
         if region.float8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from lemo_fx.capture import remove_dead_nodes
+from lemo_fx.graph.capture import remove_dead_nodes
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination

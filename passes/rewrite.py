@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from lemo_fx.config import Treatment
-from lemo_fx.sites import Site, holds_matrix
+from lemo_fx.graph.sites import Site, holds_matrix
 
 META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""

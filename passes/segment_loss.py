@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lemo_fx import loss as segmented
-from lemo_fx.capture import SPLAT, remove_dead_nodes
+from lemo_fx.graph.capture import SPLAT, remove_dead_nodes
 from lemo_fx.passes.rewrite import call
+from lemo_fx.runtime import loss as segmented
 
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 

@@ -245,7 +245,7 @@ def test_a_last_layer_that_fails_rolls_everything_back(lora):
 @pytest.mark.parametrize("where", ["to", "rewritten_class"])
 def test_an_installation_that_fails_midway_rolls_everything_back(where, monkeypatch):
     from lemo_fx import install
-    from lemo_fx.parts import SelectBlocks
+    from lemo_fx.runtime.select import SelectBlocks
 
     model = tiny("llama", 3)
     inputs = batch(2, 48)

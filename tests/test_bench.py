@@ -16,11 +16,11 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lemo_fx import bench
-from lemo_fx.cli import app
+from lemo_fx.cli import bench
+from lemo_fx.cli.app import app
+from lemo_fx.cli.train import check_context
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.training import check_context
 
 runner = CliRunner()
 
@@ -210,7 +210,7 @@ def test_rope_scaling_is_for_models_with_rope(config, advice):
 
 @pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
 def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
-    monkeypatch.setattr("lemo_fx.demo.other_load", lambda: load)
+    monkeypatch.setattr("lemo_fx.cli.demo.other_load", lambda: load)
     monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 import lemo_fx
 from lemo_fx import DenseFinish, LemoCallback
 from lemo_fx.callback import _kept_shares
+from lemo_fx.fitting.training import Recipe
 from lemo_fx.measure import saved_bytes
-from lemo_fx.predictor_training import Recipe
 
 
 class Reporter(TrainerCallback):

@@ -102,7 +102,7 @@ def test_checkpointed_from_outside(reentrant, score):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recompute_never_ranks_again(reentrant, monkeypatch):
     """The scorer gives other scores whenever it is called again: the gradients must not notice."""
-    from lemo_fx.parts import RandomScore
+    from lemo_fx.runtime.scores import RandomScore
 
     calls = []
 

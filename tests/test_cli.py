@@ -5,7 +5,7 @@ import pytest
 from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
-from lemo_fx.cli import app
+from lemo_fx.cli.app import app
 from lemo_fx.errors import StorageError
 from lemo_fx.files import writing
 
@@ -176,7 +176,7 @@ def test_fit_refuses_numbers_at_once(tmp_path, options, says):
     ],
 )
 def test_demo_refuses_a_plan_before_it_trains(tmp_path, monkeypatch, options, says):
-    monkeypatch.setattr("lemo_fx.demo.load", None)
+    monkeypatch.setattr("lemo_fx.cli.demo.load", None)
     result = runner.invoke(app, ["demo", "--out", str(tmp_path), *options])
     assert result.exit_code == 2
     assert says in result.stderr

@@ -10,9 +10,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, runtime
+from lemo_fx import Elimination, LemoConfig
+from lemo_fx.graph.sites import decoder_layers
 from lemo_fx.kernels.select_blocks import op
-from lemo_fx.sites import decoder_layers
+from lemo_fx.runtime import branch
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ def test_the_leader_of_a_shared_choice_is_compiled_with_the_others(whole, slope)
 @pytest.mark.parametrize(("layers", "whole"), [(9, False), (4, True)])
 def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole, monkeypatch):
     # In as many pieces for all of them: 10 to 70 tokens of 80.
-    monkeypatch.setattr(runtime, "SEGMENT", 16)
+    monkeypatch.setattr(branch, "SEGMENT", 16)
     site = Elimination(keep=[1 - layer / 10 for layer in range(layers)], score="random")
     model = transformed(site, layers, checkpointing=not whole)
     # By layer: both dense ones and the first sparse one, whose budget was said to vary.
@@ -101,7 +102,7 @@ def test_any_length_compiles_twice(site, layers, kinds):
 
 
 def test_any_threshold_and_count_compiles_once(monkeypatch):
-    monkeypatch.setattr(runtime, "SEGMENT", 16)
+    monkeypatch.setattr(branch, "SEGMENT", 16)
     thresholds = [0.2, 0.5, 0.7, 0.9]
     site = Elimination(threshold=thresholds, score="random")
     model = transformed(site, len(thresholds), checkpointing=True, dense_layers=())
@@ -117,7 +118,7 @@ def test_any_threshold_and_count_compiles_once(monkeypatch):
 )
 def test_models_of_other_scalings_compile_in_one_process(treatment, segment, other, monkeypatch):
     if segment:
-        monkeypatch.setattr(runtime, "SEGMENT", segment)
+        monkeypatch.setattr(branch, "SEGMENT", segment)
     torch._dynamo.reset()
     inputs = batch(1, 64)
     for alpha, epsilon, heads in ((8, 1e-6, 4), other):
@@ -136,7 +137,7 @@ def test_models_of_other_scalings_compile_in_one_process(treatment, segment, oth
 )
 def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(recompute, segment, monkeypatch):
     if segment:
-        monkeypatch.setattr(runtime, "SEGMENT", segment)
+        monkeypatch.setattr(branch, "SEGMENT", segment)
     site = Elimination(keep=0.25, eliminated="exact", score="random")
     model = transformed(site, layers=5, checkpointing=True, recompute=recompute)
     inputs = batch(1, 64)

@@ -12,10 +12,10 @@ from training import plan
 from transformers import AutoTokenizer
 
 import lemo_fx
-from lemo_fx.data import Document, hold_out, read_rows, tokenise, windows
-from lemo_fx.demo import ASSETS
+from lemo_fx.cli.data import Document, hold_out, read_rows, tokenise, windows
+from lemo_fx.cli.demo import ASSETS
+from lemo_fx.cli.train import Windows, keeps_documents_apart, one_window
 from lemo_fx.errors import InputError
-from lemo_fx.training import Windows, keeps_documents_apart, one_window
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
@@ -82,7 +82,7 @@ def test_a_bad_line_is_named(tmp_path, line, says):
 def test_texts_end_with_the_end_token_once(tokenizer):
     end = tokenizer.eos_token_id
     rows = [("text", "One."), ("text", "One.<|endoftext|>"), ("text", ""), ("input_ids", []), ("input_ids", [7, 8])]
-    rows = [lemo_fx.data.Row(str(i), *row) for i, row in enumerate(rows)]
+    rows = [lemo_fx.cli.data.Row(str(i), *row) for i, row in enumerate(rows)]
     ticks = []
     found = [d.ids.tolist() for d in tokenise(rows, tokenizer, 2048, tick=ticks.append)]
     once = [*tokenizer("One.")["input_ids"], end]
@@ -95,7 +95,7 @@ def test_texts_end_with_the_end_token_once(tokenizer):
 
 
 def test_chats_follow_the_template(tokenizer, monkeypatch):
-    rows = [lemo_fx.data.Row("data:1", "messages", CHAT)]
+    rows = [lemo_fx.cli.data.Row("data:1", "messages", CHAT)]
     with pytest.raises(InputError, match="no chat template"):
         tokenise(rows, tokenizer, 2048)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
@@ -116,7 +116,7 @@ def test_chats_follow_the_template(tokenizer, monkeypatch):
 def test_a_piece_without_anything_to_learn_is_dropped(pack):
     ids = np.arange(40, dtype=np.int32)
     # Learnt: the first token of the second piece, which nothing predicts, and one of the last piece.
-    labels = np.where((ids == 16) | (ids == 35), ids, np.int32(lemo_fx.data.IGNORED))
+    labels = np.where((ids == 16) | (ids == 35), ids, np.int32(lemo_fx.cli.data.IGNORED))
     (window,) = windows([Document(ids, labels)], 16, pack)
     assert [piece.ids.tolist() for piece in window] == [[*range(32, 40)]]
 

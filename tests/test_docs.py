@@ -22,7 +22,7 @@ import typer
 from tiny import tiny
 
 import lemo_fx
-from lemo_fx.cli import app
+from lemo_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,8 +8,8 @@ from processes import fit_and_be_killed_in, in_clean_process
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
-from lemo_fx.predictor_training import Recipe
-from lemo_fx.thresholds import Tuning
+from lemo_fx.fitting.thresholds import Tuning
+from lemo_fx.fitting.training import Recipe
 from tests.helpers.tiny import TOLERANCE, VOCABULARY, tiny, with_lora
 
 CONFIG = LemoConfig(block_size=8, dense_layers=())

@@ -11,8 +11,8 @@ from tiny import tiny
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.calls import STATE
-from lemo_fx.capture import readable
+from lemo_fx.graph.capture import readable
+from lemo_fx.runtime.layer import STATE
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -17,8 +17,8 @@ import sys
 import torch
 import transformers.modeling_utils, transformers.modeling_layers, peft  # these may look for triton themselves
 before = {name for name in sys.modules if name.split(".")[0] == "triton"}
-import lemo_fx.fit, lemo_fx.report, lemo_fx.transform
-from lemo_fx.transform import suspended
+import lemo_fx.fitting.fit, lemo_fx.reporting, lemo_fx.api
+from lemo_fx.api import suspended
 from lemo_fx import fit, report, transform, Report
 for function in (fit, report, transform, lemo_fx.fit, lemo_fx.report, lemo_fx.transform):
     assert callable(function), function
@@ -44,7 +44,7 @@ def test_help_imports_neither_torch_nor_transformers():
     output = run("""
 import sys
 from typer.testing import CliRunner
-from lemo_fx.cli import app
+from lemo_fx.cli.app import app
 helped = CliRunner().invoke(app, ["--help"])
 assert helped.exit_code == 0
 print(helped.output)

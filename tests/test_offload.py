@@ -11,7 +11,8 @@ import torch
 from tiny import ARCHITECTURES, assert_same_step, batch, step, tiny, with_lora
 
 import lemo_fx
-from lemo_fx import ConfigError, Elimination, LemoConfig, offload
+from lemo_fx import ConfigError, Elimination, LemoConfig
+from lemo_fx.runtime import offload
 
 
 @pytest.fixture

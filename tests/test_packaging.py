@@ -63,7 +63,7 @@ def test_wheel_and_sdist(tmp_path):
         archive.extractall(installed)
         metadata = archive.read(f"{name}.dist-info/METADATA").decode()
         assert f"{name}.dist-info/licenses/LICENSE" in archive.namelist()
-        assert "lemo-fx = lemo_fx.cli:app" in archive.read(f"{name}.dist-info/entry_points.txt").decode()
+        assert "lemo-fx = lemo_fx.cli.app:app" in archive.read(f"{name}.dist-info/entry_points.txt").decode()
     assert f"\nVersion: {lemo_fx.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     names = ("lemo_fx", "lemo_fx.passes.pipeline", "lemo_fx.kernels.eliminate.op")

@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors, prediction
+from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
+from lemo_fx.fitting.training import Blocks, Recipe, compressed, predict, random_weights, recall, train
 from lemo_fx.kernels.select_blocks.reference import WINDOWS, balanced
-from lemo_fx.parts import Candidates, PredictedScore, Predictor
-from lemo_fx.predictor_training import Blocks, Recipe, compressed, predict, random_weights, recall, train
 from lemo_fx.predictors import RECORD, TENSORS
+from lemo_fx.runtime import network
+from lemo_fx.runtime.scores import Candidates, PredictedScore, Predictor
 from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, packed, step, tiny, with_lora
 
 BLOCK = 8
@@ -36,7 +37,7 @@ def random_part(kind, hidden=32, width=4, block_size=BLOCK, seed=0):
 
 def naive_network(w, t, x):
     x = x.double() / math.sqrt(float((x.double() ** 2).mean()) + 1e-6)
-    hidden = (x @ w["first"][t] * prediction.QUANTUM + w["first_bias"][t]).clamp_min(0)
+    hidden = (x @ w["first"][t] * network.QUANTUM + w["first_bias"][t]).clamp_min(0)
     return (hidden @ w["second"][t] + w["second_bias"][t]).clamp_min(0) @ w["third"][t]
 
 
@@ -52,7 +53,7 @@ def naive_scores(weights, stream, block_size, documents=None):
             if not any(documents[i] == documents[j] for i in blocks[m] for j in blocks[n]):
                 continue
             bias = sum(
-                float(a) * math.exp(-rate * (m - n)) for a, rate in zip(w["distance"], prediction.DECAYS, strict=True)
+                float(a) * math.exp(-rate * (m - n)) for a, rate in zip(w["distance"], network.DECAYS, strict=True)
             )
             out[n] += max(0.0, float(query[m] @ key[n]) + bias)
     return out
@@ -289,7 +290,7 @@ def planted(kind, count=24, blocks=24, hidden=32, seed=0):
     valid[::3, -4 * BLOCK - 3 :] = False
     if kind == "mlp":
         return Blocks(x.half(), (x @ q)[..., 0].abs() + 0.05, valid, BLOCK)
-    queries, keys = (prediction.pool(x @ m, valid, BLOCK, "mean") for m in (q, k))
+    queries, keys = (network.pool(x @ m, valid, BLOCK, "mean") for m in (q, k))
     pairs = (queries @ keys.transpose(1, 2) + 0.5).relu().tril()
     found = Blocks(x.half(), torch.zeros(count, blocks), valid, BLOCK)
     found.scores = torch.where(found.real[:, :, None], pairs, 0.0).sum(1) + 0.05
@@ -337,7 +338,7 @@ def test_compressing_moves_a_weight_by_half_a_step():
     # The rows of the second matrix make up for the scales: the networks differ by rounding alone.
     rounded = {name: w.bfloat16() for name, w in weights.items()} | {"first": small["first"] * step}
     stream = torch.randn(2, 64, 64)
-    full, found = (prediction.network(w, stream)[1] for w in (rounded, small))
+    full, found = (network.network(w, stream)[1] for w in (rounded, small))
     torch.testing.assert_close(found, full, **TOLERANCE["bf16"])
 
 

@@ -19,14 +19,14 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from lemo_fx.cli import app
-from lemo_fx.demo import ASSETS
-from lemo_fx.training import Windows, one_window
+from lemo_fx.cli.app import app
+from lemo_fx.cli.demo import ASSETS
+from lemo_fx.cli.train import Windows, one_window
 
 SHORT = ["--context", "128", "--block-size", "8", "--steps", "6", "--eval-windows", "2", "--rate", "1e-2"]
 KILL = """
 import os, pathlib, signal, sys, transformers
-from lemo_fx.cli import app
+from lemo_fx.cli.app import app
 step = transformers.Trainer.training_step
 def killed(self, *args, **kwargs):
     if self.state.global_step == 4:

@@ -39,13 +39,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, Predictors, measure, prediction, runtime
+from lemo_fx import Elimination, LemoConfig, Predictors, measure
+from lemo_fx.fitting.thresholds import Tuning
+from lemo_fx.fitting.training import Blocks, Recipe, kept, predict, random_weights, recall, train
 from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.reference import balanced
-from lemo_fx.parts import ActivationScore, Candidates, PredictedScore
-from lemo_fx.predictor_training import Blocks, Recipe, kept, predict, random_weights, recall, train
 from lemo_fx.predictors import fingerprint, hidden_size, identity
-from lemo_fx.thresholds import Tuning
+from lemo_fx.runtime import network
+from lemo_fx.runtime.kept import take
+from lemo_fx.runtime.scores import ActivationScore, Candidates, PredictedScore
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "lemo_fx/demo_assets/model"
@@ -106,7 +108,7 @@ def sequences(
 
 
 def profile(args: argparse.Namespace) -> None:
-    from lemo_fx.fit import run_probes
+    from lemo_fx.fitting.fit import run_probes
 
     model = load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -434,7 +436,7 @@ def mlp_parts(mlp, networks, found, _, args: tuple[torch.Tensor], normed: torch.
     of_blocks = true.view(-1, BLOCK)
     for name, weights in networks.items():
         weights = {part: weight.to(DEVICE) for part, weight in weights.items()}
-        tokens = prediction.token_scores(weights, prediction.network(weights, args[0])[1])[0]
+        tokens = network.token_scores(weights, network.network(weights, args[0])[1])[0]
         note(name, tokens)
         for count in (1, 2, 4, 8):
             best = of_blocks.gather(1, tokens.view(-1, BLOCK).topk(count).indices).amax(1)
@@ -534,7 +536,7 @@ class MlpScore(torch.nn.Module):
     @torch.no_grad()
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n]."""
-        return self.score(self.norm(runtime.take(stream, self.candidates(stream))))
+        return self.score(self.norm(take(stream, self.candidates(stream))))
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -579,7 +581,7 @@ _done: dict = {}
 
 def trained(data, heldout, site, seed, loss=LOSS):
     """(recalls, predicted scores on the held-out sequences, record) of one training."""
-    key = (site, seed, loss, prediction.POOLING[site[1]])
+    key = (site, seed, loss, network.POOLING[site[1]])
     if key not in _done:
         # The stream alone is large, and read again and again.
         blocks = dataclasses.replace(data[site], stream=data[site].stream.to(DEVICE))
@@ -625,11 +627,11 @@ def compared(data, heldout, sites: list[Site], seeds: int) -> tuple[dict, dict]:
         print(name, losses[name], flush=True)
         if site[1] == "mlp":
             continue
-        usual = prediction.POOLING[site[1]]
+        usual = network.POOLING[site[1]]
         for how in ("mean", "max", "min"):
-            prediction.POOLING[site[1]] = how
+            network.POOLING[site[1]] = how
             pooling.setdefault(name, {})[how] = round(trained(data, heldout, site, 0)[0][0], 4)
-        prediction.POOLING[site[1]] = usual
+        network.POOLING[site[1]] = usual
         print(name, pooling[name], flush=True)
     return losses, pooling
 
@@ -717,7 +719,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
         figure.colorbar(image, ax=list(row), label="block score")
     for axis in grid[-1]:
         axis.set_xlabel("token block")
-    figure.savefig(folder / "prediction.png", dpi=110)
+    figure.savefig(folder / "network.png", dpi=110)
 
 
 STAGES = {

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, offload
+from lemo_fx import Elimination, LemoConfig
 from lemo_fx.errors import LemoError
-from lemo_fx.sites import decoder_layers
+from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.runtime import offload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -19,7 +19,7 @@ from training import Rows, arguments
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.predictor_training import Recipe
+from lemo_fx.fitting.training import Recipe
 
 KILLED = -signal.SIGKILL
 

@@ -33,8 +33,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.sites import decoder_layers
-from lemo_fx.transform import suspended
+from lemo_fx.api import suspended
+from lemo_fx.graph.sites import decoder_layers
 
 ROOT = Path(__file__).parents[2]
 CHECKS = []

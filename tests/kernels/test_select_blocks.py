@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemo_fx import runtime
 from lemo_fx.errors import SelectionError
 from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.restore.op import restore
@@ -16,7 +15,9 @@ from lemo_fx.kernels.select_blocks.reference import (
     select_blocks,
     select_by_threshold,
 )
-from lemo_fx.parts import SelectBlocks
+from lemo_fx.runtime.kept import labelled_tokens
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.step import Step
 
 
 def blocks_of(tokens, size):
@@ -136,14 +137,14 @@ def test_the_only_label_survives(data):
     last = length - 1 if valid is None else length - 1 - valid.flip(1).int().argmax(1)
     target = first + 1 + (torch.rand(rows, generator=generator) * (last - first)).long()
     labels[torch.arange(rows), target] = 5
-    labelled = runtime.labelled_tokens(labels, torch.zeros(rows, length, 1))
+    labelled = labelled_tokens(labels, torch.zeros(rows, length, 1))
     if data.draw(st.booleans()):
         keep = data.draw(st.sampled_from([(1, 100), (1, 10), (1, 4), (1, 3), (1, 2), (3, 4), (1, 1)]))
         tokens = select_blocks(scores, valid, labelled, length, size, keep)
         assert tokens.shape == select_blocks(scores, None, None, length, size, keep).shape
     else:
         threshold = data.draw(st.sampled_from([-1.0, 0.0, 1.0, float("inf")]))
-        part = SelectBlocks(size, None, threshold, 0, runtime.Step())
+        part = SelectBlocks(size, None, threshold, 0, Step())
         tokens = select_by_threshold(scores, valid, labelled, length, size, part.threshold)
     for row, predicts in zip(tokens, target - 1, strict=True):
         assert predicts in row
@@ -294,7 +295,7 @@ def test_a_recompute_that_no_forward_made_is_an_error(site):
 def test_pinned_blocks_reach_every_threshold():
     valid = torch.arange(30) >= torch.tensor([[9], [0]])
     valid[:, 21:] = False
-    part = SelectBlocks(4, None, float("inf"), 0, runtime.Step())
+    part = SelectBlocks(4, None, float("inf"), 0, Step())
     kept = part(torch.zeros(2, 8), torch.randn(2, 30, 4), valid.long())
     # The first and the last real block, and the ragged tail, in either sample.
     assert [row[-1] for row in blocks_of(kept, 4)] == [7, 7]

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lemo_fx import runtime
-from lemo_fx.capture import capture, remove_dead_nodes
 from lemo_fx.errors import GraphCheckError
+from lemo_fx.graph.capture import capture, remove_dead_nodes
+from lemo_fx.graph.sites import find_sites
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_exact, restore_op
-from lemo_fx.parts import RandomScore, SelectBlocks
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
@@ -18,7 +17,10 @@ from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.outline_branches import outline_branches
 from lemo_fx.passes.pipeline import PASSES, run_passes
 from lemo_fx.passes.rewrite import META, LayerRewrite, PlannedSite
-from lemo_fx.sites import find_sites
+from lemo_fx.runtime import branch
+from lemo_fx.runtime.scores import RandomScore
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.step import Step
 
 
 class Layer(nn.Module):
@@ -47,7 +49,7 @@ def rewrite_of(layer, treatments=("skip", "skip"), score="random"):
     for i, site in enumerate(planned):
         if site.treatment:
             rewrite.modules[f"lemo_mlp_{i}_score"] = RandomScore(i + 1, 4)
-            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, None, i + 1, runtime.Step())
+            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, None, i + 1, Step())
     return rewrite
 
 
@@ -74,7 +76,7 @@ def test_counts_of_every_pass(layer, treatments, expected):
     assert fuse_shared_selection(rewrite) == 0, "two choices of their own"
     assert outline_branches(rewrite) == 2 + exact
     assert outline_branches(rewrite) == 0, "idempotent"
-    assert count(rewrite.graph, runtime.token_wise_without_gradient) == exact
+    assert count(rewrite.graph, branch.token_wise_without_gradient) == exact
     assert not any(META in node.meta for node in rewrite.graph.nodes)
     check(rewrite, "the end", finished=True)
 

@@ -35,14 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 
 import lemo_fx
 from lemo_fx import draw
-from lemo_fx.config import PRESETS, LemoConfig
-from lemo_fx.demo import COLOURS, environment
-from lemo_fx.errors import ConfigError, InputError, LemoError
-from lemo_fx.files import write_text, writing
-from lemo_fx.measure import device_name, peak_memory, reset_peak
-from lemo_fx.predictors import Predictors
-from lemo_fx.sites import decoder_layers
-from lemo_fx.training import (
+from lemo_fx.cli.demo import COLOURS, environment
+from lemo_fx.cli.train import (
     adapted,
     check_alone,
     check_attention,
@@ -52,6 +46,12 @@ from lemo_fx.training import (
     one_device,
     read_config,
 )
+from lemo_fx.config import PRESETS, LemoConfig
+from lemo_fx.errors import ConfigError, InputError, LemoError
+from lemo_fx.files import write_text, writing
+from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.measure import device_name, peak_memory, reset_peak
+from lemo_fx.predictors import Predictors
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]

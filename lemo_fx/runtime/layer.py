@@ -1,9 +1,4 @@
-"""What happens when a rewritten module is called: which code runs, told of which labels and which cache.
-
-A decoder layer runs its rewritten graph in training steps and its original code elsewhere (`LayerSettings.applies`). A
-causal model checks each call and tells its layers the labels; the modules between tell them whether a cache was asked
-for.
-"""
+"""Run-time entry points of rewritten decoder layers: per call, the rewritten graph or the original forward."""
 
 from __future__ import annotations
 
@@ -12,27 +7,27 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import can_return_tuple
 
-from lemo_fx import parallel, runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE
 from lemo_fx.config import LemoConfig
-from lemo_fx.errors import InputError, LemoError
-from lemo_fx.loss import segmentable
-from lemo_fx.offload import offloading
-from lemo_fx.parts import SelectBlocks, StepScore
+from lemo_fx.errors import LemoError
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE
+from lemo_fx.runtime.offload import offloading
+from lemo_fx.runtime.scores import StepScore
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.step import Step
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
+
 TELLER = "_lemo_fx_cache"
 """Instance attribute of a module above rewritten layers: handles of its `CacheTeller`'s hooks."""
+
 
 CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
@@ -51,7 +46,7 @@ class LayerSettings:
     attention_config: Any
     implementation: str | None
     layer_index: int
-    step: runtime.Step
+    step: Step
     floats: tuple[str, ...]
 
     def _holds_a_past(self, cache: Any, length: int) -> bool:
@@ -103,7 +98,7 @@ def asks_for_cache(given: Mapping[str, Any]) -> bool:
 
 
 def without_default_cache(
-    model: nn.Module, settings: HeadSettings | CacheTeller, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, settings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call that says nothing of a cache asks for none where it runs rewritten layers: they could not fill it."""
     given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
@@ -127,7 +122,7 @@ class CacheTeller:
     """
 
     config: LemoConfig
-    step: runtime.Step
+    step: Step
     arguments: tuple[str, ...]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,7 +135,7 @@ class CacheTeller:
         self.step.cache_asked = False
 
 
-def add_cache_teller(module: nn.Module, config: LemoConfig, step: runtime.Step) -> None:
+def add_cache_teller(module: nn.Module, config: LemoConfig, step: Step) -> None:
     """Put the hooks on a module whose forward takes `use_cache`; on others there is nothing to tell."""
     arguments = tuple(inspect.signature(module.forward).parameters)
     if "use_cache" not in arguments or STATE in vars(module):
@@ -152,69 +147,11 @@ def add_cache_teller(module: nn.Module, config: LemoConfig, step: runtime.Step) 
     )
 
 
-def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
-    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
-    asked = kwargs.get(name)
-    return bool(getattr(model.config, name, False) if asked is None else asked)
-
-
 def pass_by(layer: nn.Module) -> None:
     """Let the report say nothing of what an earlier step kept in a layer."""
     for part in layer._modules.values():
         if isinstance(part, SelectBlocks):
             part.nothing_kept()
-
-
-@dataclass
-class HeadSettings:
-    """What a rewritten causal model asks before each forward."""
-
-    config: LemoConfig
-    step: runtime.Step
-    arguments: tuple[str, ...]
-    loss_function: Callable | None
-    slices_itself: bool
-    sparse_experts: bool
-    weights_checked: bool = False
-
-    def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """Raise where the rewritten layers would be shown parts, or the router's auxiliary loss the wrong tokens."""
-        alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
-        if not alone and (model.training or self.config.active == "always") and not torch.compiler.is_compiling():
-            parallel.refuse_process(model)
-            if not self.weights_checked:
-                # At the first step, since models are sharded after the transform; a walk through all modules.
-                parallel.refuse_cut_weights(model)
-                for name, module in model.named_modules():
-                    if STATE in vars(module) and module is not model:
-                        parallel.refuse_finer_units(name, module)
-                self.weights_checked = True
-
-        if not model.training or self.step.dense:
-            return
-        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
-            raise InputError(
-                "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
-                "collected is no longer one matrix a layer; ask for it in eval()"
-            )
-        if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
-            raise InputError(
-                "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
-                "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
-            )
-
-    def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether this call computes the loss in segments and returns no logits."""
-        return (
-            model.training
-            and labels is not None
-            and self.loss_function is not None
-            and model.loss_function is self.loss_function
-            and not wanted(model, kwargs, "output_router_logits")
-            and not kwargs.get("return_logits")
-            and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
-            and segmentable(model.get_output_embeddings())  # type: ignore[operator]
-        )
 
 
 def call_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -283,107 +220,3 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
     # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
     forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     return forward
-
-
-def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForward:
-    """The forward of a causal model with rewritten layers: computes the loss in segments."""
-    graph_forward = can_return_tuple(graph_forward)
-
-    @functools.wraps(original)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        settings = settings_of(self)
-        if settings is None:
-            return original(self, *args, **kwargs)
-        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        if not settings.segments(self, given.get("labels"), given):
-            return original(self, *args, **kwargs)
-        own = next((name for name in CACHE_NAMES if name in settings.arguments), None)
-        for name in CACHE_NAMES:
-            if own is not None and name != own and given.get(name) is not None:
-                # An older name, which a decorator of the original forward would have translated.
-                given[own] = given.pop(name)
-        if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
-            given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
-        return graph_forward(self, **given)
-
-    return HeadForward(forward)
-
-
-def make_generate(original: Callable) -> Callable:
-    """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
-
-    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
-    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
-    """
-
-    @functools.wraps(original)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        settings = settings_of(self)
-        if settings is None or settings.config.active == "always":
-            return original(self, *args, **kwargs)
-        before, settings.step.dense = settings.step.dense, True
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            settings.step.dense = before
-
-    return generate
-
-
-class HeadForward:
-    """The `forward` of a causal model's class: checks each call and tells the layers its labels, whatever then runs.
-
-    Libraries put a forward of their own on the instance (TRL its fused head, accelerate its autocast), before or after
-    `transform`; an attribute of the class that takes precedence over the instance's sees to those calls as well.
-    """
-
-    def __init__(self, forward: Callable) -> None:
-        self.forward = telling_labels(forward)
-
-    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable:
-        if model is None:
-            return self.forward
-        own = vars(model).get("forward")
-        forward = self.forward if own is None else telling_labels(_unbound(own))
-        # torch 2.11 cannot compile the making of a bound method; libraries look for one (accelerate for `__func__`).
-        return functools.partial(forward, model) if torch.compiler.is_compiling() else MethodType(forward, model)
-
-    def __set__(self, model: nn.Module, forward: Callable) -> None:
-        vars(model)["forward"] = forward
-
-    def __delete__(self, model: nn.Module) -> None:
-        if vars(model).pop("forward", None) is None:
-            raise AttributeError("forward")
-
-
-def _unbound(forward: Callable) -> Callable:
-    """A function of an instance's dict as one that takes the instance."""
-    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
-
-
-def telling_labels(forward: Callable) -> Callable:
-    """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
-
-    @functools.wraps(forward)
-    def told(self, *args: Any, **kwargs: Any) -> Any:
-        settings = settings_of(self)
-        if settings is None:
-            return forward(self, *args, **kwargs)
-        settings.check(self, kwargs)
-        if not torch.compiler.is_compiling():
-            for switch in settings.step.switches:
-                switch.refresh()
-        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-        args, kwargs = without_default_cache(self, settings, args, kwargs)
-        step = settings.step
-        before = step.labels, step.cache_asked
-        step.cache_asked = asks_for_cache(given)
-        if given.get("labels") is not None:
-            step.labels = given["labels"]
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            step.labels, step.cache_asked = before
-            step.scores = None
-
-    return told

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from lemo_fx import install as installing
-from lemo_fx import runtime
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, modes_kept
+from lemo_fx.api import suspended
 from lemo_fx.config import LemoConfig, SiteKind
-from lemo_fx.parts import measured_score
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, modes_kept
+from lemo_fx.graph.sites import decoder_layers, find_sites, site_name
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
-from lemo_fx.sites import decoder_layers, find_sites, site_name
-from lemo_fx.transform import suspended
+from lemo_fx.runtime.scores import measured_score
+from lemo_fx.runtime.step import Step
 
 Choose = Callable[[int, str, SiteKind], tuple[nn.Module, int | None] | None]
 """(layer index, site's name, its kind) -> its probe and how many tokens a score is for (None: it needs no scores); None
@@ -68,5 +68,5 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
         insert_scores(rewrite)
         insert_probes(rewrite)
         check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, runtime.Step(), []))
+        plans.append(installing.layer_plan(name, rewrite, observing, Step(), []))
     return plans

@@ -92,7 +92,7 @@ def _no_bars_of_transformers() -> None:
 
 
 def _warn_of_other_load() -> None:
-    from lemo_fx.demo import other_load
+    from lemo_fx.cli.demo import other_load
 
     if other_load() > 0.5:
         console.print("Other programs are running on this machine: the times below will be too long and uneven.")
@@ -101,8 +101,8 @@ def _warn_of_other_load() -> None:
 def _demo(out: Path, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lemo_fx import demo as demonstration
     from lemo_fx import draw
+    from lemo_fx.cli import demo as demonstration
     from lemo_fx.files import check_folder
 
     check_folder(out)
@@ -225,7 +225,7 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
     import lemo_fx
     from lemo_fx import draw
     from lemo_fx.files import check_folder, writing
-    from lemo_fx.sites import decoder_layers
+    from lemo_fx.graph.sites import decoder_layers
 
     for folder in (out, dump):
         if folder is not None:
@@ -269,7 +269,7 @@ def _load_model(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lemo_fx.training import read_config
+    from lemo_fx.cli.train import read_config
 
     _no_bars_of_transformers()
     config = read_config(path)
@@ -328,10 +328,10 @@ def fit(
     """Learn from texts what `transform` can use, and save it."""
     with _errors_in_one_line():
         import lemo_fx
-        from lemo_fx import training
+        from lemo_fx.cli import train
         from lemo_fx.config import LemoConfig
         from lemo_fx.files import check_folder
-        from lemo_fx.sites import longest_context
+        from lemo_fx.graph.sites import longest_context
 
         check_folder(out)
         for option, value in (("--max-length", max_length), ("--limit", limit)):
@@ -339,9 +339,9 @@ def fit(
                 raise InputError(f"{option} {value} must be at least 1")
         config = LemoConfig(block_size=block_size)
         _no_bars_of_transformers()
-        rows = training.data.read_rows(data)[:limit]
-        loaded = training.load_model(model)
-        documents = training.tokenised(rows, model, loaded)
+        rows = train.data.read_rows(data)[:limit]
+        loaded = train.load_model(model)
+        documents = train.tokenised(rows, model, loaded)
         most = min(max_length, longest_context(loaded.config) or max_length)
         lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
         _print_paths([out])
@@ -402,15 +402,15 @@ def train(
     """Fine-tune a local model on local data with LoRA: an adapter, a report page and a summary."""
     given = dict(locals())
     with _errors_in_one_line():
-        from lemo_fx import page, training
+        from lemo_fx.cli import page, train
 
         _no_bars_of_transformers()
-        summary = training.train(
+        summary = train.train(
             model,
             data,
             out,
             _plan(plan, preset, block_size, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}),
-            training.Settings(**_settings(training.Settings, given)),
+            train.Settings(**_settings(train.Settings, given)),
             heldout_path=heldout,
             predictors_path=predictors,
             resume=resume,
@@ -421,7 +421,7 @@ def train(
         for name, value in page.figures_of(summary).items():
             table.add_row(name, value)
         console.print(table)
-        _print_paths([out / "adapter", out / training.PAGE, out / training.SUMMARY])
+        _print_paths([out / "adapter", out / train.PAGE, out / train.SUMMARY])
 
 
 @app.command()
@@ -462,9 +462,9 @@ def bench(
 def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context: str, options: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lemo_fx import bench as benchmark
+    from lemo_fx.cli import bench as benchmark
+    from lemo_fx.cli.train import compiles
     from lemo_fx.files import check_folder
-    from lemo_fx.training import compiles
 
     check_folder(out)
     _no_bars_of_transformers()

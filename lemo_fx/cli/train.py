@@ -36,19 +36,19 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 import lemo_fx
-from lemo_fx import data, page
+from lemo_fx.api import suspended
 from lemo_fx.callback import LemoCallback
-from lemo_fx.capture import modes_kept
+from lemo_fx.cli import data, page
+from lemo_fx.cli.data import Document, Row, Window
+from lemo_fx.cli.demo import environment
 from lemo_fx.config import LemoConfig, check_seed
-from lemo_fx.data import Document, Row, Window
-from lemo_fx.demo import environment
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_text
+from lemo_fx.graph.capture import modes_kept
+from lemo_fx.graph.sites import causal_model, decoder_layers, has_rope, longest_context
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
-from lemo_fx.sites import causal_model, decoder_layers, has_rope, longest_context
-from lemo_fx.transform import suspended
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
 STATE = "trainer_state.json"

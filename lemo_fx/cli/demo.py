@@ -29,11 +29,11 @@ import lemo_fx
 from lemo_fx import draw
 from lemo_fx.config import Elimination, LemoConfig, Score, Treatment, check_seed
 from lemo_fx.errors import ConfigError
+from lemo_fx.fitting.training import Recipe
+from lemo_fx.graph.sites import decoder_layers
 from lemo_fx.measure import counts
-from lemo_fx.predictor_training import Recipe
-from lemo_fx.sites import decoder_layers
 
-ASSETS = Path(__file__).parent / "demo_assets"
+ASSETS = Path(__file__).parents[1] / "demo_assets"
 PLAIN = "LoRA"
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

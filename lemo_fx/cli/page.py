@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lemo_fx import draw
-from lemo_fx.demo import COLOURS
+from lemo_fx.cli.demo import COLOURS
 
 GREY, BLUE, GREEN, YELLOW = COLOURS
 

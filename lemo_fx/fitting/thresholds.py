@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_fx.capture import modes_kept
+from lemo_fx.api import revert, suspended, transform
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError
-from lemo_fx.parts import SelectBlocks
+from lemo_fx.graph.capture import modes_kept
+from lemo_fx.graph.sites import decoder_layers
 from lemo_fx.predictors import Predictors
-from lemo_fx.sites import decoder_layers
-from lemo_fx.transform import revert, suspended, transform
+from lemo_fx.runtime.select import SelectBlocks
 
 LEAST = 0.05
 """Smallest kept share of a layer."""

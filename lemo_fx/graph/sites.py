@@ -21,9 +21,16 @@ from torch import fx, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lemo_fx.capture import ABSENT_IN_TRAINING, capture, is_tensor_function, modes_kept, module_of, remove_dead_nodes
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.graph.capture import (
+    ABSENT_IN_TRAINING,
+    capture,
+    is_tensor_function,
+    modes_kept,
+    module_of,
+    remove_dead_nodes,
+)
 
 ADDS = (operator.add, operator.iadd, torch.add)
 

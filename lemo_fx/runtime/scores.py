@@ -1,7 +1,8 @@
-"""The small modules that a rewritten layer carries: scores, selections and stand-ins.
+"""The modules that score the token blocks of a site: measured, predicted or random.
 
-They hold per-layer settings and frozen weights as non-persistent buffers, never parameters or linears, so that they
-move with the model, stay out of its state_dict, and no adapter takes them for a target.
+Like all modules that a rewritten layer carries, they hold per-layer settings and frozen weights as non-persistent
+buffers, never parameters or linears, so that they move with the model, stay out of its state_dict, and no adapter takes
+them for a target.
 """
 
 from __future__ import annotations
@@ -15,20 +16,16 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lemo_fx import prediction, runtime
-from lemo_fx.capture import build_module, capture, module_of, remove_dead_nodes
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
+from lemo_fx.graph.capture import build_module, capture, module_of, remove_dead_nodes
+from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
-from lemo_fx.kernels.select_blocks import reference as selection
-from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
-from lemo_fx.sites import holds_matrix
+from lemo_fx.runtime import kept, network
+from lemo_fx.runtime.step import Step
 
 PROBE = "lemo_fx_probe"
-
-SHARES = 2**20
-"""Denominator of a budget; fine enough that rounding the share down leaves a whole number of blocks what it is."""
 
 
 def _probe(module: nn.Module, query, key, value, attention_mask, scaling=None, lemo_documents=None, **kwargs):
@@ -86,14 +83,14 @@ class AttentionScore(nn.Module):
         mask = kwargs.get("attention_mask")
         hidden = kwargs[self.names[0]]
         if isinstance(mask, torch.Tensor):
-            runtime.check_mask(mask, hidden.shape[1])
-        if isinstance(mask, runtime.BlockMask):
-            kwargs["attention_mask"] = runtime.square_mask(mask, hidden)
+            kept.check_mask(mask, hidden.shape[1])
+        if isinstance(mask, kept.BlockMask):
+            kwargs["attention_mask"] = kept.square_mask(mask, hidden)
         elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             kwargs["attention_mask"] = None
             documents = None
-            if self.attention_config._attn_implementation not in runtime.MASKED_IMPLEMENTATIONS:
-                documents = runtime.told_documents(hidden, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+            if self.attention_config._attn_implementation not in kept.MASKED_IMPLEMENTATIONS:
+                documents = kept.told_documents(hidden, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
             if mask is not None:
                 zeros = torch.zeros_like(mask, dtype=torch.int64) if documents is None else documents
                 documents = torch.where(mask.bool(), zeros, -1)
@@ -160,7 +157,7 @@ def measured_score(mixer: nn.Module, kind: SiteKind, block_size: int) -> Attenti
 
 
 class Predictor(nn.Module):
-    """The weights of one site's pattern predictor (LeMo section 4.2), see `lemo_fx.prediction`.
+    """The weights of one site's pattern predictor (LeMo section 4.2), see `lemo_fx.runtime.network`.
 
     Args:
         weights: by name; layers of one kind have equal shapes, hence one compilation.
@@ -201,16 +198,16 @@ class PredictedScore(Predictor):
                 attention learns of documents from them instead of from the mask.
         """
         stream = stream.detach()
-        valid = runtime.valid_tokens(attention_mask, stream)
+        valid = kept.valid_tokens(attention_mask, stream)
         others = others or {}
         positions = others.get("position_ids") if position_ids is None else position_ids
         documents = None
         if positions is not None or others:
-            documents = runtime.told_documents(stream, positions, others.get("cu_seq_lens_q"))
-        pairs = runtime.block_pairs(attention_mask, documents, stream, self.block_size)
+            documents = kept.told_documents(stream, positions, others.get("cu_seq_lens_q"))
+        pairs = kept.block_pairs(attention_mask, documents, stream, self.block_size)
         # Half precision would tie scores that differ: a sum over query blocks needs more digits than its terms.
         with torch.autocast(stream.device.type, enabled=False):
-            return prediction.scores(self.weights, stream, self.block_size, valid, pairs)
+            return network.scores(self.weights, stream, self.block_size, valid, pairs)
 
 
 class Candidates(Predictor):
@@ -222,14 +219,14 @@ class Candidates(Predictor):
     @property
     def count(self) -> int:
         """Candidates of a block, c."""
-        return prediction.candidate_count(self.block_size)
+        return network.candidate_count(self.block_size)
 
     def forward(self, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
         """The residual stream [B, S, H] that the branch reads, and the layer's mask -> tokens [B, n c], ascending."""
         stream = stream.detach()
-        valid = runtime.valid_tokens(attention_mask, stream)
+        valid = kept.valid_tokens(attention_mask, stream)
         with torch.autocast(stream.device.type, enabled=False):
-            return prediction.candidates(self.weights, stream, self.block_size, valid)
+            return network.candidates(self.weights, stream, self.block_size, valid)
 
 
 class RandomScore(nn.Module):
@@ -252,7 +249,7 @@ class StepScore(RandomScore):
         leads: whether this is the first site.
     """
 
-    def __init__(self, block_size: int, step: runtime.Step, leads: bool) -> None:
+    def __init__(self, block_size: int, step: Step, leads: bool) -> None:
         super().__init__(0, block_size)
         self.step = step
         self.leads = leads
@@ -270,123 +267,3 @@ class StepScore(RandomScore):
         # A compiler that sees `drawn` does not ask who leads, so that the first layer shares the others' program.
         drawn = self.step.scores if self.step.drawn else None
         return (self.draw(stream) if drawn is None else drawn).to(stream.device)
-
-
-class SelectBlocks(nn.Module):
-    """The tokens of a site's kept blocks, by budget or by threshold.
-
-    Args:
-        salt: identifies the site; two sites of a model differ.
-        step: labels of the running step, whose blocks survive when they are few.
-        balance: rank blocks within windows of the sequence, see `selection.balanced`.
-        varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
-    """
-
-    site: torch.Tensor
-    budget: torch.Tensor
-    threshold: torch.Tensor | None
-
-    def __init__(
-        self,
-        block_size: int,
-        keep: float | None,
-        threshold: float | None,
-        salt: int,
-        step: runtime.Step,
-        balance: bool = False,
-        varies: bool = False,
-    ) -> None:
-        super().__init__()
-        self.block_size = block_size
-        self.balance = balance
-        self.varies = varies
-        self.set_keep(1.0 if keep is None else keep)
-        self.set_threshold(threshold)
-        self.step = step
-        self.register_buffer("site", torch.tensor([salt]), persistent=False)
-
-    def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
-        """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
-        scores = scores.detach()
-        if self.balance:
-            scores = selection.balanced(scores)
-        valid = runtime.valid_tokens(attention_mask, stream)
-        labelled = runtime.labelled_tokens(self.step.labels, stream)
-        if self.threshold is not None:
-            return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
-
-    # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew. Of
-    # tensors it reads the values at run time, and finds out which sizes vary. No buffers: those move, are cast, and
-    # count as fixed in size.
-
-    def set_keep(self, keep: float) -> None:
-        """Keep this share of the blocks, unless there is a threshold."""
-        self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
-        if self.varies:
-            torch._dynamo.maybe_mark_dynamic(self.budget, 1)
-
-    @property
-    def keep(self) -> tuple[int, int]:
-        """The share of the blocks as a fraction."""
-        return self.budget.shape[1], SHARES
-
-    def set_threshold(self, threshold: float | None) -> None:
-        """Keep the blocks whose score reaches this; None goes by the share again."""
-        if threshold is not None:
-            # Pinned blocks reach every threshold.
-            threshold = min(threshold, selection.PINNED)
-        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
-
-    def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
-        scores = selection.balanced(scores) if self.balance else scores
-        labelled, length = runtime.labelled_tokens(self.step.labels, stream), stream.shape[1]
-        if self.threshold is not None:
-            tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
-        else:
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
-        kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
-        return kept.scatter_(1, tokens, True)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
-        # The record is found by the address of the site's tensor, which changes here.
-        forget(self.site)
-        return super()._apply(fn, recurse)
-
-    def __del__(self) -> None:
-        if "site" in self._buffers:
-            forget(self.site)
-
-    @property
-    def record(self) -> SiteRecord:
-        """What the last forward passes did here."""
-        return record_of(self.site)
-
-    def nothing_kept(self) -> None:
-        """Note that a step passed this site by; choices that wait for their backward stay."""
-        self.record.kept_tokens = self.record.total_tokens = 0
-
-
-class StandIn(nn.Module):
-    """A frozen low-rank affine map of a branch's normed input: x -> (x A) B + c.
-
-    Args:
-        down: A, [H, r]; up: B, [r, H]; bias: c, [H].
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    bias: torch.Tensor
-
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, K, H] -> [B, K, H]."""
-        return torch.addmm(self.bias.to(x.dtype), x.flatten(0, 1) @ self.down.to(x.dtype), self.up.to(x.dtype)).view_as(
-            x
-        )

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import fx, nn
 
-from lemo_fx.calls import STATE, pass_by
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
+from lemo_fx.graph.sites import causal_model, holders, require_model
 from lemo_fx.install import Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
-from lemo_fx.loss import segmented_loss
-from lemo_fx.parts import AttentionScore, SelectBlocks
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
-from lemo_fx.report import Report, SiteReport
-from lemo_fx.sites import causal_model, holders, require_model
+from lemo_fx.reporting import Report, SiteReport
+from lemo_fx.runtime.layer import STATE, pass_by
+from lemo_fx.runtime.loss import segmented_loss
+from lemo_fx.runtime.scores import AttentionScore
+from lemo_fx.runtime.select import SelectBlocks
 
 if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import TypeIs
 
-from lemo_fx import parallel
+from lemo_fx import distributed
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
 
@@ -75,7 +75,7 @@ def segmented_loss(
         # Without labels the loss is NaN, as the original's, and its gradient zero: an infinite one would reach weights.
         return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
-    return parallel.call_once(head, loss, rows) if isinstance(head, FSDPModule) else loss(rows)
+    return distributed.call_once(head, loss, rows) if isinstance(head, FSDPModule) else loss(rows)
 
 
 def segmentable(head: nn.Module) -> bool:

@@ -25,15 +25,15 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import nn
 
-from lemo_fx import parallel
+from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind, is_count, is_number
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
 from lemo_fx.files import write_tensors, write_text, writing
-from lemo_fx.predictor_training import Blocks, Recipe, predict, recall, train
+from lemo_fx.fitting.profile import probe
+from lemo_fx.fitting.thresholds import tune
+from lemo_fx.fitting.training import Blocks, Recipe, predict, recall, train
+from lemo_fx.graph.sites import decoder_layers, has_rope, longest_context, require_model
 from lemo_fx.predictors import Predictors, hidden_size, identity
-from lemo_fx.probing import probe
-from lemo_fx.sites import decoder_layers, has_rope, longest_context, require_model
-from lemo_fx.thresholds import tune
 
 SCRATCH = 16 << 30
 """Bytes of token streams that may lie in the folder at a time; those of one layer always may."""
@@ -174,10 +174,10 @@ def fit(
     for name, value, kind in (("config", config, LemoConfig), ("recipe", recipe, Recipe)):
         if not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
-    parallel.refuse_wrapped(model)
-    parallel.refuse_collective(model, "lemo_fx.fit")
-    parallel.refuse_process(model)
-    parallel.refuse_cut_weights(model)
+    distributed.refuse_wrapped(model)
+    distributed.refuse_collective(model, "lemo_fx.fit")
+    distributed.refuse_process(model)
+    distributed.refuse_cut_weights(model)
     if folder is not None and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         raise ConfigError(
             f"folder={str(folder)!r} on rank {torch.distributed.get_rank()}: several ranks must not write one folder; "

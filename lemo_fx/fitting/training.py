@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from lemo_fx import prediction
 from lemo_fx.config import SiteKind
 from lemo_fx.kernels.select_blocks.reference import block_any
+from lemo_fx.runtime import network
 
 Loss = Literal["log", "kl", "regression"]
 
@@ -93,7 +93,7 @@ class Blocks:
         """[N, n] float32."""
         if not self.of_tokens:
             return self.scores
-        return prediction.pool(self.scores[..., None], self.valid, self.block_size, "max")[..., 0]
+        return network.pool(self.scores[..., None], self.valid, self.block_size, "max")[..., 0]
 
     @property
     def real(self) -> torch.Tensor:
@@ -161,7 +161,7 @@ def train(
         with torch.enable_grad():
             leaves = {name: w.requires_grad_() for name, w in weights.items()}
             usable = _in_original_units(leaves, mean, spread, unit)
-            activations = prediction.network(usable, batch.stream)
+            activations = network.network(usable, batch.stream)
             loss = _loss(recipe.loss, usable, activations[1], batch, unit)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         weights = optimiser.step(dict(zip(leaves, gradients, strict=True)), _rate(recipe.rate, step / steps))
@@ -181,7 +181,7 @@ def train(
             judged = heldout[: 2 * recipe.batch].to(device)
             with torch.no_grad():
                 usable = _in_original_units(weights, mean, spread, unit)
-                value = _loss(recipe.loss, usable, prediction.network(usable, judged.stream)[1], judged, unit)
+                value = _loss(recipe.loss, usable, network.network(usable, judged.stream)[1], judged, unit)
             record["heldout_losses"].append([step + 1, round(value.item(), 5)])
     weights = {name: w.detach() for name, w in _in_original_units(weights, mean, spread, unit).items()}
     if recipe.loss == "kl" and kind == "attention":
@@ -204,10 +204,10 @@ def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.devi
         for start in range(0, len(blocks), 4):
             part = blocks[start : start + 4].to(torch.device(device))
             if "distance" in weights:
-                parts.append(prediction.scores(weights, part.stream, part.block_size, part.valid).cpu())
+                parts.append(network.scores(weights, part.stream, part.block_size, part.valid).cpu())
                 continue
-            tokens = prediction.candidates(weights, part.stream, part.block_size, part.valid)
-            count = prediction.candidate_count(part.block_size)
+            tokens = network.candidates(weights, part.stream, part.block_size, part.valid)
+            count = network.candidate_count(part.block_size)
             parts.append(part.scores.gather(1, tokens).unflatten(1, (-1, count)).amax(2).cpu())
     return torch.cat(parts)
 
@@ -218,9 +218,9 @@ def compressed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Each column of `first` has a scale of its own, which moves through the ReLU into the rows of `second`.
     """
     largest = weights["first"].abs().amax(1).clamp_min(1e-12)
-    scale = largest / (127 * prediction.QUANTUM)
+    scale = largest / (127 * network.QUANTUM)
     small = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    small["first"] = (weights["first"] / (scale[:, None] * prediction.QUANTUM)).round().to(torch.int8)
+    small["first"] = (weights["first"] / (scale[:, None] * network.QUANTUM)).round().to(torch.int8)
     small["first_bias"] = (weights["first_bias"] / scale).to(torch.bfloat16)
     small["second"] = (weights["second"] * scale[:, :, None]).to(torch.bfloat16)
     return small
@@ -232,7 +232,7 @@ def _distance_profile(blocks: Blocks, unit: float) -> torch.Tensor:
     count = int(lengths.max())
     mean = blocks.scores[lengths == count, :count].mean(0) / unit
     # A key block at position n is seen from the distances 0 ... count - 1 - n.
-    seen = torch.exp(-torch.tensor(prediction.DECAYS) * torch.arange(count)[:, None]).cumsum(0).flip(0)
+    seen = torch.exp(-torch.tensor(network.DECAYS) * torch.arange(count)[:, None]).cumsum(0).flip(0)
     weight = 1 / mean.clamp_min(1e-3)[:, None]
     # A ridge keeps exponentials that these lengths cannot tell apart small.
     gram = (seen * weight).T @ (seen * weight)
@@ -267,7 +267,7 @@ def _initial(kind: SiteKind, inputs: int, hidden: int, outputs: int, generator: 
         "third": matrix(hidden, outputs, gain=0.02),
     }
     weights["distance" if kind == "attention" else "offset"] = torch.zeros(
-        len(prediction.DECAYS) if kind == "attention" else 1
+        len(network.DECAYS) if kind == "attention" else 1
     )
     return weights
 
@@ -279,11 +279,11 @@ def _loss(
 
     Through a maximum only the winning tokens would learn, so an MLP's network fits every token's score as well.
     """
-    predicted = prediction.block_scores(weights, second, batch.valid, batch.block_size) / unit
+    predicted = network.block_scores(weights, second, batch.valid, batch.block_size) / unit
     loss = _block_loss(kind, predicted, batch.block_scores / unit, batch.real)
     if batch.of_tokens:
         logs = batch.scores.clamp_min(1e-4 * unit).log()
-        error = (prediction.token_scores(weights, second) - logs)[batch.valid]
+        error = (network.token_scores(weights, second) - logs)[batch.valid]
         loss = loss + error.square().mean() / logs[batch.valid].var().clamp_min(1e-6)
     return loss
 

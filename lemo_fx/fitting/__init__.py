@@ -1,0 +1,1 @@
+"""Offline training of predictors, thresholds and stand-ins."""

@@ -1,0 +1,1 @@
+"""What runs in a training step of a rewritten model."""

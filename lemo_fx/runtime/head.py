@@ -1,0 +1,183 @@
+"""Run-time entry points of rewritten causal models: per call, the loss in segments or the original forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import can_return_tuple
+
+from lemo_fx import distributed
+from lemo_fx.config import LemoConfig
+from lemo_fx.errors import InputError
+from lemo_fx.graph.capture import CACHE_NAMES
+from lemo_fx.runtime.layer import STATE, asks_for_cache, settings_of, without_default_cache
+from lemo_fx.runtime.loss import segmentable
+from lemo_fx.runtime.step import Step
+
+
+def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
+    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
+    asked = kwargs.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
+@dataclass
+class HeadSettings:
+    """What a rewritten causal model asks before each forward."""
+
+    config: LemoConfig
+    step: Step
+    arguments: tuple[str, ...]
+    loss_function: Callable | None
+    slices_itself: bool
+    sparse_experts: bool
+    weights_checked: bool = False
+
+    def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Raise where the rewritten layers would be shown parts, or the router's auxiliary loss the wrong tokens."""
+        alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
+        if not alone and (model.training or self.config.active == "always") and not torch.compiler.is_compiling():
+            distributed.refuse_process(model)
+            if not self.weights_checked:
+                # At the first step, since models are sharded after the transform; a walk through all modules.
+                distributed.refuse_cut_weights(model)
+                for name, module in model.named_modules():
+                    if STATE in vars(module) and module is not model:
+                        distributed.refuse_finer_units(name, module)
+                self.weights_checked = True
+
+        if not model.training or self.step.dense:
+            return
+        if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
+            raise InputError(
+                "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
+                "collected is no longer one matrix a layer; ask for it in eval()"
+            )
+        if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
+            raise InputError(
+                "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
+                "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
+            )
+
+    def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call computes the loss in segments and returns no logits."""
+        return (
+            model.training
+            and labels is not None
+            and self.loss_function is not None
+            and model.loss_function is self.loss_function
+            and not wanted(model, kwargs, "output_router_logits")
+            and not kwargs.get("return_logits")
+            and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
+            and segmentable(model.get_output_embeddings())  # type: ignore[operator]
+        )
+
+
+def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForward:
+    """The forward of a causal model with rewritten layers: computes the loss in segments."""
+    graph_forward = can_return_tuple(graph_forward)
+
+    @functools.wraps(original)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None:
+            return original(self, *args, **kwargs)
+        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        if not settings.segments(self, given.get("labels"), given):
+            return original(self, *args, **kwargs)
+        own = next((name for name in CACHE_NAMES if name in settings.arguments), None)
+        for name in CACHE_NAMES:
+            if own is not None and name != own and given.get(name) is not None:
+                # An older name, which a decorator of the original forward would have translated.
+                given[own] = given.pop(name)
+        if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
+            given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
+        return graph_forward(self, **given)
+
+    return HeadForward(forward)
+
+
+def make_generate(original: Callable) -> Callable:
+    """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
+
+    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
+    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
+    """
+
+    @functools.wraps(original)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None or settings.config.active == "always":
+            return original(self, *args, **kwargs)
+        before, settings.step.dense = settings.step.dense, True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            settings.step.dense = before
+
+    return generate
+
+
+class HeadForward:
+    """The `forward` of a causal model's class: checks each call and tells the layers its labels, whatever then runs.
+
+    Libraries put a forward of their own on the instance (TRL its fused head, accelerate its autocast), before or after
+    `transform`; an attribute of the class that takes precedence over the instance's sees to those calls as well.
+    """
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = telling_labels(forward)
+
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable:
+        if model is None:
+            return self.forward
+        own = vars(model).get("forward")
+        forward = self.forward if own is None else telling_labels(_unbound(own))
+        # torch 2.11 cannot compile the making of a bound method; libraries look for one (accelerate for `__func__`).
+        return functools.partial(forward, model) if torch.compiler.is_compiling() else MethodType(forward, model)
+
+    def __set__(self, model: nn.Module, forward: Callable) -> None:
+        vars(model)["forward"] = forward
+
+    def __delete__(self, model: nn.Module) -> None:
+        if vars(model).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+def _unbound(forward: Callable) -> Callable:
+    """A function of an instance's dict as one that takes the instance."""
+    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
+
+
+def telling_labels(forward: Callable) -> Callable:
+    """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
+
+    @functools.wraps(forward)
+    def told(self, *args: Any, **kwargs: Any) -> Any:
+        settings = settings_of(self)
+        if settings is None:
+            return forward(self, *args, **kwargs)
+        settings.check(self, kwargs)
+        if not torch.compiler.is_compiling():
+            for switch in settings.step.switches:
+                switch.refresh()
+        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        args, kwargs = without_default_cache(self, settings, args, kwargs)
+        step = settings.step
+        before = step.labels, step.cache_asked
+        step.cache_asked = asks_for_cache(given)
+        if given.get("labels") is not None:
+            step.labels = given["labels"]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            step.labels, step.cache_asked = before
+            step.scores = None
+
+    return told

@@ -1,0 +1,113 @@
+"""The module that selects the kept tokens of a site, by budget or by threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lemo_fx.kernels.select_blocks import reference as selection
+from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
+from lemo_fx.runtime.kept import labelled_tokens, valid_tokens
+from lemo_fx.runtime.step import Step
+
+SHARES = 2**20
+"""Denominator of a budget; fine enough that rounding the share down leaves a whole number of blocks what it is."""
+
+
+class SelectBlocks(nn.Module):
+    """The tokens of a site's kept blocks, by budget or by threshold.
+
+    Args:
+        salt: identifies the site; two sites of a model differ.
+        step: labels of the running step, whose blocks survive when they are few.
+        balance: rank blocks within windows of the sequence, see `selection.balanced`.
+        varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
+    """
+
+    site: torch.Tensor
+    budget: torch.Tensor
+    threshold: torch.Tensor | None
+
+    def __init__(
+        self,
+        block_size: int,
+        keep: float | None,
+        threshold: float | None,
+        salt: int,
+        step: Step,
+        balance: bool = False,
+        varies: bool = False,
+    ) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.balance = balance
+        self.varies = varies
+        self.set_keep(1.0 if keep is None else keep)
+        self.set_threshold(threshold)
+        self.step = step
+        self.register_buffer("site", torch.tensor([salt]), persistent=False)
+
+    def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
+        scores = scores.detach()
+        if self.balance:
+            scores = selection.balanced(scores)
+        valid = valid_tokens(attention_mask, stream)
+        labelled = labelled_tokens(self.step.labels, stream)
+        if self.threshold is not None:
+            return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+
+    # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew. Of
+    # tensors it reads the values at run time, and finds out which sizes vary. No buffers: those move, are cast, and
+    # count as fixed in size.
+
+    def set_keep(self, keep: float) -> None:
+        """Keep this share of the blocks, unless there is a threshold."""
+        self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
+        if self.varies:
+            torch._dynamo.maybe_mark_dynamic(self.budget, 1)
+
+    @property
+    def keep(self) -> tuple[int, int]:
+        """The share of the blocks as a fraction."""
+        return self.budget.shape[1], SHARES
+
+    def set_threshold(self, threshold: float | None) -> None:
+        """Keep the blocks whose score reaches this; None goes by the share again."""
+        if threshold is not None:
+            # Pinned blocks reach every threshold.
+            threshold = min(threshold, selection.PINNED)
+        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device="cpu")
+
+    def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
+        scores = selection.balanced(scores) if self.balance else scores
+        labelled, length = labelled_tokens(self.step.labels, stream), stream.shape[1]
+        if self.threshold is not None:
+            tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
+        else:
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
+        kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
+        return kept.scatter_(1, tokens, True)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
+        # The record is found by the address of the site's tensor, which changes here.
+        forget(self.site)
+        return super()._apply(fn, recurse)
+
+    def __del__(self) -> None:
+        if "site" in self._buffers:
+            forget(self.site)
+
+    @property
+    def record(self) -> SiteRecord:
+        """What the last forward passes did here."""
+        return record_of(self.site)
+
+    def nothing_kept(self) -> None:
+        """Note that a step passed this site by; choices that wait for their backward stay."""
+        self.record.kept_tokens = self.record.total_tokens = 0
