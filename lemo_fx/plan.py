@@ -23,6 +23,7 @@ from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
+from lemo_fx.proof import Proofs, snapshot
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score
@@ -61,6 +62,7 @@ def make_plans(
     notes: list[str] = []
     step = Step()
     plans = []
+    proofs = Proofs(model, [layer for _, layer in layers])
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
@@ -72,7 +74,7 @@ def make_plans(
         distributed.refuse_finer_units(name, layer)
         try:
             with distributed.gathered(layer):
-                plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump)
+                plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump, proofs)
         except UnsupportedModelError as error:
             if not config.is_dense(index, len(layers)):
                 raise
@@ -83,6 +85,8 @@ def make_plans(
                 # The report has the note for it, as for any layer that keeps every token and is computed as before.
                 plan.rows.clear()
             plans.append(plan)
+    if proofs.obstacle:
+        notes.append(f"not proven by running: {proofs.obstacle}")
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
     head = _plan_head(model, config, step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
@@ -124,6 +128,7 @@ def _plan_layer(
     predictors: Predictors | None,
     step: Step,
     dump: Path | None,
+    proofs: Proofs,
 ) -> Plan | None:
     if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
         return None
@@ -142,6 +147,7 @@ def _plan_layer(
 
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
+    untouched = snapshot(graph, sites)
     for site in planned:
         elimination = config.site(site.site.kind)
         if elimination is None or config.is_dense(index, count):
@@ -155,6 +161,9 @@ def _plan_layer(
         rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
     observe = _dumper(dump, name) if dump else None
     run_passes(rewrite, observe)
+    fault = proofs.fault(rewrite, *untouched)
+    if fault is not None:
+        raise UnsupportedModelError(f"{name}: {fault.site or 'the layer'}: {fault.what}. {_MEND}")
     return layer_plan(name, rewrite, config, step, rows)
 
 

@@ -1,0 +1,621 @@
+"""Prove a rewrite by running it: each distinct rewritten layer beside the original on a small probe.
+
+What the analysis concludes from a graph may be wrong: an attention that counts its own rows, an argument whose absence
+changes what is computed. So the model runs once on a few tokens, what its layers are handed is recorded, and then, for
+each distinct layer, without touching the model:
+
+- every token kept: values and gradients are the original layer's (`skip`, `stand_in`);
+- some tokens kept, others at each site: values and gradients are those of the original graph with attention masked to
+  the kept keys and the branch zeroed at dropped tokens. For `exact` the values are the original layer's everywhere, and
+  the gradients those of the masked graph.
+Both with padding, and without (values alone), where layers are often handed no mask.
+
+The expected values come from the captured graph run node by node (`_Oracle`) under transformers' eager attention, with
+explicit masks; no pass, kernel or generated code takes part. Not proven: the rounding of float8, other recompute
+policies, what a compiler makes of a graph, layers that FSDP2 has sharded. Quantised weights are proven within their
+rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lemo_fx.errors import LemoError
+from lemo_fx.graph.capture import SPLAT, build_module, modes_kept
+from lemo_fx.graph.sites import Site, causal_model, is_quantised, longest_context
+from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.runtime.kept import MASKED_IMPLEMENTATIONS
+from lemo_fx.runtime.scores import RandomScore
+from lemo_fx.runtime.select import SelectBlocks
+from lemo_fx.runtime.stand_in import StandIn
+
+BATCH, LENGTH = 2, 23
+"""Of the probe, [B, S]."""
+PADDED, DOCUMENT = 3, 8
+"""Tokens at the end of its second sample that are padding, and the token at which its second document starts."""
+KEPT = {"attention": 13, "mlp": 9}
+"""Tokens that a site keeps, by its kind: different ones, so that sites cannot be mistaken for one another."""
+FAR = 2**17
+"""Positions up to which the probe's are spread where the model names no limit."""
+LARGEST = 10**9
+"""Parameters of a layer up to which it is proven in float32; larger ones in their own precision."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How far two runs of one computation may be apart.
+
+    Attributes:
+        share: of the largest expected value (of the update that a layer makes; of each gradient).
+        floor: of the largest gradient of all, for gradients that cancel to nearly nothing.
+    """
+
+    share: float
+    floor: float
+
+
+FULL, ROUNDED = Precision(2e-3, 1e-5), Precision(6e-2, 2e-2)
+
+
+Calls = dict[nn.Module, dict[str, Any]]
+"""By decoder layer, the arguments of its call by name."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model hands its decoder layers in a forward pass of a few tokens.
+
+    Attributes:
+        calls: under the model's own attention implementation.
+        explicit: under eager attention, whose masks say everything.
+        padded: whether the second sample has padding.
+    """
+
+    calls: Calls
+    explicit: Calls
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A rewritten layer that does not compute what it should.
+
+    Attributes:
+        site: at which it shows, by name; None where it is the layer as a whole.
+        what: how, in words.
+    """
+
+    site: str | None
+    what: str
+
+
+class Proofs:
+    """The proofs of one model's layers. The model runs when the first layer is met that is like none proven before.
+
+    Args:
+        layers: all its decoder layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model, self.layers = model, layers
+        self.probes: list[Probe] | None = None
+        self.obstacle = ""
+        if any(isinstance(layer, FSDPModule) for layer in layers):
+            self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
+        config = getattr(model, "config", None)
+        self.key = (type(model), config.to_json_string() if hasattr(config, "to_json_string") else None)
+
+    def fault(self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site]) -> Fault | None:
+        """What is wrong with a rewritten layer; None where nothing is, or it cannot be proven (`obstacle` says why).
+
+        Args:
+            captured, sites: as in `prove`.
+        """
+        if self.obstacle:
+            return None
+        key = (*self.key, *signature(rewrite))
+        if key not in _known:
+            if self.probes is None:
+                try:
+                    self.probes = record(self.model, self.layers)
+                except LemoError as error:
+                    self.obstacle = f"it does not run on plain token ids: {error}"
+                    return None
+            if not all(rewrite.layer in calls for probe in self.probes for calls in (probe.calls, probe.explicit)):
+                self.obstacle = "some layers are not called in a forward pass of plain token ids"
+                return None
+            _known[key] = prove(rewrite, captured, sites, self.probes)
+        return _known[key]
+
+
+_known: dict[tuple[Any, ...], Fault | None] = {}
+"""What was proven in this process: models of one kind need it once."""
+
+
+def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
+    """Run the model on a few tokens without gradient, with padding and without; keep what its layers are handed.
+
+    Raises:
+        LemoError: the model does not run on plain token ids, naming why.
+    """
+    runner = causal_model(model) or model
+    found = (getattr(module, "config", None) for module in runner.modules())
+    configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+    own = [config._attn_implementation_internal for config in configs]
+    masked = {None, *MASKED_IMPLEMENTATIONS}.issuperset(own)
+    probes = []
+    try:
+        for padded in (True, False):
+            inputs = _inputs(runner, masked, padded)
+            calls = _recorded(runner, layers, inputs)
+            try:
+                for config in configs:
+                    config._attn_implementation_internal = "eager"
+                explicit = _recorded(runner, layers, inputs)
+            finally:
+                for config, implementation in zip(configs, own, strict=True):
+                    config._attn_implementation_internal = implementation
+            probes.append(Probe(calls, explicit, padded))
+    except Exception as error:
+        raise LemoError(_in_a_line(error)) from error
+    return probes
+
+
+def _in_a_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[str, Any]) -> Calls:
+    """By layer, the arguments of its first call, by name."""
+    calls: Calls = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(layer, {**dict(zip(_arguments(layer), args, strict=False)), **kwargs})
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
+    try:
+        with (
+            _quiet(runner),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            runner(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, attributes, buffers in states:
+            # A RoPE that follows the length has grown to that of the probe.
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+    return calls
+
+
+def _inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any]:
+    """Token ids, positions up to the longest, and a mask, without which these would be taken for documents'."""
+    accepted = inspect.signature(runner.forward).parameters
+    device = next(p.device for p in runner.parameters())
+    generator = torch.Generator().manual_seed(0)
+    text = runner.config.get_text_config() if hasattr(runner.config, "get_text_config") else runner.config
+    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator)
+    longest = max(longest_context(runner.config) or FAR, LENGTH)
+    # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
+    spread = torch.linspace(0, longest - 1, LENGTH).long()
+    rows = [spread, spread] if masked else [torch.arange(LENGTH), torch.arange(longest - LENGTH, longest)]
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, -PADDED:] = 0
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.stack(rows),
+        "use_cache": False,
+    }
+    given = {name: value for name, value in inputs.items() if name in accepted}
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Dropouts off; quantised modules keep their mode, since bitsandbytes repacks a weight for good when evaluated."""
+    with modes_kept(module):
+        for part in module.modules():
+            part.training = part.training and is_quantised(part)
+        yield
+
+
+def _arguments(layer: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
+
+
+def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Site]]:
+    """A copy of a captured graph that passes do not edit, and the sites in it."""
+    copied = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(graph, copies))
+
+    def of(site: Site) -> Site:
+        places = {name: copies[getattr(site, name)] for name in ("stream", "add", "branch", "mixer")}
+        return replace(site, nodes=tuple(copies[n] for n in site.nodes), **places)
+
+    return copied, [of(site) for site in sites]
+
+
+def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
+    """Equal for layers of which one proof is enough: the same code on modules of like kinds, settings and shapes."""
+    graphs = [rewrite.graph, *rewrite.functions.values()]
+    called = [n.target for graph in graphs for n in graph.nodes if n.op == "call_function"]
+    modules = [(name, type(m), type(m).forward, _settings(m)) for name, m in rewrite.layer.named_modules()]
+    weights = [
+        (name, type(p.data), p.shape, p.dtype, p.device.type, p.requires_grad)
+        for name, p in rewrite.layer.named_parameters()
+    ]
+    parts = [(name, type(part), getattr(part, "note", "")) for name, part in rewrite.modules.items()]
+    return (*(str(graph) for graph in graphs), *called, *modules, *weights, *parts)
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's numbers, switches and words are, but for its place in the model."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)}
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    places = ("layer_idx", "layer_index", "layer_id")
+    return (implementation, *sorted((k, repr(v)) for k, v in plain.items() if k not in places))
+
+
+def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probes: Sequence[Probe]) -> Fault | None:
+    """Run a rewritten layer beside the original; None where they agree.
+
+    Args:
+        rewrite: of a layer, after all passes.
+        captured: the graph of that layer's forward before any pass, and `sites` in it, in the order of `rewrite.sites`;
+            see `snapshot`.
+    """
+    for probe in probes:
+        try:
+            fault = _Trial(rewrite, captured, sites, probe, float32=True).run()
+        except Exception:
+            try:
+                fault = _Trial(rewrite, captured, sites, probe, float32=False).run()
+            except Exception as error:
+                fault = Fault(None, f"on a probe of {LENGTH} tokens it fails: {_in_a_line(error)}")
+        if fault is not None:
+            return fault
+    return None
+
+
+class _Trial:
+    """One layer's proof: its weights in float32 for the time of it, its inputs, and the runs that are compared."""
+
+    def __init__(
+        self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probe: Probe, float32: bool
+    ) -> None:
+        self.rewrite, self.captured, self.sites = rewrite, captured, sites
+        layer = rewrite.layer
+        plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in layer.parameters())
+        self.float32 = float32 and plain and sum(p.numel() for p in layer.parameters()) <= LARGEST
+        self.precision = FULL if self.float32 else ROUNDED
+        self.given = self._restricted(self._cast(probe.calls[layer]), probe)
+        self.explicit = self._restricted(self._cast(probe.explicit[layer]), probe)
+        self.entry = rewrite.entry.target
+        stream = self.given[self.entry]
+        generator = torch.Generator().manual_seed(1)
+        self.stream = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
+        self.cotangent = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
+        self.padded = probe.padded
+        if probe.padded:
+            self.cotangent[1, -PADDED:] = 0
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.parameters: list[torch.Tensor] = []
+
+    def _cast(self, value: Any) -> Any:
+        def cast(leaf: Any) -> Any:
+            half = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            return leaf.float() if half and self.float32 else leaf
+
+        return tree_map(cast, value) if not isinstance(value, Mapping) else {k: self._cast(v) for k, v in value.items()}
+
+    @staticmethod
+    def _restricted(given: dict[str, Any], probe: Probe) -> dict[str, Any]:
+        """A square mask cut into two documents, so that kept tokens are not merely in causal order."""
+        mask = given.get("attention_mask")
+        if not probe.padded or not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            return given
+        document = torch.arange(LENGTH, device=mask.device) >= DOCUMENT
+        other = document[:, None] != document[None, :]
+        lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return {**given, "attention_mask": mask.masked_fill(other, lowest)}
+
+    def run(self) -> Fault | None:
+        """The first fault; None where all runs agree."""
+        layer = self.rewrite.layer
+        swapped: dict[str, torch.Tensor] = {}
+        for name, parameter in layer.named_parameters():
+            if parameter.is_floating_point() and type(parameter.data) is torch.Tensor:
+                value = parameter.detach().float() if self.float32 else parameter.detach()
+                swapped[f"layer.{name}"] = value.requires_grad_(parameter.requires_grad)
+        for name, buffer in layer.named_buffers():
+            if self.float32 and buffer.is_floating_point():
+                swapped[f"layer.{name}"] = buffer.float()
+        self.parameters = [value for value in swapped.values() if value.requires_grad]
+        with _quiet(layer), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            return functional_call(_Within(layer, self._compare), swapped, ())
+
+    # Inside, the layer's own modules hold the swapped weights.
+
+    def _compare(self) -> Fault | None:
+        layer = self.rewrite.layer
+        original = self._values_and_gradients(functools.partial(type(layer).forward, layer), self.given)
+        untouched = self._values_and_gradients(
+            lambda **given: _Oracle(self, given).run_on(given[self.entry]), self.explicit
+        )
+        fault = self._fault(None, original, untouched, "captured as a graph,")
+        if fault is not None:
+            return fault
+        module = self._rewritten()
+        treatments = {s.treatment for s in self.rewrite.sites}
+        if "exact" not in treatments:
+            self._keep({s.name: LENGTH for s in self.rewrite.sites})
+            fault = self._fault(None, original, self._run(module, checkpointed=False), "with every token kept")
+            if fault is not None or treatments == {None}:
+                return fault
+        fault = self._with_dropped(module, None, {s.name: KEPT[s.site.kind] for s in self.rewrite.sites})
+        return self._located(module, fault) if fault else None
+
+    def _with_dropped(self, module: nn.Module, site: str | None, counts: Mapping[str, int]) -> Fault | None:
+        self._keep(counts)
+        return self._fault(site, self._expected(), self._run(module, checkpointed=True), "with some tokens dropped")
+
+    def _located(self, module: nn.Module, fault: Fault) -> Fault:
+        """The fault of the first site that shows it while all others keep nearly every token."""
+        for planned in self.rewrite.sites:
+            if not planned.treatment:
+                continue
+            counts = {s.name: LENGTH - PADDED for s in self.rewrite.sites} | {planned.name: KEPT[planned.site.kind]}
+            alone = self._with_dropped(module, planned.name, counts)
+            if alone is not None:
+                return alone
+        return fault
+
+    def _rewritten(self) -> fx.GraphModule:
+        """The rewritten graph as a module, its selections replaced by fixed ones."""
+        rewrite, parts = self.rewrite, {}
+        for name, part in rewrite.modules.items():
+            if isinstance(part, SelectBlocks):
+                parts[name] = _Fixed(self, name.removeprefix("lemo_").removesuffix("_select"))
+            elif isinstance(part, RandomScore):
+                parts[name] = _Zeros()
+            elif isinstance(part, StandIn):
+                parts[name] = _Nothing()
+            else:
+                parts[name] = part.to(self.stream.device)
+        values = {"training": False, "gradient_checkpointing": False, **parts}
+
+        def of(graph: fx.Graph) -> dict[str, Any]:
+            names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+            owner = rewrite.layer
+            return {
+                name: values[name] if name in values else functools.reduce(getattr, name.split("."), owner)
+                for name in names
+                if name not in rewrite.functions
+            }
+
+        outlined = {name: build_module(of(body), body, name) for name, body in rewrite.functions.items()}
+        for function in outlined.values():
+            function.training = False
+        module = build_module({**of(rewrite.graph), **outlined}, rewrite.graph, type(rewrite.layer).__name__)
+        module.training = False
+        return module
+
+    def _keep(self, counts: Mapping[str, int]) -> None:
+        generator = torch.Generator().manual_seed(2)
+        for name, count in counts.items():
+            # No padding: an implementation may do what it likes with a query that sees no key.
+            real = LENGTH if count == LENGTH else LENGTH - PADDED
+            rows = [torch.randperm(real, generator=generator)[:count].sort().values for _ in range(BATCH)]
+            self.tokens[name] = torch.stack(rows).to(self.stream.device)
+        for planned in self.rewrite.sites:
+            if planned.score == "shared":
+                self.tokens[planned.name] = self.tokens["attention"]
+
+    def _run(self, module: nn.Module, checkpointed: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        module.gradient_checkpointing = checkpointed  # type: ignore[assignment]
+        return self._values_and_gradients(module, self.given)
+
+    def _values_and_gradients(
+        self, forward: Callable[..., Any], given: Mapping[str, Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """(tensors that a layer returns; gradients of its stream and trainable weights, on the padded probe)."""
+        stream = self.stream.clone().requires_grad_(self.padded)
+        with torch.set_grad_enabled(self.padded):
+            out = forward(**{**given, self.entry: stream})
+        values = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if not self.padded:
+            return values, []
+        total = sum((v * self.cotangent).sum() for v in values if v.shape == self.cotangent.shape)
+        gradients = torch.autograd.grad(total, [stream, *self.parameters], allow_unused=True)  # type: ignore[arg-type]
+        return [v.detach() for v in values], list(gradients)
+
+    def _expected(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """What the captured graph computes with attention masked to kept keys, and the branches' dropped rows zeroed.
+
+        For `exact`, values are those of the branch on every token, and only the gradient is that.
+        """
+        planned = {s.name: s for s in self.rewrite.sites if s.treatment}
+        kept = {name: self._kept(name)[..., None] for name in planned}
+        masks = {name: self._masked(self._kept(name)) for name, s in planned.items() if s.site.kind == "attention"}
+        whole: dict[str, torch.Tensor] = {}
+
+        def values_only(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in planned or planned[name].treatment == "exact":
+                whole[name] = value
+                return value
+            return torch.where(kept[name], value, 0)
+
+        def treat(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in planned:
+                return value
+            if planned[name].treatment == "exact":
+                return whole[name] + torch.where(kept[name], value - value.detach(), 0)
+            return torch.where(kept[name], value, 0)
+
+        inexact = {name: mask for name, mask in masks.items() if planned[name].treatment != "exact"}
+        with torch.no_grad():
+            _Oracle(self, self.explicit, values_only, inexact).run_on(self.stream)
+        return self._values_and_gradients(
+            lambda **given: _Oracle(self, given, treat, masks).run_on(given[self.entry]), self.explicit
+        )
+
+    def _kept(self, name: str) -> torch.Tensor:
+        mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
+        return mask.scatter_(1, self.tokens[name], True)
+
+    def _masked(self, kept: torch.Tensor) -> torch.Tensor:
+        """The layer's explicit mask [B, 1, S, S], additive, to kept keys."""
+        mask = self.explicit.get("attention_mask")
+        lowest = torch.finfo(self.stream.dtype).min
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=kept.device).tril()[None, None]
+            mask = torch.where(allowed, 0.0, lowest).to(self.stream.dtype)
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, lowest).to(self.stream.dtype)
+        return torch.where(kept[:, None, None, :], mask.expand(BATCH, -1, -1, -1), lowest)
+
+    def _fault(self, site: str | None, expected: Any, found: Any, words: str) -> Fault | None:
+        (values, gradients), (other_values, other_gradients) = expected, found
+        if [v.shape for v in values] != [v.shape for v in other_values]:
+            return Fault(site, f"{words} it returns tensors of other shapes")
+        for one, other in zip(values, other_values, strict=True):
+            if self.padded and one.shape[:2] == (BATCH, LENGTH):
+                # What becomes of padding does not matter, and differs between implementations.
+                one[1, -PADDED:] = other[1, -PADDED:]
+            base = self.stream if one.shape == self.stream.shape else torch.zeros_like(one)
+            gap = float((one - other).abs().max()) / (float((one - base).abs().max()) or 1.0)
+            if not gap <= self.precision.share:
+                return Fault(site, f"{words} its values are off by {gap:.2g} of the largest update")
+        if not gradients:
+            return None
+        zero = self.stream.new_zeros(())
+        pairs = [
+            (zero if one is None else one, zero if other is None else other)
+            for one, other in zip(gradients, other_gradients, strict=True)
+        ]
+        largest = max(float(one.abs().max()) for one, _ in pairs)
+        for one, other in pairs:
+            size, gap = float(one.abs().max()), float((one - other).abs().max())
+            if not gap <= self.precision.share * size + self.precision.floor * largest:
+                return Fault(
+                    site, f"{words} its gradients are off by {gap / (size or largest or 1.0):.2g} of the largest"
+                )
+        return None
+
+
+class _Within(nn.Module):
+    """Calls a function while `functional_call` has swapped a layer's weights."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.function = function
+
+    def forward(self) -> Any:
+        """What the function returns."""
+        return self.function()
+
+
+class _Fixed(nn.Module):
+    """In the place of a selection: the tokens that the trial has chosen for a site."""
+
+    def __init__(self, trial: _Trial, site: str) -> None:
+        super().__init__()
+        self.trial = (trial,)
+        self.site = site
+
+    def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        """Tokens [B, K]."""
+        return self.trial[0].tokens[self.site]
+
+
+class _Zeros(nn.Module):
+    """In the place of random scores."""
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, 1]."""
+        return stream.new_zeros(stream.shape[0], 1)
+
+
+class _Nothing(nn.Module):
+    """In the place of a stand-in: dropped tokens get nothing, as under `skip`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, K, H] -> zeros."""
+        return torch.zeros_like(x)
+
+
+class _Oracle(fx.Interpreter):
+    """Runs a captured graph node by node and lets a function change the value of each branch.
+
+    Args:
+        treat: (site's name, value that its branch adds) -> the value to add.
+        masks: by site, the attention mask that its attention reads in the place of the layer's.
+    """
+
+    def __init__(
+        self,
+        trial: _Trial,
+        given: Mapping[str, Any],
+        treat: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(trial.rewrite.layer, garbage_collect_values=False, graph=trial.captured)
+        self.given, self.treat, self.entry = given, treat, trial.entry
+        sites = list(zip(trial.sites, trial.rewrite.sites, strict=True))
+        self.branches = {site.branch: planned.name for site, planned in sites}
+        self.masks = {site.mixer: (masks or {}).get(planned.name) for site, planned in sites}
+
+    def run_on(self, stream: torch.Tensor) -> Any:
+        """The layer's output for a stream [B, S, H]."""
+        self.stream = stream
+        return self.run()
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The layer's argument of this name, or its default."""
+        name = str(target)
+        if name == self.entry:
+            return self.stream
+        if name.startswith("**"):
+            named = {str(n.target) for n in self.graph.nodes if n.op == "placeholder"}
+            return {key: value for key, value in self.given.items() if key not in named}
+        return self.given.get(name, args[0] if args else None)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        """A node's arguments, with mappings spread out and the attention's mask replaced."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        kwargs = {**{k: v for k, v in kwargs.items() if k != SPLAT}, **kwargs.get(SPLAT, {})}
+        mask = self.masks.get(n)
+        if mask is not None:
+            read = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a.target == "attention_mask"]
+            args = tuple(mask if i in read else a for i, a in enumerate(args))
+            if not read:
+                kwargs["attention_mask"] = mask
+        return args, kwargs
+
+    def run_node(self, n: fx.Node) -> Any:
+        """A node's value; a branch's may be replaced."""
+        value = super().run_node(n)
+        return self.treat(self.branches[n], value) if self.treat and n in self.branches else value
