@@ -70,6 +70,7 @@ class Site:
         branch: the value that is added.
         mixer: the attention call, or the last module call of an MLP.
         nodes: every node of the branch, in graph order.
+        addends: all that the add adds to the stream: this branch, parallel ones, and what is no site.
     """
 
     kind: SiteKind
@@ -78,6 +79,7 @@ class Site:
     branch: fx.Node
     mixer: fx.Node
     nodes: tuple[fx.Node, ...]
+    addends: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,13 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
             continue
         below = nx.descendants(flow, stream)
         leaves = _leaves(node, stream, partial(attends, below=below))
-        if sum(leaf is stream for leaf in leaves) != 1:
+        addends = tuple(sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__))
+        if len(addends) != len(leaves) - 1:
             continue
         # As they are computed, which may not be as they are added: a dropout of one draws before a dropout of the next.
-        for branch in sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__):
+        for branch in addends:
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
-            found = _classify(graph, stream, node, branch, region)
+            found = _classify(graph, stream, node, branch, region, addends)
             if isinstance(found, Site):
                 sites.append(found)
             else:
@@ -167,7 +170,12 @@ def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -
 
 
 def _classify(
-    graph: fx.Graph, stream: fx.Node, add: fx.Node, branch: fx.Node, region: tuple[fx.Node, ...]
+    graph: fx.Graph,
+    stream: fx.Node,
+    add: fx.Node,
+    branch: fx.Node,
+    region: tuple[fx.Node, ...],
+    addends: tuple[fx.Node, ...],
 ) -> Site | Refusal:
     attentions = []
     for node in region:
@@ -186,11 +194,11 @@ def _classify(
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch")
     if attentions:
-        return Site("attention", stream, add, branch, attentions[0], region)
+        return Site("attention", stream, add, branch, attentions[0], region, addends)
     calls = [n for n in region if n.op == "call_module"]
     if not calls:
         return Refusal(branch.name, "holds no module to save work in")
-    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region)
+    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region, addends)
 
 
 def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
