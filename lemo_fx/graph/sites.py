@@ -7,22 +7,19 @@ branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and p
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import SiteKind
-from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.graph.capture import (
     ABSENT_IN_TRAINING,
     capture,
@@ -225,12 +222,6 @@ def _width(graph: fx.Graph) -> int:
     return int(size)
 
 
-def is_softmax_attention(module: nn.Module) -> bool:
-    """Whether a module computes attention through transformers' interface, the one mixer that lemo_fx supports."""
-    forward: Callable = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
-
-
 def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     """None if the module treats each token alone, else why that is not shown.
 
@@ -322,57 +313,6 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
     remove_dead_nodes(graph)
     graph.lint()
     return True
-
-
-def require_model(model: object, function: str) -> None:
-    """Raises: UnsupportedModelError where a name, a path or nothing stands in the place of a model."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"{function} takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
-        )
-
-
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The causal decoder layers of a model by name, in order: the longest list of layers with causal attention."""
-    best: list[tuple[str, nn.Module]] = []
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) <= len(best):
-            continue
-        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module) and any(
-            is_softmax_attention(m) and getattr(m, "is_causal", False) for layer in module for m in layer.modules()
-        ):
-            best = [(f"{prefix}.{i}", layer) for i, layer in enumerate(module)]
-    return best
-
-
-def holders(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold the decoder layers, the model itself first."""
-    layers = decoder_layers(model)
-    names = layers[0][0].split(".") if layers else []
-    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
-
-
-def longest_context(config: Any) -> int | None:
-    """The tokens that a model of this transformers config reads at most; None where it does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
-
-
-def has_rope(config: Any) -> bool:
-    """Whether a model of this config rotates by positions, so that it can be made to read more of them."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-
-
-def causal_model(model: nn.Module) -> nn.Module | None:
-    """The transformers model that owns the output projection, under any wrapper."""
-    for module in model.modules():
-        if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
-            head = module.get_output_embeddings()  # type: ignore[operator]
-            if head is not None and any(child is head for child in module.children()):
-                return module
-    return None
 
 
 def site_name(site: Site, sites: list[Site]) -> str:
