@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
-from lemo_fx.graph.sites import causal_model, holders, require_model
+from lemo_fx.graph.anatomy import anatomy_of, require_model
 from lemo_fx.install import Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -98,8 +98,9 @@ def transform(
     if before is not None:
         revert(model)
     try:
-        plans, notes = make_plans(model, config, predictors, Path(dump) if dump else None)
-        install(plans, holders(model))
+        anatomy = anatomy_of(model)
+        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None)
+        install(plans, anatomy.holders)
     except BaseException:
         _put_back(model, before)
         raise
@@ -262,7 +263,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 def _put_back(model: nn.Module, before: Transformation | None) -> None:
     if before is not None:
-        install(before.plans, holders(model))
+        install(before.plans, anatomy_of(model).holders)
         vars(_holder(model))[TRANSFORMATION] = before
 
 
@@ -271,8 +272,7 @@ def _holder(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if TRANSFORMATION in vars(module):
             return module
-    head = causal_model(model)
-    return head if head is not None else model
+    return anatomy_of(model).base
 
 
 def _find(model: nn.Module) -> Transformation | None:

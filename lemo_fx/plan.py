@@ -15,8 +15,9 @@ from lemo_fx import distributed
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
+from lemo_fx.graph.anatomy import Anatomy, longest_context
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
-from lemo_fx.graph.sites import causal_model, decoder_layers, find_sites, longest_context, site_name
+from lemo_fx.graph.sites import find_sites, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import COMPACT
@@ -40,25 +41,24 @@ PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
 
 
 def make_plans(
-    model: nn.Module, config: LemoConfig, predictors: Predictors | None, dump: Path | None
+    anatomy: Anatomy, config: LemoConfig, predictors: Predictors | None, dump: Path | None
 ) -> tuple[list[Plan], list[str]]:
     """The plans of all modules that `transform` rewrites, and notes on what is left alone.
 
     Nothing of the model is changed. Raises as `transform`.
     """
+    model, layers = anatomy.model, anatomy.layers
     distributed.refuse_wrapped(model)
     distributed.refuse_process(model)
     distributed.refuse_cut_weights(model)
-    layers = decoder_layers(model)
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
             "transformers layers with causal softmax attention (encoders and state-space models have none)"
         )
-    _check_model(model, config, layers)
+    _check_model(anatomy, config)
     if predictors is not None:
-        holder = causal_model(model)
-        predictors.check_fits(holder if holder is not None else model)
+        predictors.check_fits(anatomy.base)
     notes: list[str] = []
     step = Step()
     plans = []
@@ -88,11 +88,12 @@ def make_plans(
     if proofs.obstacle:
         notes.append(f"not proven by running: {proofs.obstacle}")
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
-    head = _plan_head(model, config, step, sparse_experts, notes, dump)
+    head = _plan_head(anatomy, config, step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
 
 
-def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, nn.Module]]) -> None:
+def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
+    model, layers = anatomy.model, anatomy.layers
     for site in config.eliminations:
         site.at_layer("keep", 0, len(layers))
         site.at_layer("threshold", 0, len(layers))
@@ -104,7 +105,7 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
                 f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
                 "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
             )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(anatomy.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
             "causal language model that lemo_fx can rewrite"
@@ -114,7 +115,7 @@ def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, n
             "no parameter of the model is trainable, so there is nothing to fine-tune: add adapters first (PEFT's "
             "get_peft_model), or study the sparse forward with LemoConfig(active='always')"
         )
-    longest = longest_context(getattr(model, "config", None))
+    longest = longest_context(anatomy.config)
     if longest is not None and config.block_size > longest:
         raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
 
@@ -313,18 +314,17 @@ def _refuse_unknown_arguments(name: str, rewrite: LayerRewrite, planned: Planned
 
 
 def _plan_head(
-    model: nn.Module,
+    anatomy: Anatomy,
     config: LemoConfig,
     step: Step,
     sparse_experts: bool,
     notes: list[str],
     dump: Path | None,
 ) -> Plan | None:
-    head = causal_model(model)
-    if head is None:
+    head, name = anatomy.head, anatomy.head_name
+    if head is None or name is None:
         notes.append("no loss head: the model has no output projection of its own")
         return None
-    name = next(n for n, m in model.named_modules() if m is head)
 
     def observe(stage: str, graph: fx.Graph, functions: dict[str, fx.Graph]) -> None:
         if dump:

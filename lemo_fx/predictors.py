@@ -24,7 +24,8 @@ from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.files import write_text, writing
 from lemo_fx.fitting.training import Recipe, random_weights
-from lemo_fx.graph.sites import causal_model, decoder_layers, site_names
+from lemo_fx.graph.anatomy import causal_model, decoder_layers
+from lemo_fx.graph.sites import site_names
 from lemo_fx.runtime.network import DECAYS
 from lemo_fx.runtime.scores import Candidates, PredictedScore
 from lemo_fx.runtime.stand_in import StandIn

@@ -32,6 +32,7 @@ def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
             _check_restore(node, after)
         if finished and node.meta.get(META) is not None:
             raise GraphCheckError(f"after {after}: {node} is still marked as part of a region")
+    _check_replaced(rewrite, after)
 
 
 def _check_target(rewrite: LayerRewrite, node: fx.Node, after: str) -> None:
@@ -66,3 +67,27 @@ def _check_restore(node: fx.Node, after: str) -> None:
         raise GraphCheckError(f"after {after}: {node} adds the stream to itself")
     if isinstance(rows, fx.Node) and rows.op == "placeholder":
         raise GraphCheckError(f"after {after}: {node} restores the layer's own input instead of a branch")
+
+
+def _check_replaced(rewrite: LayerRewrite, after: str) -> None:
+    """Where a residual add is gone, so are the branches that were planned: what is left of one would be added twice."""
+    alive = set(rewrite.graph.nodes)
+    branches = {planned.site.branch for planned in rewrite.sites}
+    unplanned = [a for p in rewrite.sites for a in p.site.addends if a not in branches]
+    needed = _ancestors(unplanned)
+    for planned in rewrite.sites:
+        if planned.site.add not in alive:
+            left = next((n for n in planned.site.nodes if n in alive and n not in needed), None)
+            if left is not None:
+                raise GraphCheckError(f"after {after}: {left} of the branch {planned.name} is still there")
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in found:
+            found.add(node)
+            nodes.extend(node.all_input_nodes)
+    return found

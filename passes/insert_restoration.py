@@ -24,8 +24,9 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
         with rewrite.graph.inserting_before(add):
             for site in planned:
                 stream = _restore(rewrite, site, stream)
-            for leaf in _left_alone(add, planned):
-                stream = call(rewrite.graph, operator.add, (stream, leaf), f"{leaf.name}_added")
+            for addend in planned[0].site.addends:
+                if all(addend is not p.site.branch for p in planned):
+                    stream = call(rewrite.graph, operator.add, (stream, addend), f"{addend.name}_added")
         add.replace_all_uses_with(stream)
         for later in rewrite.sites:
             if later.site.stream is add:
@@ -44,23 +45,3 @@ def _restore(rewrite: LayerRewrite, planned: PlannedSite, stream: fx.Node) -> fx
         args = (stream, planned.rest, planned.dropped)
         stream = call(graph, restore_op, args, f"{planned.name}_rest_restored")
     return call(graph, restore_op, (stream, planned.output, planned.tokens), name)
-
-
-def _left_alone(add: fx.Node, planned: list[PlannedSite]) -> list[fx.Node]:
-    """Addends of the residual add beside the stream and the planned branches; none where all are planned."""
-    known = {planned[0].site.stream, *(p.site.branch for p in planned)}
-    leaves: list[fx.Node] = []
-
-    def visit(node: fx.Node) -> None:
-        if node in known:
-            return
-        inner = [a for a in node.args if isinstance(a, fx.Node)]
-        opens = node is add or (node.target in (operator.add, operator.iadd) and any(a in known for a in inner))
-        if not opens:
-            leaves.append(node)
-            return
-        for addend in inner:
-            visit(addend)
-
-    visit(add)
-    return leaves

@@ -6,8 +6,8 @@ from tiny import ARCHITECTURES, TOLERANCE, batch, tiny, with_lora
 from torch import nn
 
 from lemo_fx.errors import CaptureError
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, SPLAT, build_module, capture, readable_code
-from lemo_fx.graph.sites import decoder_layers
 
 
 @pytest.mark.parametrize("lora", [False, True])

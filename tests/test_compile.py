@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.kernels.select_blocks import op
 from lemo_fx.runtime import branch
 

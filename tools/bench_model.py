@@ -38,7 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
 from lemo_fx import LemoConfig, Predictors
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama3-8b": lambda: LlamaConfig(

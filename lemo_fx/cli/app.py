@@ -225,7 +225,7 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
     import lemo_fx
     from lemo_fx import draw
     from lemo_fx.files import check_folder, writing
-    from lemo_fx.graph.sites import decoder_layers
+    from lemo_fx.graph.anatomy import decoder_layers
 
     for folder in (out, dump):
         if folder is not None:
@@ -331,7 +331,7 @@ def fit(
         from lemo_fx.cli import train
         from lemo_fx.config import LemoConfig
         from lemo_fx.files import check_folder
-        from lemo_fx.graph.sites import longest_context
+        from lemo_fx.graph.anatomy import longest_context
 
         check_folder(out)
         for option, value in (("--max-length", max_length), ("--limit", limit)):

@@ -49,7 +49,7 @@ from lemo_fx.cli.train import (
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import ConfigError, InputError, LemoError
 from lemo_fx.files import write_text, writing
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 

@@ -30,7 +30,7 @@ from lemo_fx import draw
 from lemo_fx.config import Elimination, LemoConfig, Score, Treatment, check_seed
 from lemo_fx.errors import ConfigError
 from lemo_fx.fitting.training import Recipe
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import counts
 
 ASSETS = Path(__file__).parents[1] / "demo_assets"

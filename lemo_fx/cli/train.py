@@ -45,8 +45,8 @@ from lemo_fx.config import LemoConfig, check_seed
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_text
+from lemo_fx.graph.anatomy import causal_model, decoder_layers, has_rope, longest_context
 from lemo_fx.graph.capture import modes_kept
-from lemo_fx.graph.sites import causal_model, decoder_layers, has_rope, longest_context
 from lemo_fx.measure import device_name, reset_peak
 from lemo_fx.predictors import RECORD, Predictors
 

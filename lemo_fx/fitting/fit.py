@@ -32,7 +32,7 @@ from lemo_fx.files import write_tensors, write_text, writing
 from lemo_fx.fitting.profile import probe
 from lemo_fx.fitting.thresholds import tune
 from lemo_fx.fitting.training import Blocks, Recipe, predict, recall, train
-from lemo_fx.graph.sites import decoder_layers, has_rope, longest_context, require_model
+from lemo_fx.graph.anatomy import decoder_layers, has_rope, longest_context, require_model
 from lemo_fx.predictors import Predictors, hidden_size, identity
 
 SCRATCH = 16 << 30

@@ -11,8 +11,9 @@ from torch import nn
 from lemo_fx import install as installing
 from lemo_fx.api import suspended
 from lemo_fx.config import LemoConfig, SiteKind
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, modes_kept
-from lemo_fx.graph.sites import decoder_layers, find_sites, site_name
+from lemo_fx.graph.sites import find_sites, site_name
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores

@@ -13,8 +13,8 @@ from torch import nn
 from lemo_fx.api import revert, suspended, transform
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import modes_kept
-from lemo_fx.graph.sites import decoder_layers
 from lemo_fx.predictors import Predictors
 from lemo_fx.runtime.select import SelectBlocks
 

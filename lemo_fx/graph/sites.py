@@ -7,22 +7,19 @@ branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and p
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import SiteKind
-from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.graph.capture import (
     ABSENT_IN_TRAINING,
     capture,
@@ -70,6 +67,7 @@ class Site:
         branch: the value that is added.
         mixer: the attention call, or the last module call of an MLP.
         nodes: every node of the branch, in graph order.
+        addends: all that the add adds to the stream: this branch, parallel ones, and what is no site.
     """
 
     kind: SiteKind
@@ -78,6 +76,7 @@ class Site:
     branch: fx.Node
     mixer: fx.Node
     nodes: tuple[fx.Node, ...]
+    addends: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,13 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
             continue
         below = nx.descendants(flow, stream)
         leaves = _leaves(node, stream, partial(attends, below=below))
-        if sum(leaf is stream for leaf in leaves) != 1:
+        addends = tuple(sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__))
+        if len(addends) != len(leaves) - 1:
             continue
         # As they are computed, which may not be as they are added: a dropout of one draws before a dropout of the next.
-        for branch in sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__):
+        for branch in addends:
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
-            found = _classify(graph, stream, node, branch, region)
+            found = _classify(graph, stream, node, branch, region, addends)
             if isinstance(found, Site):
                 sites.append(found)
             else:
@@ -167,7 +167,12 @@ def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -
 
 
 def _classify(
-    graph: fx.Graph, stream: fx.Node, add: fx.Node, branch: fx.Node, region: tuple[fx.Node, ...]
+    graph: fx.Graph,
+    stream: fx.Node,
+    add: fx.Node,
+    branch: fx.Node,
+    region: tuple[fx.Node, ...],
+    addends: tuple[fx.Node, ...],
 ) -> Site | Refusal:
     attentions = []
     for node in region:
@@ -186,11 +191,11 @@ def _classify(
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch")
     if attentions:
-        return Site("attention", stream, add, branch, attentions[0], region)
+        return Site("attention", stream, add, branch, attentions[0], region, addends)
     calls = [n for n in region if n.op == "call_module"]
     if not calls:
         return Refusal(branch.name, "holds no module to save work in")
-    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region)
+    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region, addends)
 
 
 def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
@@ -215,12 +220,6 @@ def _width(graph: fx.Graph) -> int:
         vectors = [p for m in layer.children() for p in m.parameters(recurse=False) if p.dim() == 1]
         size = vectors[0].numel() if vectors else next(p for p in layer.parameters() if p.dim() == 2).shape[-1]
     return int(size)
-
-
-def is_softmax_attention(module: nn.Module) -> bool:
-    """Whether a module computes attention through transformers' interface, the one mixer that lemo_fx supports."""
-    forward: Callable = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def why_not_token_wise(module: nn.Module, width: int) -> str | None:
@@ -314,57 +313,6 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
     remove_dead_nodes(graph)
     graph.lint()
     return True
-
-
-def require_model(model: object, function: str) -> None:
-    """Raises: UnsupportedModelError where a name, a path or nothing stands in the place of a model."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"{function} takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
-        )
-
-
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The causal decoder layers of a model by name, in order: the longest list of layers with causal attention."""
-    best: list[tuple[str, nn.Module]] = []
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) <= len(best):
-            continue
-        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module) and any(
-            is_softmax_attention(m) and getattr(m, "is_causal", False) for layer in module for m in layer.modules()
-        ):
-            best = [(f"{prefix}.{i}", layer) for i, layer in enumerate(module)]
-    return best
-
-
-def holders(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold the decoder layers, the model itself first."""
-    layers = decoder_layers(model)
-    names = layers[0][0].split(".") if layers else []
-    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
-
-
-def longest_context(config: Any) -> int | None:
-    """The tokens that a model of this transformers config reads at most; None where it does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
-
-
-def has_rope(config: Any) -> bool:
-    """Whether a model of this config rotates by positions, so that it can be made to read more of them."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-
-
-def causal_model(model: nn.Module) -> nn.Module | None:
-    """The transformers model that owns the output projection, under any wrapper."""
-    for module in model.modules():
-        if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
-            head = module.get_output_embeddings()  # type: ignore[operator]
-            if head is not None and any(child is head for child in module.children()):
-                return module
-    return None
 
 
 def site_name(site: Site, sites: list[Site]) -> str:

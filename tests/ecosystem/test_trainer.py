@@ -10,7 +10,7 @@ from tiny import TOLERANCE, anatomy, tiny, with_lora
 from training import Rows, losses, plan, run
 
 import lemo_fx
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 
 NEW_NAMES = Version(transformers.__version__) >= Version("5.20")
 CHECKPOINTING = "activation_checkpointing" if NEW_NAMES else "gradient_checkpointing"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.runtime import offload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

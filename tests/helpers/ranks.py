@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.api import suspended
-from lemo_fx.graph.sites import decoder_layers
+from lemo_fx.graph.anatomy import decoder_layers
 
 ROOT = Path(__file__).parents[2]
 CHECKS = []

@@ -7,6 +7,7 @@ from torch import nn
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.graph.capture import capture, remove_dead_nodes
 from lemo_fx.graph.sites import find_sites
+from lemo_fx.install import graph_module
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_exact, restore_op
 from lemo_fx.passes.checker import check
@@ -40,6 +41,26 @@ class Parallel(Layer):
         return x + self.first(self.norm(x)) + self.second(self.norm(x))
 
 
+class ParallelByFunction(Layer):
+    def forward(self, x, attention_mask=None):
+        return torch.add(torch.add(x, self.first(self.norm(x))), self.second(self.norm(x)))
+
+
+class ParallelByMethod(Layer):
+    def forward(self, x, attention_mask=None):
+        return x.add(self.first(self.norm(x))).add(self.second(self.norm(x)))
+
+
+class ParallelInPlace(Layer):
+    def forward(self, x, attention_mask=None):
+        y = self.second(self.norm(x))
+        y += self.first(self.norm(x)) + x
+        return y
+
+
+PARALLEL = [Parallel, ParallelByFunction, ParallelByMethod, ParallelInPlace]
+
+
 def rewrite_of(layer, treatments=("skip", "skip"), score="random"):
     graph = capture(layer)
     sites, refusals = find_sites(graph)
@@ -61,7 +82,7 @@ def count(graph, *targets):
     ("treatments", "expected"),
     [(("skip", "skip"), 2), (("skip", None), 1), ((None, None), 0), (("exact", "skip"), 2)],
 )
-@pytest.mark.parametrize("layer", [Layer, Parallel])
+@pytest.mark.parametrize("layer", [Layer, *PARALLEL])
 def test_counts_of_every_pass(layer, treatments, expected):
     rewrite = rewrite_of(layer(), treatments)
     assert insert_scores(rewrite) == expected
@@ -113,6 +134,24 @@ def test_exact_restores_are_not_fused():
     for run in (insert_scores, insert_elimination, insert_restoration):
         run(rewrite)
     assert fuse_shared_selection(rewrite) == 0
+
+
+@pytest.mark.parametrize("layer", PARALLEL)
+def test_a_branch_that_nobody_planned_is_added_once(layer):
+    module = layer()
+    expected = module(x := torch.randn(2, 16, 8))
+    rewrite = rewrite_of(module)
+    del rewrite.sites[1], rewrite.modules["lemo_mlp_1_score"], rewrite.modules["lemo_mlp_1_select"]
+    rewrite.modules["lemo_mlp_0_select"].set_keep(1.0)
+    run_passes(rewrite)
+    torch.testing.assert_close(run(rewrite, x), expected)
+
+
+def run(rewrite, x):
+    """The rewritten layer's output."""
+    for name, part in rewrite.modules.items():
+        rewrite.layer.add_module(name, part)
+    return graph_module(rewrite.layer, rewrite.graph, rewrite.functions)(x)
 
 
 def test_the_pipeline_reports_counts_and_is_observed():
@@ -193,6 +232,20 @@ class TestTheChecker:
         self.node(rewrite, eliminate_op).meta[META] = "mark"
         self.refuses(rewrite, "still marked")
 
+    def test_a_branch_that_is_still_added(self):
+        rewrite = rewrite_of(Layer())
+        insert_scores(rewrite)
+        insert_elimination(rewrite)
+        insert_restoration(rewrite)
+        branch = rewrite.sites[0].site.branch
+        restored = next(n for n in rewrite.graph.nodes if n.target is restore_op)
+        with rewrite.graph.inserting_after(restored):
+            twice = rewrite.graph.call_function(torch.add, (restored, branch))
+        restored.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+        remove_dead_nodes(rewrite.graph)
+        with pytest.raises(GraphCheckError, match=r"of the branch mlp_0 is still there"):
+            check(rewrite, "the break")
+
     def test_a_graph_out_of_order(self):
         rewrite = finished()
         nodes = list(rewrite.graph.nodes)
@@ -204,7 +257,7 @@ class TestTheChecker:
             finished(treatments)
 
 
-@pytest.mark.parametrize("layer", [Layer, Parallel])
+@pytest.mark.parametrize("layer", [Layer, *PARALLEL])
 def test_a_layer_with_every_token_kept_computes_the_same(layer):
     module = layer()
     expected = module(x := torch.randn(2, 16, 8))
@@ -213,8 +266,4 @@ def test_a_layer_with_every_token_kept_computes_the_same(layer):
         if isinstance(part, SelectBlocks):
             part.set_keep(1.0)
     run_passes(rewrite)
-    from lemo_fx.install import graph_module
-
-    for name, part in rewrite.modules.items():
-        module.add_module(name, part)
-    torch.testing.assert_close(graph_module(module, rewrite.graph, rewrite.functions)(x), expected)
+    torch.testing.assert_close(run(rewrite, x), expected)

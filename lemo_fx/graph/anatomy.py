@@ -1,0 +1,127 @@
+"""Where a causal language model has its parts: found once, and handed on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lemo_fx.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal language model, each under its name in the model as it was given.
+
+    Attributes:
+        model: as it was given, in whatever wrappers (PEFT's).
+        head: the transformers model that owns the output projection; None where the model has none.
+        decoder: what turns embeddings into hidden states; of a vision-language model the text decoder alone.
+        layers: (name, layer) of the decoder's layers with causal softmax attention among them, in order.
+    """
+
+    model: nn.Module
+    head: nn.Module | None
+    decoder: nn.Module
+    layers: list[tuple[str, nn.Module]]
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model under the wrappers, with its head where it has one."""
+        return self.model if self.head is None else self.head
+
+    @property
+    def config(self) -> Any:
+        """The model's config; None where it has none."""
+        return getattr(self.base, "config", None)
+
+    @property
+    def head_name(self) -> str | None:
+        """Name of the head in the model; empty where the model is the head itself."""
+        return None if self.head is None else next(n for n, m in self.model.named_modules() if m is self.head)
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the decoder layers, the model itself first."""
+        names = self.layers[0][0].split(".") if self.layers else []
+        return [self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Find a model's parts. What has no causal decoder layers has an empty list of them."""
+    head = causal_model(model)
+    decoder = _decoder(model if head is None else head)
+    names = {module: name for name, module in model.named_modules()}
+    layers = [(f"{names[layers]}.{i}", layer) for layers in _layer_list(decoder) for i, layer in enumerate(layers)]
+    return Anatomy(model, head, decoder, layers)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The text decoder by transformers' own account; the model where there is none."""
+    for module in model.modules():
+        if callable(getattr(module, "get_decoder", None)):
+            decoder = module.get_decoder()  # type: ignore[operator]
+            return decoder if isinstance(decoder, nn.Module) else module
+    return model
+
+
+def _layer_list(decoder: nn.Module) -> list[nn.ModuleList]:
+    """The one list of the decoder's layers: of several the nearest to the decoder, of equally near ones the longest.
+
+    A decoder's encoders lie deeper (Phi-4-multimodal's vision layers call themselves causal).
+    """
+    found: list[tuple[int, int, nn.ModuleList]] = []
+    for name, module in decoder.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+            and any(is_softmax_attention(m) and getattr(m, "is_causal", False) for m in module.modules())
+        ):
+            found.append((name.count("."), -len(module), module))
+    return [min(found, key=lambda entry: entry[:2])[2]] if found else []
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The causal decoder layers of a model by name, in order."""
+    return anatomy_of(model).layers
+
+
+def causal_model(model: nn.Module) -> nn.Module | None:
+    """The transformers model that owns the output projection, under any wrapper."""
+    for module in model.modules():
+        if hasattr(module, "loss_function") and callable(getattr(module, "get_output_embeddings", None)):
+            head = module.get_output_embeddings()  # type: ignore[operator]
+            if head is not None and any(child is head for child in module.children()):
+                return module
+    return None
+
+
+def is_softmax_attention(module: nn.Module) -> bool:
+    """Whether a module computes attention through transformers' interface, the one mixer that lemo_fx supports."""
+    forward: Callable = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def require_model(model: object, function: str) -> None:
+    """Raises: UnsupportedModelError where a name, a path or nothing stands in the place of a model."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{function} takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
+        )
+
+
+def longest_context(config: Any) -> int | None:
+    """The tokens that a model of this transformers config reads at most; None where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
+def has_rope(config: Any) -> bool:
+    """Whether a model of this config rotates by positions, so that it can be made to read more of them."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
