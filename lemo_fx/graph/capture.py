@@ -187,6 +187,47 @@ def capture(
     return graph
 
 
+def matters_when_absent(
+    module: nn.Module, graph: fx.Graph, constants: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[str, ...]:
+    """The optional arguments whose absence changes what a captured forward does, beyond being handed on.
+
+    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So the forward is
+    captured once more with each argument held at None, and what comes out is compared.
+
+    Args:
+        graph: `capture(module, constants, **options)`.
+    """
+    constants = constants or {}
+    function = inspect.unwrap(type(module).forward)
+    try:
+        if not re.search(r"\bis (not )?None\b", inspect.getsource(function)):
+            return ()
+    except OSError:
+        pass
+    optional = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is None and name not in constants
+    ]
+    found = []
+    for name in optional:
+        try:
+            without = capture(module, {**constants, name: None}, **options)
+        except CaptureError:
+            found.append(name)
+            continue
+        if _text_without(graph, name) != _text_without(without, name):
+            found.append(name)
+    return tuple(found)
+
+
+def _text_without(graph: fx.Graph, name: str) -> str:
+    """A graph's code with None wherever it reads this argument."""
+    node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
+    return re.sub(rf"\b{node.name}\b", "None", readable_code(graph, "Forward"))
+
+
 def remove_dead_nodes(graph: fx.Graph) -> int:
     """Erase what nobody uses; placeholders stay, since they are the layer's signature."""
     dead = 0
