@@ -5,26 +5,27 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from lemo_fx import distributed
-from lemo_fx.config import Elimination, LemoConfig
+from lemo_fx.config import Elimination, LemoConfig, SiteKind
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
 from lemo_fx.graph.anatomy import Anatomy, longest_context
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
-from lemo_fx.graph.sites import find_sites, site_name
+from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
-from lemo_fx.proof import Proofs, snapshot
+from lemo_fx.proof import Fault, Proofs, snapshot
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from lemo_fx.predictors import Predictors
 
 logger = logging.getLogger(__name__)
+
+KINDS: tuple[SiteKind, ...] = ("attention", "mlp")
 
 PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
 """Layer arguments that a branch may read as they are."""
@@ -60,9 +63,9 @@ def make_plans(
     if predictors is not None:
         predictors.check_fits(anatomy.base)
     notes: list[str] = []
-    step = Step()
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
+    planning = Planning(config, predictors, len(layers), Step(), proofs, dump)
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
@@ -74,22 +77,43 @@ def make_plans(
         distributed.refuse_finer_units(name, layer)
         try:
             with distributed.gathered(layer):
-                plan = _plan_layer(name, layer, index, len(layers), config, predictors, step, dump, proofs)
+                plan = _plan_layer(planning, name, layer, index)
         except UnsupportedModelError as error:
-            if not config.is_dense(index, len(layers)):
-                raise
-            notes.append(f"{name}: left as it is, neither offloaded, nor recomputed in parts, nor in float8: {error}")
+            lost = ", neither offloaded, nor recomputed in parts, nor in float8" if config.rewrites_dense_layers else ""
+            notes.append(f"{name}: left as it is{lost}: {error}")
             continue
         if plan is not None:
             if config.is_dense(index, len(layers)) and not config.rewrites_dense_layers:
                 # The report has the note for it, as for any layer that keeps every token and is computed as before.
                 plan.rows.clear()
             plans.append(plan)
-    if proofs.obstacle:
-        notes.append(f"not proven by running: {proofs.obstacle}")
+    if planning.proofs.obstacle:
+        notes.append(f"not proven by running: {planning.proofs.obstacle}")
+    _check_rewritten(anatomy, config, plans, notes)
     sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
-    head = _plan_head(anatomy, config, step, sparse_experts, notes, dump)
+    head = _plan_head(anatomy, config, planning.step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
+
+
+SHARED = "score='shared' needs a rewritten attention that comes before the MLP in the layer"
+
+
+def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], notes: list[str]) -> None:
+    """Raise where the config eliminates tokens and no layer could; warn where none could of one kind of site."""
+    count = len(anatomy.layers)
+    if all(config.is_dense(index, count) for index in range(count)):
+        return
+    rows = [row for plan in plans for row in plan.rows]
+    reasons = [note for note in notes if "left as it is" in note]
+    reasons += [f"{plan.name}: {row['note']}" for plan in plans for row in plan.rows if row["refused"]]
+    asked = [kind for kind in KINDS if config.site(kind) is not None]
+    missing = [kind for kind in asked if not any(row["kind"] == kind and row["score"] for row in rows)]
+    shared = [reason for reason in reasons if SHARED in reason]
+    if asked and (missing == asked or ("mlp" in missing and shared)):
+        why = f": {[*shared, *reasons][0]}" if reasons else f": its layers have no {' and no '.join(asked)}"
+        raise UnsupportedModelError(f"{type(anatomy.base).__name__} has no branch that lemo_fx can rewrite{why}")
+    for kind in missing:
+        logger.warning("lemo_fx: no %s of %s is rewritten; see lemo_fx.report", kind, type(anatomy.base).__name__)
 
 
 def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
@@ -120,56 +144,101 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
         raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
 
 
-def _plan_layer(
-    name: str,
-    layer: nn.Module,
-    index: int,
-    count: int,
-    config: LemoConfig,
-    predictors: Predictors | None,
-    step: Step,
-    dump: Path | None,
-    proofs: Proofs,
-) -> Plan | None:
+@dataclass(frozen=True)
+class Planning:
+    """What the plans of a model's layers have in common.
+
+    Attributes:
+        count: of the decoder layers.
+        dump: folder for the graphs of every pass, or None.
+    """
+
+    config: LemoConfig
+    predictors: Predictors | None
+    count: int
+    step: Step
+    proofs: Proofs
+    dump: Path | None
+
+
+def _plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> Plan | None:
+    """The plan of one layer; a branch whose rewrite turns out not to compute what it should is left dense.
+
+    Raises:
+        UnsupportedModelError: the layer must stay as it is.
+    """
+    config, step = planning.config, planning.step
     if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
         return None
+    faults: dict[str, str] = {}
+    led = step.led
+    while True:
+        rewrite, rows, fault = _rewrite_layer(planning, name, layer, index, faults)
+        if fault is None:
+            return layer_plan(name, rewrite, config, step, rows)
+        step.led = led
+        if fault.site is None or fault.site in faults:
+            raise UnsupportedModelError(f"{name}: {fault.what}")
+        faults[fault.site] = fault.what
+
+
+def _rewrite_layer(
+    planning: Planning, name: str, layer: nn.Module, index: int, faults: Mapping[str, str]
+) -> tuple[LayerRewrite, list[dict[str, Any]], Fault | None]:
+    """A layer rewritten, its rows of the report, and what its proof found.
+
+    Args:
+        faults: by site, what an earlier proof found.
+    """
+    config = planning.config
     try:
         graph = capture(layer, ABSENT_IN_TRAINING)
     except CaptureError as error:
-        raise UnsupportedModelError(f"{name}: {error}. {_LEAVE_OUT}") from error
+        raise UnsupportedModelError(f"{name}: {error}") from error
     sites, refusals = find_sites(graph)
-    rows = []
     for refusal in refusals:
-        if refusal.kind is None:
-            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_LEAVE_OUT}")
-        if config.site(refusal.kind) is not None:
-            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}. {_MEND}")
-        rows.append(_row(refusal.kind, "dense", note=f"dense (None in the config): {refusal.node} {refusal.reason}"))
-
+        if refusal.site is None:
+            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}")
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
+    reasons = dict(faults)
+    for refusal in refusals:
+        assert refusal.site is not None
+        own = _own_name(layer, refusal.site, [site.name for site in planned])
+        reasons[own] = f"{refusal.node} {refusal.reason}"
+        planned.append(PlannedSite(own, refusal.site, None))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    planned.sort(key=lambda site: (order[site.site.add], order[site.site.branch]))
+
+    rows = []
     rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
-    untouched = snapshot(graph, sites)
+    untouched = snapshot(graph, [site.site for site in planned])
     for site in planned:
         elimination = config.site(site.site.kind)
-        if elimination is None or config.is_dense(index, count):
-            reason = "dense (None in the config)" if elimination is None else "dense (dense_layers)"
+        dense = "dense_layers" if config.is_dense(index, planning.count) else ""
+        dense = "None in the config" if elimination is None else dense
+        refused = reasons.get(site.name)
+        if refused is None and not dense:
+            refused = _why_dense(rewrite, site, elimination)
+        if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in _called(site)]
             site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
-            rows.append(_row(site.name, "dense", note=reason))
+            row = _row(site, "dense", note=f"left dense: {refused}" if refused else f"dense ({dense})")
+            row["refused"] = bool(refused) and not dense
+            rows.append(row)
         else:
-            _refuse_unknown_arguments(name, rewrite, site)
-            rows.append(_plan_site(name, rewrite, site, elimination, index, count, config, predictors, step))
+            rows.append(_plan_site(planning, name, rewrite, site, elimination, index))
         rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
-    observe = _dumper(dump, name) if dump else None
-    run_passes(rewrite, observe)
-    fault = proofs.fault(rewrite, *untouched)
-    if fault is not None:
-        raise UnsupportedModelError(f"{name}: {fault.site or 'the layer'}: {fault.what}. {_MEND}")
-    return layer_plan(name, rewrite, config, step, rows)
+    run_passes(rewrite, _dumper(planning.dump, name) if planning.dump else None)
+    return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
 
 
-_LEAVE_OUT = "Leave this layer out with LemoConfig(dense_layers=...)"
-_MEND = f"{_LEAVE_OUT}, or the whole kind of site with attention=None or mlp=None"
+def _own_name(layer: nn.Module, site: Site, taken: list[str]) -> str:
+    """A name for a branch that is left dense: what its one large module is called, else its kind."""
+    called = [str(n.target) for n in site.nodes if n.op == "call_module"]
+    large = [name for name in called if holds_matrix(layer.get_submodule(name))]
+    own = large[0].replace(".", "_") if len(large) == 1 else site.kind
+    numbered = (f"{own}_{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([own], numbered) if name not in taken)
 
 
 def _float8_asked(site: PlannedSite, config: LemoConfig) -> str:
@@ -185,39 +254,33 @@ def _called(site: PlannedSite) -> tuple[str, ...]:
     return tuple(str(node.target) for node in site.site.nodes if node.op == "call_module")
 
 
-def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
+def _row(planned: PlannedSite, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
     return {
-        "site": site,
+        "site": planned.name,
+        "kind": planned.site.kind,
+        "refused": False,
         "eliminated": eliminated,
         "score": score,
         "budget": budget,
         "note": note,
         "experts": False,
-        "tokens_of": site,
+        "tokens_of": planned.name,
         "float8": "",
         "called": (),
     }
 
 
 def _plan_site(
+    planning: Planning,
     layer_name: str,
     rewrite: LayerRewrite,
     planned: PlannedSite,
     elimination: Elimination,
     index: int,
-    count: int,
-    config: LemoConfig,
-    predictors: Predictors | None,
-    step: Step,
 ) -> dict[str, Any]:
     """Decide one site and add its parts to the rewrite; returns its row of the report."""
+    config, predictors, step, count = planning.config, planning.predictors, planning.step, planning.count
     mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
-    implementation = str(getattr(getattr(mixer, "config", None), "_attn_implementation", None))
-    if planned.site.kind == "attention" and implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
-        raise UnsupportedModelError(
-            f"{layer_name}: {implementation} counts its sliding window in kept tokens, not in original positions; use "
-            f"attn_implementation='sdpa'. {_MEND}"
-        )
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":
@@ -242,7 +305,7 @@ def _plan_site(
         # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
     budget = f"keep {keep:.4g}" if keep is not None else f"threshold {threshold:g}"
-    row = _row(planned.name, elimination.eliminated, score, budget)
+    row = _row(planned, elimination.eliminated, score, budget)
     salt = 2 * index + (planned.site.kind == "mlp") + 1
     if score == "measured":
         part = measured_score(mixer, planned.site.kind, config.block_size)
@@ -274,10 +337,6 @@ def _plan_site(
     row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
     if score == "shared":
         row["tokens_of"] = "attention"
-        if not any(p.site.kind == "attention" and p.treatment for p in rewrite.sites[: rewrite.sites.index(planned)]):
-            raise UnsupportedModelError(
-                f"{layer_name}: score='shared' needs an attention that comes before the MLP in the layer. {_MEND}"
-            )
     else:
         select = SelectBlocks(
             config.block_size, keep, threshold, salt, step, elimination.balance, varies=len(set(keeps)) > 1
@@ -297,20 +356,35 @@ def _window(attention: nn.Module) -> int | None:
     """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[return-value]
-    return getattr(attention.config, "sliding_window", None)
+    return getattr(getattr(attention, "config", None), "sliding_window", None)
 
 
-def _refuse_unknown_arguments(name: str, rewrite: LayerRewrite, planned: PlannedSite) -> None:
-    """Every layer argument that a branch reads must be one whose shortening to the kept tokens is known."""
-    for node in planned.site.nodes:
+def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None) -> str | None:
+    """Why a branch that may run on some tokens cannot be told which, or cannot know what they are; None if it can."""
+    site = planned.site
+    for node in site.nodes:
         for argument in node.all_input_nodes:
             target = str(argument.target)
+            # Every layer argument that a branch reads must be one whose shortening to the kept tokens is known.
             known = argument is rewrite.entry or target in COMPACT or target in PASSED_THROUGH
             if argument.op == "placeholder" and not known:
-                raise UnsupportedModelError(
-                    f"{name}: node {node.name!r} reads the layer argument {target!r}, and how that follows the kept "
-                    f"tokens is not known. {_MEND}"
+                return (
+                    f"node {node.name!r} reads the layer argument {target!r}, and how that follows the kept tokens is "
+                    "not known"
                 )
+    if site.kind == "attention":
+        mixer = rewrite.layer.get_submodule(str(site.mixer.target))
+        implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
+        if implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
+            return (
+                f"{implementation} counts its sliding window in kept tokens, not in original positions; use "
+                "attn_implementation='sdpa'"
+            )
+    if elimination is not None and elimination.score == "shared":
+        before = rewrite.sites[: rewrite.sites.index(planned)]
+        if not any(p.site.kind == "attention" and p.treatment for p in before):
+            return SHARED
+    return None
 
 
 def _plan_head(

@@ -30,8 +30,10 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
     for planned in rewrite.sites:
         with rewrite.graph.inserting_before(planned.site.add):
             if planned.treatment is None:
-                region = _branch_region(planned)
-                planned.output = clone(rewrite.graph, planned.site.nodes, {}, region, "dense")[planned.site.branch]
+                copies = clone(rewrite.graph, planned.site.nodes, {}, _branch_region(planned), "dense")
+                planned.output = copies[planned.site.branch]
+                for node, user in planned.site.read_outside:
+                    user.replace_input_with(node, copies[node])
                 continue
             _eliminate(rewrite, planned)
         changed += 1
@@ -39,8 +41,8 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
 
 
 def _branch_region(planned: PlannedSite) -> Region:
-    token_wise = planned.site.kind == "mlp"
-    return Region(f"lemo_{planned.name}_branch", True, token_wise, planned.float8, planned.share)
+    name = f"lemo_{planned.name}_branch"
+    return Region(name, True, planned.site.token_wise, planned.float8, planned.share)
 
 
 def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
@@ -77,7 +79,7 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
 
 def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     graph, site, name = rewrite.graph, planned.site, planned.name
-    exact, token_wise = planned.treatment == "exact", site.kind == "mlp"
+    exact, token_wise = planned.treatment == "exact", site.token_wise
     if not exact or token_wise:
         planned.dropped = call(graph, kept.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
     if exact:

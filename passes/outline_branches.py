@@ -6,6 +6,7 @@ after:   rows = eliminate(x, t);  a = branch(self.lemo_attention_branch, ..., ro
 The functions become methods of the rewritten layer's class: what they call is looked up on the layer at run time.
 """
 
+import operator
 from collections.abc import Callable
 
 from torch import fx
@@ -35,18 +36,19 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
     inputs = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
     inputs.sort(key=lambda node: node.op == "placeholder")
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-    if len(outputs) != 1:
+    if not outputs or (region.token_wise and len(outputs) > 1):
         raise GraphCheckError(f"region {region.name} has {len(outputs)} results ({outputs}); one is needed")
     body = fx.Graph()
     values = {node: body.placeholder(node.name) for node in inputs}
     for node in nodes:
         values[node] = body.node_copy(node, lambda n: values[n])
         values[node].meta.pop(META, None)
-    body.output(values[outputs[0]])
+    results = tuple(values[node] for node in outputs)
+    body.output(results if len(results) > 1 else results[0])
     rewrite.functions[region.name] = body
 
     name = region.name.removeprefix("lemo_")
-    with rewrite.graph.inserting_before(outputs[0]):
+    with rewrite.graph.inserting_before(nodes[-1]):
         function = rewrite.graph.create_node("get_attr", region.name, name=region.name)
         length = (rewrite.length(),) if region.token_wise else ()
         if region.gradient:
@@ -62,6 +64,10 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
             rewrite.modules.setdefault(FLOAT8, Float8Switch())
             precision["float8"] = rewrite.graph.create_node("get_attr", FLOAT8)
         result = call(rewrite.graph, run, args, name, kwargs=precision)
-    outputs[0].replace_all_uses_with(result)
+        for number, output in enumerate(outputs):
+            one = result
+            if len(outputs) > 1:
+                one = call(rewrite.graph, operator.getitem, (result, number), f"{name}_{number}")
+            output.replace_all_uses_with(one)
     for node in reversed(nodes):
         rewrite.graph.erase_node(node)

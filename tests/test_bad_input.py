@@ -148,7 +148,10 @@ def test_state_space_and_linear_attention():
         linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"],
     )
-    refused(transformers.Qwen3NextForCausalLM(hybrid), match=r"layers\.0")
+    model = lemo_fx.transform(transformers.Qwen3NextForCausalLM(hybrid), SPARSE)
+    rows = {(row.module, row.site): row for row in lemo_fx.report(model).sites}
+    assert "mixes tokens" in rows["model.layers.0", "linear_attn"].note
+    assert rows["model.layers.1", "attention"].eliminated == "skip"
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, "half", True, float("nan"), [0.5, 2.0], []])
@@ -233,13 +236,24 @@ class MixesTokens(torch.nn.Module):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_last_layer_that_fails_rolls_everything_back(lora):
     model = tiny("llama", 3)
-    model.model.layers[2].mlp = MixesTokens(32)
     model = with_lora(model, targets=["q_proj"]) if lora else model
     inputs = batch(2, 48)
     expected = step(model, inputs)
-    refused(model, match=r"layers\.2.*mlp.*mixes tokens")
+    predicted = Elimination(keep=0.5, score="predicted")
+    predictors = lemo_fx.Predictors.random(model, LemoConfig(predicted, predicted, 8, (2,)))
+    plan = LemoConfig(predicted, predicted, 8, ())
+    refused(model, plan, PredictorError, match=r"layer 2", predictors=predictors)
     assert_same_step(step(model, inputs), expected, "same")
-    lemo_fx.transform(model, LemoConfig(SPARSE.attention, None, 8, (2,)))
+    lemo_fx.transform(model, LemoConfig(predicted, predicted, 8, (2,)), predictors=predictors)
+
+
+def test_a_last_layer_that_cannot_be_rewritten_stays_as_it_is():
+    model = tiny("llama", 3)
+    model.model.layers[2].mlp = MixesTokens(32)
+    lemo_fx.transform(model, SPARSE)
+    rows = [row for row in lemo_fx.report(model).sites if row.eliminated == "dense"]
+    assert [(row.module, row.site) for row in rows] == [("model.layers.2", "mlp")]
+    assert "MixesTokens mixes tokens" in rows[0].note
 
 
 @pytest.mark.parametrize("where", ["to", "rewritten_class"])
@@ -304,7 +318,7 @@ def test_another_attention_implementation_afterwards():
 def test_sliding_window_where_attention_counts_for_itself():
     model = tiny("mistral")
     model.config._attn_implementation = "flash_attention_2"
-    refused(model, match="sliding window")
+    refused(model, LemoConfig(SPARSE.attention, None, 8, ()), match="sliding window.*attn_implementation='sdpa'")
 
 
 @pytest.mark.parametrize("asked_by", ["call", "config"])

@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from tiny import ARCHITECTURES, TOLERANCE, assert_same_step, batch, step, tiny, with_lora
+from tiny import ARCHITECTURES, TOLERANCE, anatomy, assert_same_step, batch, saved_bytes, step, tiny, with_lora
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -114,6 +116,20 @@ def test_three_parallel_branches():
     assert sorted(kinds) == ["attention", "mlp", "mlp"]
 
 
+def test_what_a_layer_returns_besides_its_stream():
+    kinds, refusals = found(lambda m, x: ((h := x + m.attention(m.norm(x))) + m.mlp(m.norm(h)), h, None))
+    assert kinds == ["attention", "mlp"]
+    assert not refusals
+    kinds, refusals = found(lambda m, x: ((h := x + (a := m.attention(m.norm(x)))) + m.mlp(m.norm(h)), a * 2))
+    assert kinds == ["mlp"]
+    assert [(r.kind, r.reason) for r in refusals] == [("attention", "is also read outside of its branch, by 'mul'")]
+    kinds, refusals = found(lambda m, x: ((a := m.attention(m.norm(x))), b := a * 2, x + a, b)[2:])
+    assert [r.site for r in refusals] == [None], "what reads it comes before the add"
+    kinds, refusals = found(lambda m, x: x + (a := m.attention(m.norm(x))) + m.mlp(a))
+    assert not kinds
+    assert "is shared by two branches" in refusals[0].reason
+
+
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
@@ -140,49 +156,93 @@ class RunningMean(nn.Module):
         return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_refused_branch_stays_dense_with_its_kind(checkpointing):
-    def mixing():
-        model = tiny("llama", 2)
-        for layer in model.model.layers:
-            layer.mlp = nn.Sequential(layer.mlp, RunningMean())
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+def mixing(layers=2, checkpointing=False):
+    """MLPs that read every token."""
+    model = tiny("llama", layers)
+    for layer in model.model.layers:
+        layer.mlp = nn.Sequential(layer.mlp, RunningMean())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
-    exact = Elimination(keep=0.5, eliminated="exact")
-    with pytest.raises(lemo_fx.UnsupportedModelError, match=r"mixes tokens.*mlp=None"):
-        lemo_fx.transform(mixing(), LemoConfig(exact, exact, block_size=8, dense_layers=()))
+
+EXACT = Elimination(keep=0.5, eliminated="exact")
+
+
+@pytest.mark.parametrize("mlp", [EXACT, None])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_refused_branch_stays_dense_and_the_rest_is_rewritten(checkpointing, mlp):
     inputs = batch(2, 48, "right")
     expected = step(mixing(), inputs)
-    whole = lemo_fx.transform(mixing(), LemoConfig(Elimination(keep=1.0), None, block_size=8, dense_layers=()))
+    everything = Elimination(keep=1.0)
+    plan = LemoConfig(everything, mlp and everything, block_size=8, dense_layers=())
+    whole = lemo_fx.transform(mixing(checkpointing=checkpointing), plan)
     assert_same_step(step(whole, inputs), expected, "fp32")
-    half = lemo_fx.transform(mixing(), LemoConfig(exact, None, block_size=8, dense_layers=()))
+    half = mixing(checkpointing=checkpointing)
+    lemo_fx.transform(half, LemoConfig(EXACT, mlp, block_size=8, dense_layers=()))
     loss, gradients = step(half, inputs)
     torch.testing.assert_close(loss, expected[0], **TOLERANCE["fp32"])
     name = "model.layers.0.self_attn.v_proj.weight"
     assert not torch.allclose(gradients[name], expected[1][name]), "half of the tokens give no gradient"
-    notes = {row.site: row.note for row in lemo_fx.report(half).sites}
-    assert "mixes tokens" in notes["mlp"]
+    rows = {row.site: row for row in lemo_fx.report(half).sites if row.module == "model.layers.0"}
+    assert rows["attention"].eliminated == "exact"
+    assert rows["mlp"].eliminated == "dense"
+    assert "Sequential mixes tokens" in rows["mlp"].note
+
+
+@pytest.mark.parametrize("mlp", [EXACT, None])
+def test_checkpointing_covers_a_refused_branch(mlp):
+    inputs = batch(2, 48)
+    original = saved_bytes(mixing(4, checkpointing=True), inputs)
+    assert original < 0.5 * saved_bytes(mixing(4), inputs)
+    model = mixing(4, checkpointing=True)
+    lemo_fx.transform(model, LemoConfig(EXACT, mlp, block_size=8, dense_layers=(), loss_segments=None))
+    # Two functions a layer are recomputed instead of one: the stream between them is kept, and the kept rows.
+    assert saved_bytes(model, inputs) < 2 * original
+
+
+def test_a_model_in_which_nothing_can_be_rewritten():
+    model = mixing()
+    for layer in model.model.layers:
+        layer.unused, layer.self_attn = layer.self_attn, copy.copy(layer.self_attn)
+        layer.self_attn.is_causal = False
+    before = anatomy(model)
+    with pytest.raises(lemo_fx.UnsupportedModelError, match=r"can rewrite: model.layers.0: left dense: self_attn"):
+        lemo_fx.transform(model, LemoConfig(block_size=8, dense_layers=()))
+    with pytest.raises(lemo_fx.UnsupportedModelError, match="is not causal"):
+        lemo_fx.transform(model, LemoConfig(EXACT, None, block_size=8, dense_layers=()))
+    assert anatomy(model) == before
+    lemo_fx.transform(model, LemoConfig(None, None, block_size=8))
+
+
+def test_a_warning_where_no_site_of_a_kind_is_rewritten(caplog):
+    lemo_fx.transform(mixing(), LemoConfig(EXACT, EXACT, block_size=8, dense_layers=()))
+    assert "no mlp of LlamaForCausalLM is rewritten" in caplog.text
+    caplog.clear()
+    lemo_fx.transform(mixing(), LemoConfig(EXACT, None, block_size=8, dense_layers=()))
+    assert not caplog.text
+
+
+def replaced(forward, layers=1):
+    """A tiny Llama whose layers run this forward."""
+    model = tiny("llama", layers)
+    original = type(model.model.layers[0])
+    for layer in model.model.layers:
+        layer.__class__ = type(original.__name__, (original,), {"forward": forward})
+    return model
 
 
 def test_an_unknown_layer_argument():
-    model = tiny("llama", 1)
-    layer = model.model.layers[0]
+    def reads_gates(self, hidden_states, attention_mask=None, gates=None, **kwargs):
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * gates
 
-    class Gated(type(layer)):
-        def forward(self, hidden_states, attention_mask=None, gates=None, **kwargs):
-            residual = hidden_states
-            hidden_states = self.self_attn(
-                self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
-            )[0]
-            hidden_states = residual + hidden_states
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * gates
-
-    layer.__class__ = Gated
-    with pytest.raises(lemo_fx.UnsupportedModelError, match="'gates'"):
-        lemo_fx.transform(model, lemo_fx.LemoConfig(block_size=8, dense_layers=()))
-    assert type(layer) is Gated
+    model = lemo_fx.transform(replaced(reads_gates), LemoConfig(EXACT, EXACT, block_size=8, dense_layers=()))
+    rows = {row.site: row for row in lemo_fx.report(model).sites}
+    assert rows["mlp"].eliminated == "dense"
+    assert "'gates'" in rows["mlp"].note
+    assert rows["attention"].eliminated == "exact"
 
 
 def test_token_wise_modules():

@@ -1,6 +1,7 @@
 """Find the sites of a decoder layer: branches that leave the residual stream and are added back to it.
 
-The residual stream is the dominator chain of the layer's output (every path from the input runs through these nodes).
+The residual stream is the dominator chain of what the layer returns, of a tuple the first value: every path from the
+input to it runs through these nodes.
 A residual add is a node of that chain that adds its immediate dominator, the stream, to one or more other values: the
 branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all fall out of this.
 """
@@ -61,13 +62,15 @@ class Site:
     """One branch of the residual stream.
 
     Attributes:
-        kind: "attention" where one node mixes tokens through softmax attention, else "mlp".
+        kind: "attention" where a node mixes tokens through softmax attention, else "mlp".
         stream: the value of the residual stream that the branch reads.
         add: the residual add that it returns to; parallel branches share one.
         branch: the value that is added.
         mixer: the attention call, or the last module call of an MLP.
         nodes: every node of the branch, in graph order.
         addends: all that the add adds to the stream: this branch, parallel ones, and what is no site.
+        read_outside: (node of the branch, its user elsewhere in the layer), beside the branch's own value.
+        token_wise: whether every node of the branch treats each token alone.
     """
 
     kind: SiteKind
@@ -77,15 +80,28 @@ class Site:
     mixer: fx.Node
     nodes: tuple[fx.Node, ...]
     addends: tuple[fx.Node, ...]
+    read_outside: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    token_wise: bool = False
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A branch that was left alone, at which node, and why; no kind where it is not about one branch."""
+    """Why something must see every token.
+
+    Attributes:
+        node: at which node.
+        reason: continues a sentence that begins with the node.
+        site: the branch that stays dense; None where the layer must stay as it is.
+    """
 
     node: str
     reason: str
-    kind: SiteKind | None = None
+    site: Site | None = None
+
+    @property
+    def kind(self) -> SiteKind | None:
+        """The kind of the branch."""
+        return None if self.site is None else self.site.kind
 
 
 def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
@@ -97,53 +113,80 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     sites, refusals = _analyse(graph)
     if not refusals and _remove_flattening(graph, sites):
         sites, refusals = _analyse(graph)
-    elif _flattenings(graph):
-        flat = [n.name for n, _ in _flattenings(graph)]
+    inside = {node for site in (*sites, *(r.site for r in refusals if r.site)) for node in site.nodes}
+    flat = [node for node, _ in _flattenings(graph) if node not in inside]
+    if flat:
+        reason = "flattens the token axis and not every branch is known to be token-wise"
+        refusals += [Refusal(flat[0].name, reason, site) for site in sites]
         sites = []
-        refusals.append(Refusal(flat[0], "flattens the token axis and not every branch is known to be token-wise"))
     return sites, refusals
 
 
 def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     nodes = list(graph.nodes)
     entry = next(n for n in nodes if n.op == "placeholder")
-    output = next(n for n in nodes if n.op == "output")
+    returned = next(n for n in nodes if n.op == "output").args[0]
+    last = returned[0] if isinstance(returned, tuple | list) and returned else returned
     flow = nx.DiGraph((source, user) for source in nodes for user in source.users)
-    if entry not in flow or not nx.has_path(flow, entry, output):
+    if not isinstance(last, fx.Node) or entry not in flow or not nx.has_path(flow, entry, last):
         return [], [Refusal(entry.name, "does not reach the output")]
     dominator = nx.immediate_dominators(flow, entry)
-    spine = [output]
+    spine = [last]
     while spine[-1] is not entry:
         spine.append(dominator[spine[-1]])
     spine.reverse()
 
     order = {node: position for position, node in enumerate(nodes)}
-    sites: list[Site] = []
-    refusals: list[Refusal] = []
-
-    def attends(node: fx.Node, below: set[fx.Node]) -> bool:
-        region = (nx.ancestors(flow, node) | {node}) & below
-        return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
-
-    for stream, node in itertools.pairwise(spine):
-        if not _is_add(node):
+    branches: list[Site] = []
+    adds: set[fx.Node] = set()
+    for stream, add in itertools.pairwise(spine):
+        if not _is_add(add):
             continue
         below = nx.descendants(flow, stream)
-        leaves = _leaves(node, stream, partial(attends, below=below))
+        attends = partial(_attends, graph, flow, below)
+        leaves, opened = _leaves(add, stream, attends)
         addends = tuple(sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__))
         if len(addends) != len(leaves) - 1:
             continue
+        adds.update(opened)
         # As they are computed, which may not be as they are added: a dropout of one draws before a dropout of the next.
-        for branch in addends:
+        for branch in (addend for addend in addends if addend in below):
             region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
-            found = _classify(graph, stream, node, branch, region, addends)
-            if isinstance(found, Site):
-                sites.append(found)
-            else:
-                refusals.append(replace(found, kind="attention" if attends(branch, below) else "mlp"))
-    if not sites and not refusals:
-        refusals.append(Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule"))
+            kind: SiteKind = "attention" if attends(branch) else "mlp"
+            branches.append(Site(kind, stream, add, branch, _mixer(graph, region), region, addends))
+    if not branches:
+        return [], [Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule")]
+
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    regions = [set(site.nodes) for site in branches]
+    for site in branches:
+        outside = tuple(
+            (node, user)
+            for node in site.nodes
+            for user in node.users
+            if not (node is site.branch and user in adds)
+            and not any(node in region and user in region for region in regions)
+        )
+        refusal = _why_not(graph, replace(site, read_outside=outside))
+        others = set().union(*(region for other, region in zip(branches, regions, strict=True) if other is not site))
+        shared = next((n for n in site.nodes if n in others and _is_heavy(graph, n)), None)
+        if shared is not None:
+            # Each branch becomes a function of its own, and would compute it again.
+            refusals.append(Refusal(shared.name, "is shared by two branches"))
+        elif refusal is None:
+            sites.append(replace(site, token_wise=site.kind == "mlp"))
+        elif all(order[user] > order[site.add] for _, user in outside):
+            refusals.append(refusal)
+        else:
+            # What reads it comes before the add: it can be left where it is, but not be made a function.
+            refusals.append(replace(refusal, site=None))
     return sites, refusals
+
+
+def _attends(graph: fx.Graph, flow: nx.DiGraph, below: set[fx.Node], node: fx.Node) -> bool:
+    region = (nx.ancestors(flow, node) | {node}) & below
+    return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
 
 
 def _is_add(node: fx.Node) -> bool:
@@ -152,9 +195,9 @@ def _is_add(node: fx.Node) -> bool:
     return len(tensors) == 2 and not node.kwargs and (by_function or (node.op, node.target) == ("call_method", "add"))
 
 
-def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The addends of a residual add; an inner add opens where it joins parallel branches (mlp + attention + x)."""
-    leaves = []
+def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The addends of a residual add, and the adds between; an inner add opens where it joins parallel branches."""
+    leaves, opened = [], [add]
     for addend in add.args:
         assert isinstance(addend, fx.Node)
         joins = (
@@ -162,48 +205,51 @@ def _leaves(add: fx.Node, stream: fx.Node, attends: Callable[[fx.Node], bool]) -
             and len(addend.users) == 1
             and (stream in addend.args or sum(attends(a) for a in addend.args if isinstance(a, fx.Node)) == 1)
         )
-        leaves.extend(_leaves(addend, stream, attends) if joins else [addend])
-    return leaves
+        if joins:
+            more = _leaves(addend, stream, attends)
+            leaves.extend(more[0])
+            opened.extend(more[1])
+        else:
+            leaves.append(addend)
+    return leaves, opened
 
 
-def _classify(
-    graph: fx.Graph,
-    stream: fx.Node,
-    add: fx.Node,
-    branch: fx.Node,
-    region: tuple[fx.Node, ...],
-    addends: tuple[fx.Node, ...],
-) -> Site | Refusal:
+def _mixer(graph: fx.Graph, region: tuple[fx.Node, ...]) -> fx.Node:
+    """The attention call of a branch, else its last call that is neither a dropout nor a norm."""
+    calls = [n for n in region if n.op == "call_module"]
+    attentions = [n for n in calls if is_softmax_attention(module_of(graph, n))]
+    heavy = [n for n in calls if _is_heavy(graph, n)]
+    return [*attentions[:1], *reversed(heavy), *reversed(calls), region[-1]][0]
+
+
+def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
+    """Why a branch must see every token; None if it may run on some of them."""
     attentions = []
-    for node in region:
+    for node in site.nodes:
         if node.op == "call_module":
             module = module_of(graph, node)
             if is_softmax_attention(module):
                 if not getattr(module, "is_causal", False):
-                    return Refusal(node.name, f"{type(module).__name__} is not causal")
+                    return Refusal(node.name, f"{type(module).__name__} is not causal", site)
                 attentions.append(node)
                 continue
             reason = why_not_token_wise(module, _width(graph))
             if reason:
-                return Refusal(node.name, f"{type(module).__name__} {reason}")
+                return Refusal(node.name, f"{type(module).__name__} {reason}", site)
         elif reason := _why_not_elementwise(node, attentions):
-            return Refusal(node.name, reason)
+            return Refusal(node.name, reason, site)
     if len(attentions) > 1:
-        return Refusal(attentions[1].name, "is a second attention in one branch")
-    if attentions:
-        return Site("attention", stream, add, branch, attentions[0], region, addends)
-    calls = [n for n in region if n.op == "call_module"]
-    if not calls:
-        return Refusal(branch.name, "holds no module to save work in")
-    return Site("mlp", stream, add, branch, _last_heavy(graph, calls), region, addends)
+        return Refusal(attentions[1].name, "is a second attention in one branch", site)
+    if not any(node.op == "call_module" for node in site.nodes):
+        return Refusal(site.branch.name, "holds no module to save work in", site)
+    if site.read_outside:
+        node, user = site.read_outside[0]
+        return Refusal(node.name, f"is also read outside of its branch, by {user.name!r}", site)
+    return None
 
 
-def _last_heavy(graph: fx.Graph, calls: list[fx.Node]) -> fx.Node:
-    """The last call that is neither a dropout nor a norm: the MLP, or its down projection."""
-    for node in reversed(calls):
-        if holds_matrix(module_of(graph, node)):
-            return node
-    return calls[-1]
+def _is_heavy(graph: fx.Graph, node: fx.Node) -> bool:
+    return node.op == "call_module" and holds_matrix(module_of(graph, node))
 
 
 def holds_matrix(module: nn.Module) -> bool:

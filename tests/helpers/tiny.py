@@ -124,6 +124,17 @@ def step(model, inputs, scale: float = 1.0):
     return loss.detach().clone(), gradients(model)
 
 
+def saved_bytes(model, inputs) -> int:
+    """Bytes that one forward saves for its backward: each storage once, parameters not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: [t, held.setdefault(t.untyped_storage().data_ptr(), t)][0], lambda t: t
+    ):
+        model(**inputs)
+    return sum(t.untyped_storage().nbytes() for at, t in held.items() if at not in weights)
+
+
 def assert_same_step(one, other, tolerance: str) -> None:
     """Losses and every gradient of two `step` results agree."""
     torch.testing.assert_close(one[0], other[0], **TOLERANCE[tolerance])
