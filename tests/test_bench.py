@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lemo_fx.cli import bench
 from lemo_fx.cli.app import app
-from lemo_fx.cli.train import check_context
+from lemo_fx.cli.prepare import check_context
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 

@@ -55,7 +55,11 @@ from lemo_fx.predictors import Predictors
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
-PLANS: Plans = {UNTOUCHED: None, LORA: LemoConfig(attention=None, mlp=None), **PRESETS}
+PLANS: Plans = {
+    UNTOUCHED: None,
+    LORA: PRESETS["dense"],
+    **{name: plan for name, plan in PRESETS.items() if name != "dense"},
+}
 """The script as people have it: neither compiled, nor the loss in segments; LoRA with both; the presets, with both."""
 
 
