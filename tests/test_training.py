@@ -143,14 +143,14 @@ def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
     for name, options in {"plain": [], "compiled": ["--compile"]}.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counters.clear()
         result = lemo_train(folder, tmp_path / name, *SHORT, *options, "--no-pack", "--rank", "4")
         assert result.exit_code == 0, result.output
         assert len(compiled) == (4 if name == "compiled" else 0)
         # For the first window's length and for any length; evaluations run the layers as they are.
         assert counters["stats"]["unique_graphs"] == (2 if name == "compiled" else 0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     losses = training_losses(tmp_path / "compiled")
     assert losses == pytest.approx(training_losses(tmp_path / "plain"), rel=TOLERANCE["fp32"]["rtol"])
 

@@ -41,6 +41,9 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console(width=None if sys.stdout.isatty() else 140)
+NOISY = ("transformers", "torchao", "torch.utils._pytree")
+"""Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
+libraries of its own that do not fit this machine."""
 
 
 def _show_version(asked: bool) -> None:
@@ -60,7 +63,8 @@ def _quiet(
 
     # Progress bars and deprecation notes of the libraries below would drown what is printed here.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @command(app)

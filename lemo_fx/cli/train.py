@@ -48,6 +48,7 @@ from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_text
 from lemo_fx.graph.anatomy import causal_model, decoder_layers
+from lemo_fx.kernels.private import compiled_call, set_compiled_call
 from lemo_fx.measure import device_name
 from lemo_fx.predictors import RECORD, Predictors
 
@@ -78,14 +79,14 @@ class WindowTrainer(Trainer):
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Decoder layers run as they are: compiling what few steps run, for every mode and length, takes longer."""
-    compiled = [(layer, layer._compiled_call_impl) for _, layer in decoder_layers(model)]
+    compiled = [(layer, compiled_call(layer)) for _, layer in decoder_layers(model)]
     for layer, _ in compiled:
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
     try:
         yield
     finally:
         for layer, call in compiled:
-            layer._compiled_call_impl = call
+            set_compiled_call(layer, call)
 
 
 @dataclass(frozen=True)
@@ -377,6 +378,17 @@ def adapted(
         raise ConfigError(f"targets={named!r} do not fit {type(model).__name__}: {error}") from error
 
 
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""What transformers calls it: the first name since 5.24, and the second no more from 6 on."""
+
+
+def checkpointing(on: bool) -> dict[str, Any]:
+    """The arguments of TrainingArguments that switch activation checkpointing."""
+    return {CHECKPOINTING: on, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+
+
 def one_device(arguments: TrainingArguments) -> TrainingArguments:
     """On a machine with several GPUs the Trainer would else wrap the model in DataParallel."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -413,8 +425,6 @@ def _trainer(run: Run, model: Any, prepared: Prepared, predictors: Predictors | 
         learning_rate=settings.rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=math.ceil(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
-        gradient_checkpointing=settings.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=bf16,
         logging_steps=log_every,
         eval_strategy="steps",
@@ -431,6 +441,7 @@ def _trainer(run: Run, model: Any, prepared: Prepared, predictors: Predictors | 
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=settings.seed,
+        **checkpointing(settings.checkpointing),
     )
     trainer = WindowTrainer(
         model=model,
