@@ -303,6 +303,38 @@ def bench(
     _bench(model, out, plans, predictors, context, given)
 
 
+@command(app)
+def estimate(
+    model: Shape,
+    context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "32768",
+    gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
+    rank: Rank = options.Settings.rank,
+) -> None:
+    """Estimate memory, relative time and the longest context of LoRA and of each plan, from shapes alone. No GPU."""
+    from lemo_fx.cli import estimate as estimation
+    from lemo_fx.cli import load
+
+    _no_bars_of_transformers()
+    contexts, cards = _contexts(context), estimation.gpus(gpu)
+    if rank < 1:
+        raise InputError(f"--rank {rank} must be at least 1")
+    shape = estimation.shape_of(load.folder_of(model, weights=False))
+    for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
+        console.print(shown)
+    for note in estimation.notes(shape, contexts):
+        _say(note)
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    try:
+        contexts = tuple(dict.fromkeys(int(length) for length in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"--context {text!r} must be a number of tokens, or several with commas") from error
+    if min(contexts) < 1:
+        raise InputError(f"--context {text!r}: a sequence has at least one token")
+    return contexts
+
+
 def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: str, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -314,10 +346,7 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
     check_folder(out)
     _no_bars_of_transformers()
     folder = load.folder_of(model, weights=False)
-    try:
-        contexts = tuple(dict.fromkeys(int(length) for length in context.split(",")))
-    except ValueError as error:
-        raise InputError(f"--context {context!r} must be a number of tokens, or several with commas") from error
+    contexts = _contexts(context)
     if plans is None:
         plans = benchmark.PLANS
     else:
