@@ -13,7 +13,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.fx._symbolic_trace import _patch_function as with_kwargs
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._triton import has_triton
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "set_compiled_call",
     "storage_key",
     "tree_leaves",
+    "tree_map",
     "with_kwargs",
 ]
 

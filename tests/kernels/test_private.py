@@ -177,6 +177,7 @@ def test_a_traced_forward_carries_its_keyword_arguments():
 
 def test_leaves_of_nested_arguments():
     assert private.tree_leaves([1, {"a": (2, None)}]) == [1, 2, None]
+    assert private.tree_map(str, [1, {"a": (2,)}]) == ["1", {"a": ("2",)}]
 
 
 def test_the_wrapper_that_is_refused_is_the_one_that_torch_wraps_with():
