@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._triton import has_triton
+
+from lemo_fx.kernels.private import has_triton
 
 
 @dataclass(frozen=True)

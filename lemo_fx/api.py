@@ -19,6 +19,7 @@ from lemo_fx.graph.anatomy import anatomy_of, require_model
 from lemo_fx.install import Installed, Plan, graph_module, install, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
+from lemo_fx.kernels.private import is_op
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
@@ -216,8 +217,8 @@ def _lowerings(done: Transformation) -> list[str]:
     for plan in done.plans:
         device = next(plan.module.parameters()).device
         for node in itertools.chain.from_iterable(g.nodes for g in (plan.graph, *plan.functions.values())):
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lemo_fx":
-                op = node.target._opname
+            if is_op(node.target) and node.target.namespace == "lemo_fx":
+                op = node.target.overloadpacket.__name__
             elif node.target is segmented_loss:
                 op = "segmented_cross_entropy"
             elif isinstance(plan.parts.get(str(node.target)), AttentionScore):

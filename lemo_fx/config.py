@@ -278,5 +278,11 @@ def _all_in_float8(keep: float) -> LemoConfig:
     return LemoConfig(attention=site, mlp=site, forward="float8", backward="float8")
 
 
-PRESETS = {"careful": LemoConfig(), "balanced": _all_in_float8(0.5), "fast": _all_in_float8(0.375)}
-"""Plans whose speed, memory and loss in quality were measured (docs/presets.md)."""
+PRESETS = {
+    "careful": LemoConfig(),
+    "balanced": _all_in_float8(0.5),
+    "fast": _all_in_float8(0.375),
+    "dense": LemoConfig(attention=None, mlp=None),
+}
+"""Plans whose speed, memory and loss in quality were measured (docs/presets.md); "dense" eliminates nothing: plain
+training with the loss in segments."""

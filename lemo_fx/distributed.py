@@ -13,13 +13,13 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.kernels.private import CheckpointWrapper
 
 _MEND = "train with DDP or FSDP2 instead, or without lemo_fx.transform"
 

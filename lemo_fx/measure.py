@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lemo_fx.kernels.private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, storage_key
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -65,7 +67,7 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
         run: a forward, or a forward with its backward. Of a forward alone, return the loss: what it holds on to counts.
         model: its parameters and buffers are left out.
     """
-    ignored = {tensor.untyped_storage()._cdata for tensor in _tensors_of(model)} if model is not None else set()
+    ignored = {storage_key(tensor) for tensor in _tensors_of(model)} if model is not None else set()
     holders: Counter[int] = Counter()
     now = most = 0
 
@@ -79,15 +81,15 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
         nonlocal now, most
         if tensor.layout != torch.strided:
             return tensor
-        storage = tensor.untyped_storage()
-        if storage._cdata in ignored:
+        storage = storage_key(tensor)
+        if storage in ignored:
             return tensor
-        saved, size = _Saved(tensor), storage.nbytes()
-        if not holders[storage._cdata]:
+        saved, size = _Saved(tensor), tensor.untyped_storage().nbytes()
+        if not holders[storage]:
             now += size
-        holders[storage._cdata] += 1
+        holders[storage] += 1
         most = max(most, now)
-        weakref.finalize(saved, release, storage._cdata, size).atexit = False
+        weakref.finalize(saved, release, storage, size).atexit = False
         return saved
 
     def unpack(saved: _Saved | torch.Tensor) -> torch.Tensor:
@@ -111,10 +113,9 @@ def _attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Si
 
 def _more_ops() -> dict[Any, Callable[..., int]]:
     """FLOPs of attention on the CPU, which torch's counter does not know; our ops register theirs with it."""
-    aten = torch.ops.aten
     return {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        CPU_ATTENTION: _attention_flops,
+        CPU_ATTENTION_BACKWARD: _attention_backward_flops,
     }
 
 

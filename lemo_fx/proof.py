@@ -29,12 +29,12 @@ import torch
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import causal_model, longest_context
 from lemo_fx.graph.capture import SPLAT, build_module, modes_kept
 from lemo_fx.graph.sites import Site, is_quantised
+from lemo_fx.kernels.private import tree_leaves, tree_map
 from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.runtime.kept import MASKED_IMPLEMENTATIONS
 from lemo_fx.runtime.scores import RandomScore

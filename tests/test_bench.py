@@ -13,16 +13,25 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     T5Config,
+    TrainingArguments,
 )
 from typer.testing import CliRunner
 
 from lemo_fx.cli import bench
 from lemo_fx.cli.app import app
-from lemo_fx.cli.train import check_context
+from lemo_fx.cli.prepare import check_context
+from lemo_fx.cli.train import checkpointing
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 
 runner = CliRunner()
+
+
+def test_checkpointing_is_switched_by_the_name_that_transformers_keeps(tmp_path, recwarn):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], **checkpointing(True))
+    assert arguments.gradient_checkpointing
+    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert [str(found.message) for found in recwarn if "deprecated" in str(found.message)] == []
 
 
 @pytest.fixture

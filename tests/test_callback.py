@@ -151,7 +151,7 @@ def test_dense_layers_are_checkpointed_as_the_original_ones_are():
 
 
 def test_switching_compiles_twice():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, inputs = tiny("llama", 1), {**batch(2, 64), "use_cache": False}
     counter = CompileCounterWithBackend("eager")
     lemo_fx.transform(model, plan(score="random"))

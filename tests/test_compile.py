@@ -30,7 +30,7 @@ def transformed(site, layers=4, checkpointing=False, mlp=None, **settings):
 def compilations(model, batches, whole=False, backend="eager"):
     """Compilations in each step; the numbers must be the eager model's, and no graph may break."""
     expected = [step(model, inputs) for inputs in batches]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     for module in [model] if whole else model.get_decoder().layers:
         module.compile(fullgraph=True, backend=backend)
@@ -40,7 +40,7 @@ def compilations(model, batches, whole=False, backend="eager"):
         assert_same_step(step(model, inputs), eager, "compiled")
         counts.append(counters["stats"]["unique_graphs"] - before)
     assert not counters["graph_break"]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return counts
 
 
@@ -119,7 +119,7 @@ def test_any_threshold_and_count_compiles_once(monkeypatch):
 def test_models_of_other_scalings_compile_in_one_process(treatment, segment, other, monkeypatch):
     if segment:
         monkeypatch.setattr(branch, "SEGMENT", segment)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     inputs = batch(1, 64)
     for alpha, epsilon, heads in ((8, 1e-6, 4), other):
         model = with_lora(tiny("llama", 2, rms_norm_eps=epsilon, num_attention_heads=heads), lora_alpha=alpha)
@@ -129,7 +129,7 @@ def test_models_of_other_scalings_compile_in_one_process(treatment, segment, oth
         expected = step(model, inputs)
         model.get_decoder().layers[1].compile(fullgraph=True, backend="aot_eager")
         assert_same_step(step(model, inputs), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(reco
     for layer in (layers[0], layers[2]):
         layer.compile(fullgraph=True, backend=compiled)
     assert_same_step(step(model, inputs), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def rows_multiplied(graph):
         """By the frozen weights, not by the adapters."""
@@ -179,7 +179,7 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
         expected = step(model, batch(1, 80))
         layer.compile(fullgraph=True, backend=aot_autograd(fw_compiler=collect, bw_compiler=collect))
         assert_same_step(step(model, batch(1, 80)), expected, "compiled")
-        torch._dynamo.reset()
+        torch.compiler.reset()
         nodes = [n for graph in graphs for n in graph.graph.nodes if n.target in (aten.mm.default, aten.addmm.default)]
         inner = [min(*n.args[-2].meta["val"].shape, *n.args[-1].meta["val"].shape) for n in nodes]
         products[recompute] = sum(width > 4 for width in inner)
@@ -200,11 +200,11 @@ def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward(
     # Two models: the choices of an eager step would be remembered.
     eager, model = (transformed(site, layers=2, checkpointing=True, dense_layers=(0,)) for _ in range(2))
     expected = step(eager, batch(2, 80))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.compile(backend="aot_eager")
     for _ in range(2):
         assert_same_step(step(model, batch(2, 80)), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
     )
     layer.compile(fullgraph=True, backend=collect)
     assert_same_step(step(model, inputs), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     (graph,) = backwards
     saved = [n for n in graph.graph.nodes if n.op == "placeholder" and not n.name.startswith(("primals", "tangents"))]
     values = [n.meta["val"] for n in saved if isinstance(n.meta["val"], torch.Tensor)]
@@ -243,12 +243,12 @@ def test_checkpointed_exact_layers_of_every_architecture(architecture):
     lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=()))
     inputs = batch(2, 75, padding="both")
     expected = step(model, inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     # The first layer counts where it attends in another way than the second.
     for _, layer in decoder_layers(model)[0 if architecture in ("llama", "gemma3") else 1 :]:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_same_step(step(model, inputs), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class HostReads(TorchDispatchMode):

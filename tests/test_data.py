@@ -1,7 +1,10 @@
 """Reading, tokenising, holding out and packing documents."""
 
+import dataclasses
 import json
+import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,10 @@ from training import plan
 from transformers import AutoTokenizer
 
 import lemo_fx
-from lemo_fx.cli.data import Document, hold_out, read_rows, tokenise, windows
+from lemo_fx.cli.data import Document, Reader, Unmarked, hold_out, tokenise, windows
 from lemo_fx.cli.demo import ASSETS
-from lemo_fx.cli.train import Windows, keeps_documents_apart, one_window
+from lemo_fx.cli.prepare import Windows, keeps_documents_apart, one_window
+from lemo_fx.cli.rows import Chat, Completion, Ids, Instruction, Row, Text, read_rows
 from lemo_fx.errors import InputError
 
 TEMPLATE = (
@@ -46,15 +50,16 @@ def test_a_folder_is_read_by_name_and_kind(tmp_path):
     (tmp_path / "deep").mkdir()
     # A JSON string may hold what str.splitlines takes for a line's end.
     (tmp_path / "deep" / "z.md").write_text("# Title")
-    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028line", "id": 1}\n\n{"messages": [{"role": "user"}]}\n')
+    asked = {"messages": [{"role": "user", "content": "?"}]}
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028line", "id": 1}\n\n' + json.dumps(asked) + "\n")
     jsonl(tmp_path / "c.jsonl", {"text": "told", "input_ids": [3, 4]})
     rows = read_rows(tmp_path)
-    assert [(row.kind, row.content) for row in rows] == [
-        ("text", "one\u2028line"),
-        ("messages", [{"role": "user"}]),
-        ("text", "whole\nfile"),
-        ("input_ids", [3, 4]),
-        ("text", "# Title"),
+    assert [row.content for row in rows] == [
+        Text("one\u2028line"),
+        Chat([{"role": "user", "content": "?"}]),
+        Text("whole\nfile"),
+        Ids([3, 4]),
+        Text("# Title"),
     ]
     assert rows[1].where.endswith("a.jsonl:3")
 
@@ -63,7 +68,7 @@ def test_a_folder_is_read_by_name_and_kind(tmp_path):
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[1]", "needs a field"),
+        ("[1]", "must be an object"),
         ('{"words": 1}', "needs a field"),
         ('{"text": 1}', "must be a string"),
         ('{"messages": []}', "must be a list of objects"),
@@ -79,37 +84,215 @@ def test_a_bad_line_is_named(tmp_path, line, says):
     assert "data.jsonl:2" in str(caught.value)
 
 
+def row(content, source="data"):
+    return Row("data:1", source, ("field",), content)
+
+
+def read(content, tokenizer, assistant_only=False):
+    (made,) = tokenise([row(content)], Reader(tokenizer, assistant_only), 2048)
+    return made
+
+
+def learnt(made, tokenizer):
+    return tokenizer.decode(made.labels[made.labels >= 0])
+
+
 def test_texts_end_with_the_end_token_once(tokenizer):
     end = tokenizer.eos_token_id
-    rows = [("text", "One."), ("text", "One.<|endoftext|>"), ("text", ""), ("input_ids", []), ("input_ids", [7, 8])]
-    rows = [lemo_fx.cli.data.Row(str(i), *row) for i, row in enumerate(rows)]
+    rows = [row(c) for c in (Text("One."), Text("One.<|endoftext|>"), Text(""), Ids([]), Ids([7, 8]))]
     ticks = []
-    found = [d.ids.tolist() for d in tokenise(rows, tokenizer, 2048, tick=ticks.append)]
+    found = [d.ids.tolist() for d in tokenise(rows, Reader(tokenizer, False), 2048, ticks.append)]
     once = [*tokenizer("One.")["input_ids"], end]
     assert found == [once, once, [end], [7, 8]]
     assert sum(ticks) == 5
     with pytest.raises(InputError, match="outside the model's vocabulary of 8"):
-        tokenise(rows[-1:], None, 8)
+        tokenise(rows[-1:], Reader(None, False), 8)
     with pytest.raises(InputError, match="needs a tokenizer"):
-        tokenise(rows[:1], None, 2048)
+        tokenise(rows[:1], Reader(None, False), 2048)
 
 
 def test_chats_follow_the_template(tokenizer, monkeypatch):
-    rows = [lemo_fx.cli.data.Row("data:1", "messages", CHAT)]
     with pytest.raises(InputError, match="no chat template"):
-        tokenise(rows, tokenizer, 2048)
+        read(Chat(CHAT), tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    (whole,) = tokenise(rows, tokenizer, 2048)
+    whole = read(Chat(CHAT), tokenizer)
     assert tokenizer.decode(whole.ids) == "<user>How far?<assistant>Two miles."
     assert np.array_equal(whole.ids, whole.labels)
-    (part,) = tokenise(rows, tokenizer, 2048, assistant_only=True)
-    assert tokenizer.decode(part.labels[part.labels >= 0]) == "Two miles."
+    assert learnt(read(Chat(CHAT), tokenizer, assistant_only=True), tokenizer) == "Two miles."
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match=r"data:1: the chat template cannot render .* roles must alternate"):
-        tokenise(rows, tokenizer, 2048)
+        read(Chat(CHAT), tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages }}")
-    with pytest.raises(InputError, match="does not mark what the assistant says"):
-        tokenise(rows, tokenizer, 2048, assistant_only=True)
+    with pytest.raises(InputError, match="mark what the assistant says"):
+        read(Chat(CHAT), tokenizer, assistant_only=True)
+
+
+PLAIN = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LONG = [*CHAT, {"role": "user", "content": "And back?"}, {"role": "assistant", "content": "Four miles."}]
+
+
+def test_what_the_assistant_says_is_found_where_the_template_marks_nothing(tokenizer, monkeypatch):
+    """Its end token is learnt with it, so that the model learns to stop."""
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
+    made = read(Chat(LONG), tokenizer, assistant_only=True)
+    assert learnt(made, tokenizer) == "Two miles.<|endoftext|>Four miles.<|endoftext|>"
+    assert tokenizer.decode(made.ids).startswith("<user>How far?<|endoftext|>\n<assistant>Two miles.")
+    said = "{{ m['content'] }}<|endoftext|>"
+    by_role = (
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        + said
+        + "{% endgeneration %}{% else %}"
+        + said
+        + "{% endif %}"
+    )
+    marked = PLAIN.replace(said, by_role)
+    monkeypatch.setattr(tokenizer, "chat_template", marked)
+    other = read(Chat(LONG), tokenizer, assistant_only=True)
+    assert np.array_equal(other.ids, made.ids)
+    assert np.array_equal(other.labels, made.labels)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_or_replaced_by_that_of_trl(tokenizer, monkeypatch):
+    """Qwen3's takes the thoughts of earlier turns away, so a shorter chat is no beginning of a longer one."""
+    thinks = PLAIN.replace("<{{ m['role'] }}>", "<{{ m['role'] }}>{% if loop.last %}(thinks){% endif %}")
+    monkeypatch.setattr(tokenizer, "chat_template", thinks)
+    reader = Reader(tokenizer, True)
+    with pytest.raises(Unmarked, match="data:1: the chat template writes earlier messages otherwise"):
+        tokenise([row(Chat(LONG))], reader, 2048)
+    utils = pytest.importorskip("trl.chat_template_utils")
+    assert reader.with_template_of_trl() is None
+    monkeypatch.setattr(tokenizer, "chat_template", utils.qwen3_chat_template)
+    with pytest.raises(Unmarked):
+        tokenise([row(Chat(LONG))], Reader(tokenizer, True), 2048)
+    (made,) = tokenise([row(Chat(LONG))], Reader(tokenizer, True).with_template_of_trl(), 2048)
+    assert learnt(made, tokenizer).count("miles.<|im_end|>") == 2
+    assert "How far" not in learnt(made, tokenizer)
+
+
+@pytest.mark.parametrize("prompt", ["How far? ", "How far?", ""])
+def test_of_a_prompt_and_completion_the_completion_is_learnt(tokenizer, prompt):
+    made = read(Completion(prompt, "Two miles."), tokenizer)
+    assert tokenizer.decode(made.ids) == prompt + "Two miles.<|endoftext|>"
+    # A token over the border is learnt: else the completion's beginning would not be.
+    assert learnt(made, tokenizer).removeprefix(" ") == "Two miles.<|endoftext|>"
+
+
+def test_of_a_conversational_prompt_all_that_follows_is_learnt(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
+    made = read(Chat(LONG, given=3), tokenizer)
+    assert learnt(made, tokenizer) == "Four miles.<|endoftext|>"
+
+
+def test_instructions_are_chats_where_there_is_a_template_and_else_the_text_of_alpaca(tokenizer, monkeypatch, tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Wait.", "input": "", "output": "."},
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    found = read_rows(tmp_path / "alpaca.json")
+    assert len(found) == 2
+    first, second = tokenise(found, Reader(tokenizer, False), 2048)
+    assert tokenizer.decode(first.ids) == (
+        "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3<|endoftext|>"
+    )
+    assert learnt(first, tokenizer) == "3<|endoftext|>"
+    assert "Input" not in tokenizer.decode(second.ids)
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
+    first, _ = tokenise(found, Reader(tokenizer, False), 2048)
+    assert tokenizer.decode(first.ids) == "<user>Add.\n\n1, 2<|endoftext|>\n<assistant>3<|endoftext|>\n"
+    assert learnt(first, tokenizer) == "3<|endoftext|>"
+
+
+SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+SHAPED = {
+    "chat": ({"messages": SAID, "id": 3}, Chat(SAID)),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Be short."},
+        Chat([{"role": "system", "content": "Be short."}, *SAID]),
+    ),
+    "prompt": ({"prompt": "Hi", "completion": "Ho"}, Completion("Hi", "Ho")),
+    "conversational": ({"prompt": SAID[:1], "completion": SAID[1:]}, Chat(SAID, given=1)),
+    "tools": ({"messages": SAID, "tools": '[{"name": "f"}]'}, Chat(SAID, [{"name": "f"}])),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, SAID[1]]}, Chat(SAID)),
+    "text": ({"text": "Hi", "meta": {"a": 1}}, Text("Hi")),
+    "ids": ({"input_ids": [3, 4, 5], "labels": [-100, -100, 5]}, Ids([3, 4, 5], [-100, -100, 5])),
+    "padded": ({"input_ids": [3, 4, 0], "attention_mask": [1, 1, 0]}, Ids([3, 4])),
+    "masked": ({"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}, Ids([3, 4, 5], [-100, -100, 5])),
+    "history": (
+        {"instruction": "b", "input": "", "output": "c", "history": [["Hi", "Ho"]]},
+        Instruction(
+            Chat([*SAID, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}], given=3),
+            Completion("### Instruction:\nHi\n\n### Response:\nHo\n\n### Instruction:\nb\n\n### Response:\n", "c"),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", "_lines.json", ".parquet", "_saved"])
+@pytest.mark.parametrize("kind", SHAPED)
+def test_rows_are_what_their_fields_say_in_files_of_every_kind(tmp_path, kind, suffix):
+    given, expected = SHAPED[kind]
+    path, rows = tmp_path / f"data{suffix}", [given, given]
+    if suffix in (".parquet", "_saved"):
+        if kind == "parts":
+            pytest.skip("columns of tables hold values of one kind")
+        table = datasets.Dataset.from_list(rows)
+        table.to_parquet(path) if suffix == ".parquet" else table.save_to_disk(path)
+    else:
+        path.write_text(json.dumps(rows, indent=1) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    said = []
+    assert [found.content for found in read_rows(path, said.append)] == [expected, expected]
+    assert said[-1].startswith(f"read from {path}: 2 x `")
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_have_rows_too(tmp_path, suffix, comma):
+    path = tmp_path / f"data{suffix}"
+    path.write_text(f'prompt{comma}completion\n"a\nb"{comma}c\nd{comma}"{comma}"\n', encoding="utf-8-sig")
+    assert [found.content for found in read_rows(path)] == [Completion("a\nb", "c"), Completion("d", comma)]
+    path.write_text(f"text{comma}id\na{comma}1{comma}2\n")
+    with pytest.raises(InputError, match=rf"data{suffix}:2: not as many cells"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.pdf", "x", "a.pdf: .pdf is not read: give a file or a folder of .json, .jsonl, .csv"),
+        ("a.json", '{"data": [{"text": "a"}]}', "and has `data`: rename"),
+        ("a.json", '{"question": "a", "answer": "b"}', "and has `question`, `answer`: rename"),
+        ("a.json", "[1, 2]", "row 1: a row must be an object with fields, and this is a int"),
+        ("a.json", '[{"text": "a"}', "a.json: not JSON"),
+        ("a.jsonl", '{"chosen": "a", "rejected": "b"}', "are for preference training: see examples/trl_dpo.py"),
+        ("a.jsonl", '{"messages": [{"role": "boss", "content": "a"}]}', "role 'boss' in `messages` is not known"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "`content` of a message in `messages` must be text"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "pictures are not read"),
+        ("a.jsonl", '{"prompt": "a", "completion": ["b"]}', "must both be strings, or both lists of messages"),
+        ("a.jsonl", '{"input_ids": [1, 2], "labels": [1]}', "1 `labels` for 2 `input_ids`"),
+        ("a.jsonl", '{"input_ids": [1, 2], "labels": [2, -100]}', "do not shift them"),
+        ("a.jsonl", '{"instruction": "a", "output": 3}', "`output` must be a string"),
+        ("a.csv", "prompt;completion\na;b\n", "and has `prompt;completion`: rename"),
+        ("a.parquet", "not parquet", "a.parquet cannot be read"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(says)):
+        read_rows(tmp_path / name)
+
+
+def test_of_a_folder_what_is_left_out_is_said(tmp_path):
+    jsonl(tmp_path / "train.jsonl", {"text": "a"})
+    jsonl(tmp_path / "test.jsonl", {"text": "b"})
+    for name in ("README.md", "picture.png", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    said = []
+    assert [found.content.text for found in read_rows(tmp_path, said.append)] == ["a"]
+    assert "test.jsonl" in said[0]
+    assert said[1] == "left out: 1 .md, 1 .png"
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -140,23 +323,57 @@ def test_every_token_is_in_one_window(lengths, context, pack):
         assert all(len(window) == 1 for window in made)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(2, 60))
-def test_holding_out_loses_nothing_and_keeps_its_budget(lengths, most):
-    starts = np.cumsum([0, *lengths])
-    documents = [document(n, s) for n, s in zip(lengths, starts, strict=False)]
-    train, heldout = hold_out(documents, 0.5, most, seed=0)
-    assert sorted(int(i) for d in (*train, *heldout) for i in d.ids) == [*range(starts[-1])]
-    assert sum(map(len, heldout)) <= min(most, sum(lengths) / 2)
-    if sum(lengths) >= 4:
-        assert heldout
-        assert train
+LENGTHS = st.sampled_from([1, 2, 3, 7, 20, 40, 500, 600, 900, 4000, 100_000])
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), LENGTHS, st.integers(1, 60)), min_size=1, max_size=5),
+    st.sampled_from([0.02, 0.1, 0.3]),
+    st.sampled_from([1 << 30, 30_000, 60]),
+    st.integers(0, 3),
+)
+def test_the_same_share_of_every_stratum_is_held_out(mixture, share, most, seed):
+    """Whatever is mixed: nothing lost, within the budget, and of each source and length about the same share."""
+    lengths = [(source, length) for source, length, count in mixture for _ in range(count)]
+    starts = np.cumsum([0, *(length for _, length in lengths)])
+    documents = [
+        dataclasses.replace(document(length, start), source=source)
+        for (source, length), start in zip(lengths, starts, strict=False)
+    ]
+    split = hold_out(documents, share, most, 1024, seed)
+    total = int(starts[-1])
+    tokens = np.sort(np.concatenate([d.ids for d in (*split.train, *split.heldout)]))
+    assert np.array_equal(tokens, np.arange(total))
+    held = sum(map(len, split.heldout))
+    budget = int(min(share * total, most))
+    assert held <= budget
+    if budget >= 2 and max(length for _, length in lengths) >= 4:
+        assert held
+    assert sum(stratum.documents for stratum in split.strata) == len(documents)
+    for stratum in split.strata:
+        quota = budget / total * stratum.tokens
+        of_it = stratum.held_tokens + stratum.cut
+        assert of_it <= quota + stratum.longest
+        if stratum.held:
+            assert 2 * stratum.held <= stratum.documents
+        # Long enough to be cut, or enough of them to give one: then the share is met, but for less than a document.
+        if stratum.documents > 1 and budget >= 2:
+            assert of_it > quota - stratum.longest - 1
+
+
+def test_short_documents_are_not_all_held_out_beside_long_ones():
+    documents = [document(100_000) for _ in range(10)] + [document(500) for _ in range(200)]
+    for seed in range(5):
+        split = hold_out(documents, 0.1, 1 << 30, 8192, seed)
+        assert [(s.longest, s.held, s.documents) for s in split.strata] == [(500, 20, 200), (100_000, 1, 10)]
 
 
 def test_one_document_gives_its_end():
-    train, heldout = hold_out([document(100)], 0.1, 1000, seed=0)
-    assert [*map(len, train), *map(len, heldout)] == [90, 10]
-    assert heldout[0].ids[0] == 90
+    split = hold_out([document(100)], 0.1, 1000, 4096, seed=0)
+    assert [*map(len, split.train), *map(len, split.heldout)] == [90, 10]
+    assert split.heldout[0].ids[0] == 90
+    assert "the last 10 tokens of 1 of 1 documents" in str(split.strata[0])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

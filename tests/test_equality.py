@@ -112,7 +112,7 @@ def test_bfloat16():
     + [("llama", "exact"), ("gpt_neox", "exact")],
 )
 def test_whole_model_compiled_in_one_graph(architecture, treatment):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     # Gemma 3 attends in another way in its second layer.
     model = tiny(architecture, 2 if architecture in ("llama", "gemma3") else 1)
     inputs = batch(2, 40)
@@ -121,7 +121,7 @@ def test_whole_model_compiled_in_one_graph(architecture, treatment):
     try:
         loss, found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
     except (torch._dynamo.exc.TorchDynamoException, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         lemo_fx.revert(model)
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
             step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
@@ -138,7 +138,7 @@ def test_whole_model_compiled_in_one_graph(architecture, treatment):
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_layers_compiled_one_by_one(architecture, treatment, checkpointing):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = with_lora(tiny(architecture))
     inputs = batch(2, 40)
     expected = step(model, inputs)
@@ -153,7 +153,7 @@ def test_layers_compiled_one_by_one(architecture, treatment, checkpointing):
 
 @pytest.mark.slow
 def test_compiled_by_inductor():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = tiny("llama", layers=1)
     inputs = batch(2, 40)
     expected = step(copy.deepcopy(model), inputs)

@@ -50,7 +50,7 @@ def test_same_numbers_and_all_saved_rows_leave(lane, treatment, recompute, compi
         if treatment is None:
             config = LemoConfig(None, None, block_size=8, recompute=recompute, offload=offloaded)
         model = transformed(config)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if compiled:
             # One program for both sparse layers; without any, all layers are alike but the first.
             for layer in model.get_base_model().model.layers[1:3]:
@@ -167,7 +167,7 @@ def test_a_whole_compiled_model_keeps_its_rows_on_the_device(lane):
     model = lemo_fx.transform(tiny("llama", 3), sparse())
     expected = step(model, batch(1, 64))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.compile(fullgraph=True, backend="aot_eager")
     assert_same_step(step(model, batch(1, 64)), expected, "compiled")
     assert not lane.free

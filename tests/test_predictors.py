@@ -167,12 +167,12 @@ def test_layers_share_one_compilation():
     parts = [random_part("attention", seed=seed) for seed in range(4)]
     stream = torch.randn(1, 64, 32)
     expected = [part(stream) for part in parts]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for part, scores in zip(parts, expected, strict=True):
             part.compile(fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(part(stream), scores, **TOLERANCE["compiled"])
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def transformed(config=CONFIG, **settings):
@@ -269,13 +269,13 @@ def test_a_layer_compiles_once_for_all_layers():
     model, _ = transformed(layers=4)
     inputs = batch(1, 64)
     expected = step(model, inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         # The first layer differs for another reason: its input carries no gradient.
         for layer in model.get_base_model().model.layers[1:]:
             layer.compile(fullgraph=True, backend="aot_eager")
         assert_same_step(step(model, inputs), expected, "compiled")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def planted(kind, count=24, blocks=24, hidden=32, seed=0):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from lemo_fx.cli.app import app
 from lemo_fx.cli.demo import ASSETS
-from lemo_fx.cli.train import Windows, one_window
+from lemo_fx.cli.prepare import Windows, one_window
 
 SHORT = ["--context", "128", "--block-size", "8", "--steps", "6", "--eval-windows", "2", "--rate", "1e-2"]
 KILL = """
@@ -143,14 +143,14 @@ def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
     for name, options in {"plain": [], "compiled": ["--compile"]}.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counters.clear()
         result = lemo_train(folder, tmp_path / name, *SHORT, *options, "--no-pack", "--rank", "4")
         assert result.exit_code == 0, result.output
         assert len(compiled) == (4 if name == "compiled" else 0)
         # For the first window's length and for any length; evaluations run the layers as they are.
         assert counters["stats"]["unique_graphs"] == (2 if name == "compiled" else 0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     losses = training_losses(tmp_path / "compiled")
     assert losses == pytest.approx(training_losses(tmp_path / "plain"), rel=TOLERANCE["fp32"]["rtol"])
 
@@ -210,14 +210,18 @@ def test_evaluation_never_holds_the_logits_of_a_window(folder, tmp_path, monkeyp
 def bad_folder(folder, name, **files):
     made = folder / name
     made.mkdir(exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json") if "config_json" in files else ():
+        shutil.copy(ASSETS / "model" / file, made)
     for file, content in files.items():
         (made / file.replace("_json", ".json").replace("_safetensors", ".safetensors")).write_text(content)
     return name
 
 
-CONFIG = LlamaConfig(hidden_size=32, num_hidden_layers=1, architectures=["LlamaForCausalLM"]).to_json_string()
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=32, num_hidden_layers=1, architectures=["LlamaForCausalLM"]
+).to_json_string()
 BAD = {
-    "no model": ({"model": "absent"}, [], "is not a model"),
+    "no model": ({"model": "absent"}, [], "absent does not exist: give a local model folder"),
     "config only": ({"model": ("config_only", {"config_json": CONFIG})}, [], "no *.safetensors"),
     "unknown type": (
         {"model": ("unknown", {"config_json": '{"model_type": "abacus"}', "model_safetensors": ""})},

@@ -39,6 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lemo_fx
 from lemo_fx import LemoConfig, Predictors
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.private import set_compiled_call
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama3-8b": lambda: LlamaConfig(
@@ -222,10 +223,10 @@ def prepare(model: torch.nn.Module, variant: Variant) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         base.gradient_checkpointing_disable()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._functorch.config.aggressive_recomputation = variant.lean
     for _, layer in decoder_layers(base):
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
         if variant.compiled:
             layer.compile(mode=variant.mode)
 
@@ -446,7 +447,7 @@ def main(
     }
     print("correctness gate:", result["gate"], flush=True)
     model = None
-    torch._dynamo.config.cache_size_limit = 64
+    torch.compiler.config.recompile_limit = 64
     runs = itertools.product(map(int, tokens.split(",")), chosen)
     # Liger changes the classes of the modelling file, not one model alone.
     for length, variant in sorted(runs, key=lambda run: run[1].liger):

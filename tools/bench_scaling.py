@@ -47,6 +47,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.private import compiled_call, set_compiled_call
 
 PICKED = (
     "lora-checkpointed",
@@ -77,7 +78,7 @@ def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn
 def compile_layers(model: torch.nn.Module) -> None:
     """torch.compile of each layer's forward: FSDP2's hooks, and in older transformers the checkpoint, stay outside."""
     for _, layer in decoder_layers(model):
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
         layer.forward = torch.compile(layer.forward)
 
 
@@ -245,7 +246,7 @@ def attempt(name: str, record: dict, write: Callable[[], None], work: Callable[[
             # No clean-up, which would wait for the other ranks.
             os._exit(1)
         record["communication_failed" if "step_ms" in record else "failed"] = failure
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -275,12 +276,12 @@ def in_order(*options: Sequence) -> list[tuple]:
 def _loss_alone(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """The loss before anything is wrapped, layers not compiled."""
     layers = [layer for _, layer in decoder_layers(model)]
-    compiled = [layer._compiled_call_impl for layer in layers]
+    compiled = [compiled_call(layer) for layer in layers]
     for layer in layers:
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
     loss = model(input_ids=ids, labels=ids).loss
     for layer, call in zip(layers, compiled, strict=True):
-        layer._compiled_call_impl = call
+        set_compiled_call(layer, call)
     return float(loss)
 
 
@@ -374,7 +375,7 @@ def main(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **more)
     # Layers are compiled one by one: there is nothing to split at DDP's buckets, and it cannot split checkpoints.
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.cache_size_limit = 64
+    torch.compiler.config.recompile_limit = 64
     kinds = wraps.split(",") if world > 1 else ["none"]
     result = before or {
         "environment": {

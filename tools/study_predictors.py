@@ -555,7 +555,7 @@ def cost(args: argparse.Namespace) -> None:
         part = (PredictedScore(weights, BLOCK) if kind == "attention" else MlpScore(weights, layer)).to(DEVICE)
         found: dict[str, float] = {"bytes": part.bytes, "flops": measure.flops(lambda part=part: part(stream))}
         found["eager_ms"] = device_ms(lambda part=part: part(stream))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(part, fullgraph=True, backend=args.backend)
         found["compiled_ms"] = device_ms(lambda compiled=compiled: compiled(stream))
         sites[kind] = found

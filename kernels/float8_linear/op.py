@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.kernels.private import scaled_product
 
 
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
@@ -26,7 +27,7 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) ->
     rows, row_scale = reference.quantise(x.flatten(0, -2))
     columns, column_scale = reference.quantise(weight, again)
     # The product wants columns that lie one after the other; those of a transposed weight do not.
-    out = torch._scaled_mm(
+    out = scaled_product(
         rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
     return out.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lemo_fx.errors import SelectionError
+from lemo_fx.kernels.private import assert_on_device, in_backward, promise
 from lemo_fx.kernels.select_blocks import reference
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,6 @@ def forget(site: torch.Tensor) -> None:
     _records.pop(site.data_ptr(), None)
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def _digest(stream: torch.Tensor, block_size: int) -> torch.Tensor:
     """[B, S, H] -> [B, 16]: tells one layer input from another."""
     return stream.detach()[:, ::block_size, :16].float().mean(1)
@@ -90,7 +87,7 @@ def _recall(record: SiteRecord, digest: torch.Tensor, length: int, block_size: i
     latest = torch.arange(len(known), device=digest.device)
     best = torch.where(distance == distance.min(), latest, -1).max()
     if len({c.kept for c in known}) == 1 and digest.device.type != "cpu":
-        torch._assert_async(near[best], _FORGOTTEN)
+        assert_on_device(near[best], _FORGOTTEN)
         blocks, kept = torch.stack([c.blocks for c in known]).index_select(0, best[None])[0], known[0].kept
     else:
         # Counts that differ, of a threshold, are read on the host.
@@ -131,7 +128,7 @@ def remember(
         length: S.
     """
     record = record_of(site)
-    if _in_backward():
+    if in_backward():
         return _recall(record, digest, length, block_size)
     # A compiler may use the memory of what it passes here again.
     _note_nan(record, nan.clone())
@@ -180,7 +177,7 @@ def select_by_threshold(
     The count depends on the data: a compiler leaves that size open, so one compilation does for every count.
     """
     record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
-    if _in_backward():
+    if in_backward():
         return _recall(record, digest, length, block_size)
     _note_nan(record, scores.isnan().any())
     tokens = reference.select_by_threshold(scores, valid, labelled, length, block_size, threshold)
@@ -191,5 +188,5 @@ def select_by_threshold(
 def _(scores, valid, labelled, stream, site, block_size, threshold):
     # More than one, or a compiler could not tell a kept sequence from the single token of a decoding step.
     kept = torch.library.get_ctx().new_dynamic_size(min=2)
-    torch._check(kept <= stream.shape[1])
+    promise(kept <= stream.shape[1])
     return scores.new_empty(scores.shape[0], kept, dtype=torch.int64)

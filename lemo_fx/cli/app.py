@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,58 +13,61 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from lemo_fx.errors import InputError, LemoError
+from lemo_fx._version import __version__
+from lemo_fx.cli import options
+from lemo_fx.cli.options import (
+    KEEP,
+    Attention,
+    Checkpointing,
+    DataName,
+    FittedBefore,
+    ModelName,
+    Out,
+    PlanOptions,
+    Rank,
+    Shape,
+    Targets,
+    command,
+)
+from lemo_fx.errors import InputError
 
 if TYPE_CHECKING:
     from lemo_fx.config import LemoConfig
 
 app = typer.Typer(
+    cls=options.OneLineGroup,
     help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,
     add_completion=False,
 )
 console = Console(width=None if sys.stdout.isatty() else 140)
-WEIGHT_LIMIT = 8 * 2**30
-"""Bytes of weights up to which `inspect` builds a model from its config."""
-
-Out = Annotated[Path, typer.Option(help="Folder for the files that are written.")]
-Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced or fast.")]
-KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
-Keep = Annotated[float | None, KEEP]
-Slope = Annotated[
-    float | None,
-    typer.Option(help="How much more the last layer keeps than the first; 0 beside --keep, the preset's else."),
-]
-Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
-Scores = Annotated[
-    str | None,
-    typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
-]
+NOISY = ("transformers", "torchao", "torch.utils._pytree")
+"""Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
+libraries of its own that do not fit this machine."""
 
 
-Plan = Annotated[Path | None, typer.Option("--plan", "--config", help="A LemoConfig as JSON.")]
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except LemoError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"lemo-fx {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _quiet() -> None:
+def _quiet(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     import logging
     import warnings
 
     # Progress bars and deprecation notes of the libraries below would drown what is printed here.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@app.command()
+@command(app)
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 6,
@@ -81,8 +82,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
 ) -> None:
     """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
-    with _errors_in_one_line():
-        _demo(out, dict(locals()))
+    _demo(out, dict(locals()))
 
 
 def _no_bars_of_transformers() -> None:
@@ -156,74 +156,22 @@ def _print_paths(paths: list[Path]) -> None:
     console.print("wrote " + ", ".join(str(path) for path in paths), soft_wrap=True, highlight=False)
 
 
-@app.command()
+@command(app)
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Folder of a transformers model, or its config.json (random weights).")],
-    config: Plan = None,
+    model: Shape,
+    plan: PlanOptions,
     layer: Annotated[int | None, typer.Option(help="Decoder layer to show; the middle one by default.")] = None,
     out: Out = Path("lemo-inspect"),
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
-    preset: Preset = None,
-    keep: Keep = None,
-    slope: Slope = None,
-    eliminated: Treatments = None,
-    score: Scores = None,
 ) -> None:
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
-    with _errors_in_one_line():
-        plan = _plan(config, preset, None, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score})
-        _inspect(model, dataclasses.replace(plan, active="always"), layer, out, dump)
+    _inspect(model, dataclasses.replace(plan.config(), active="always"), layer, out, dump)
 
 
-def _plan(path: Path | None, preset: str | None, block_size: int | None, given: dict[str, Any]) -> LemoConfig:
-    from lemo_fx.config import Elimination, LemoConfig
-
-    given = {name: value for name, value in given.items() if value is not None}
-    if path is not None:
-        if given or preset is not None or block_size is not None:
-            raise InputError(
-                "the plan is in a file: leave out --preset, --keep, --slope, --eliminated, --score and --block-size"
-            )
-        return _plan_from(path)
-    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
-    usual = LemoConfig.preset(preset or "careful")
-    if given:
-        # A preset's slope belongs to its keep, and to `exact`.
-        if "keep" in given or given.get("eliminated", "exact") != "exact":
-            given.setdefault("slope", 0.0)
-        settings |= {
-            "attention": dataclasses.replace(usual.attention or Elimination(), **given),
-            "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
-        }
-    return dataclasses.replace(usual, **settings)
-
-
-def _plan_from(path: Path) -> LemoConfig:
-    from lemo_fx.config import Elimination, LemoConfig
-
-    given = _read_json(path)
-    try:
-        sites = {kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)}
-        return LemoConfig(**{**given, **sites})
-    except TypeError as error:
-        raise InputError(
-            f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
-
-
-def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
+def _inspect(name: str, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
     import lemo_fx
     from lemo_fx import draw
+    from lemo_fx.cli import load
     from lemo_fx.files import check_folder, writing
     from lemo_fx.graph.anatomy import decoder_layers
 
@@ -231,7 +179,7 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
         if folder is not None:
             check_folder(folder)
     # Frozen, as it is under adapters.
-    model = _load_model(path).requires_grad_(False)
+    model = load.shown(name, _say).requires_grad_(False)
     layers = decoder_layers(model)
     if index is not None and not -len(layers) <= index < len(layers):
         raise InputError(f"--layer {index}: the model that was built has {len(layers)} decoder layers")
@@ -245,201 +193,102 @@ def _inspect(path: Path, plan: LemoConfig, index: int | None, out: Path, dump: P
     lemo_fx.transform(model, plan, predictors=predictors, dump=dump)
     assert shown is not None
     assert before is not None
-    name, layer = shown
+    at, layer = shown
     kind = type(layer).__name__
-    after = lemo_fx.graphs(model).get(name)
-    console.print(f"\n{name} before:\n")
+    after = lemo_fx.graphs(model).get(at)
+    console.print(f"\n{at} before:\n")
     _print_code(draw.code(before, kind))
     pictures: dict[str, Any] = {"before": before}
     if after is None:
-        console.print(f"{name} is left dense by the plan.")
+        console.print(f"{at} is left dense by the plan.")
     else:
-        console.print(f"{name} after:\n")
+        console.print(f"{at} after:\n")
         _print_code(draw.code(after, kind))
         pictures["after"] = after
     console.print(lemo_fx.report(model))
     figure = draw.draw(pictures, kind)
     with writing(out):
-        paths = [draw.save(figure, out / f"{name}.{suffix}") for suffix in ("png", "svg")]
+        paths = [draw.save(figure, out / f"{at}.{suffix}") for suffix in ("png", "svg")]
     _print_paths([*paths, dump] if dump else paths)
 
 
-def _load_model(path: Path) -> Any:
-    """A model folder with its weights; a config (or a folder without weights) with random ones."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lemo_fx.cli.train import read_config
-
-    _no_bars_of_transformers()
-    config = read_config(path)
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        try:
-            return AutoModelForCausalLM.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} cannot be loaded as a transformers causal language model: {error}") from error
-    layers = getattr(config, "num_hidden_layers", None)
-    if layers is not None and layers > SHOWN_LAYERS:
-        config.num_hidden_layers = SHOWN_LAYERS
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:SHOWN_LAYERS]
-        console.print(f"built with {SHOWN_LAYERS} of the {layers} decoder layers")
-    # The graph does not depend on the vocabulary, and its matrices are the largest of all.
-    vocabulary = getattr(config, "vocab_size", 0)
-    if vocabulary > 1024:
-        config.vocab_size = 1024
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, name, None)
-        console.print(f"built with a vocabulary of 1024 instead of {vocabulary}")
-    try:
-        with torch.device("meta"):
-            size = sum(p.numel() * 2 for p in AutoModelForCausalLM.from_config(config).parameters())
-        if size > WEIGHT_LIMIT:
-            raise InputError(f"{path}: {SHOWN_LAYERS} layers of this model take {size / 2**30:.0f} GiB of memory")
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, LemoError):
-            raise
-        raise InputError(f"{path} does not describe a causal language model: {error}") from error
-    console.print("random weights: built from a config")
-    return model
-
-
-SHOWN_LAYERS = 4
-"""Decoder layers of a model that `inspect` builds from a config."""
-
-
-Model = Annotated[Path, typer.Argument(help="Local folder of a transformers model: safetensors and tokenizer.")]
-Data = Annotated[
-    Path,
-    typer.Argument(help="A .jsonl file (`text`, `messages` or `input_ids`), a text file, or a folder of them."),
-]
-
-
-@app.command()
+@command(app)
 def fit(
-    model: Model,
-    data: Data,
+    model: ModelName,
+    data: DataName,
     out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Number of texts that are read.")] = None,
 ) -> None:
     """Learn from texts what `transform` can use, and save it."""
-    with _errors_in_one_line():
-        import lemo_fx
-        from lemo_fx.cli import train
-        from lemo_fx.config import LemoConfig
-        from lemo_fx.files import check_folder
-        from lemo_fx.graph.anatomy import longest_context
+    import lemo_fx
+    from lemo_fx.cli import load, prepare
+    from lemo_fx.cli.rows import read_rows
+    from lemo_fx.config import LemoConfig
+    from lemo_fx.files import check_folder
+    from lemo_fx.graph.anatomy import longest_context
 
-        check_folder(out)
-        for option, value in (("--max-length", max_length), ("--limit", limit)):
-            if value is not None and value < 1:
-                raise InputError(f"{option} {value} must be at least 1")
-        config = LemoConfig(block_size=block_size)
-        _no_bars_of_transformers()
-        rows = train.data.read_rows(data)[:limit]
-        loaded = train.load_model(model)
-        documents = train.tokenised(rows, model, loaded)
-        most = min(max_length, longest_context(loaded.config) or max_length)
-        lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
-        _print_paths([out])
-
-
-Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
-Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
-Attention = Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")]
-Checkpointing = Annotated[bool, typer.Option(help="Activation checkpointing.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
-FittedBefore = Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")]
+    check_folder(out)
+    for option, value in (("--max-length", max_length), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} {value} must be at least 1")
+    config = LemoConfig(block_size=block_size)
+    _no_bars_of_transformers()
+    rows = read_rows(data, _say)[:limit]
+    loaded = load.load_model(load.folder_of(model))
+    documents = prepare.tokenised(rows, load.folder_of(model), loaded.config)
+    most = min(max_length, longest_context(loaded.config) or max_length)
+    lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
+    _print_paths([out])
 
 
-def _settings(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that are fields of its settings."""
-    named = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
-    if named["targets"] != "all-linear":
-        named["targets"] = tuple(filter(None, named["targets"].split(",")))
-    return named
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
+@command(app)
 def train(
-    model: Model,
-    data: Data,
-    out: Out = Path("lemo-train"),
-    context: Annotated[int, typer.Option(help="Tokens of a window of text, at most.")] = 4096,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default as many as --epochs take.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    batch: Annotated[int, typer.Option(help="Windows of a step; one at a time is on the device.")] = 1,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    rank: Rank = 16,
-    targets: Targets = "all-linear",
-    plan: Plan = None,
-    preset: Preset = None,
-    keep: Keep = None,
-    slope: Slope = None,
-    eliminated: Treatments = None,
-    score: Scores = None,
-    block_size: BlockSize = None,
-    predictors: FittedBefore = None,
-    heldout: Annotated[
-        Path | None, typer.Option("--eval", help="Data for the held-out loss; by default a part of DATA is held out.")
+    job: options.Job,
+    plan: PlanOptions,
+    settings: options.Settings,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run file in YAML, `option: value` a line; what is given beside it wins. Each run leaves its own.",
+            callback=options.from_file,
+            is_eager=True,
+        ),
     ] = None,
-    eval_windows: Annotated[int, typer.Option(help="Held-out windows, at most.")] = 32,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses; a tenth of all.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of all.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out from its last checkpoint.")] = False,
-    pack: Annotated[bool, typer.Option(help="Short documents share a window, none seeing another.")] = True,
-    assistant_only: Annotated[bool, typer.Option(help="Of chats, learn only what the assistant says.")] = False,
-    checkpointing: Checkpointing = True,
-    compile: Annotated[
-        bool | None, typer.Option(help="Compile every decoder layer (torch.compile); by default on a GPU.")
-    ] = None,
-    attention: Attention = None,
-    seed: Annotated[int, typer.Option(help="Of the adapters, the order, and what is held out.")] = 0,
 ) -> None:
-    """Fine-tune a local model on local data with LoRA: an adapter, a report page and a summary."""
-    given = dict(locals())
-    with _errors_in_one_line():
-        from lemo_fx.cli import page, train
+    """Fine-tune a model on your data with LoRA: an adapter, a report page and a summary."""
+    from lemo_fx.cli import page, train
 
-        _no_bars_of_transformers()
-        summary = train.train(
-            model,
-            data,
-            out,
-            _plan(plan, preset, block_size, {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}),
-            train.Settings(**_settings(train.Settings, given)),
-            heldout_path=heldout,
-            predictors_path=predictors,
-            resume=resume,
-            command=" ".join(["lemo-fx", *sys.argv[1:]]),
-            say=lambda line: console.print(line, soft_wrap=True, highlight=False),
-        )
-        table = Table(show_header=False)
-        for name, value in page.figures_of(summary).items():
-            table.add_row(name, value)
-        console.print(table)
-        _print_paths([out / "adapter", out / train.PAGE, out / train.SUMMARY])
+    _no_bars_of_transformers()
+    run = train.Run(job, plan, settings, command=" ".join(["lemo-fx", *sys.argv[1:]]))
+    if job.preview:
+        console.print(train.preview(run, _say), soft_wrap=True)
+        return
+    summary = train.train(run, _say)
+    if summary is None:
+        return
+    table = Table(show_header=False)
+    for name, value in page.figures_of(summary).items():
+        table.add_row(name, value)
+    console.print(table)
+    _print_paths(run.written)
 
 
-@app.command()
+@command(app)
 def bench(
-    model: Annotated[Path, typer.Argument(help="Folder of a transformers model, or its config.json (random weights).")],
+    model: Shape,
+    plan: PlanOptions,
     context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "4096",
     out: Out = Path("lemo-bench"),
     steps: Annotated[int, typer.Option(help="Timed steps of each plan; one more comes first, which compiles.")] = 3,
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    rank: Rank = 16,
-    targets: Targets = "all-linear",
-    plan: Plan = None,
-    preset: Annotated[str | None, typer.Option(help="A measured plan; without any plan, all of them.")] = None,
-    keep: Keep = None,
-    slope: Slope = None,
-    eliminated: Treatments = None,
-    score: Scores = None,
-    block_size: BlockSize = None,
+    rank: Rank = options.Settings.rank,
+    targets: Targets = options.Settings.targets,
     predictors: FittedBefore = None,
     checkpointing: Checkpointing = True,
     compile: Annotated[
@@ -448,30 +297,56 @@ def bench(
     attention: Attention = None,
 ) -> None:
     """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
-    options = dict(locals())
-    with _errors_in_one_line():
-        site = {"keep": keep, "slope": slope, "eliminated": eliminated, "score": score}
-        given = {**site, "plan": plan, "preset": preset, "block_size": block_size}
-        named = {name for name, value in given.items() if value is not None}
-        plans = (
-            {preset if named == {"preset"} else "the plan": _plan(plan, preset, block_size, site)} if named else None
-        )
-        _bench(model, out, plans, predictors, context, options)
+    given = dict(locals())
+    named = plan.given
+    plans = {plan.preset if {*named} == {"preset"} else "the plan": plan.config()} if named else None
+    _bench(model, out, plans, predictors, context, given)
 
 
-def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context: str, options: dict[str, Any]) -> None:
+@command(app)
+def estimate(
+    model: Shape,
+    context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "32768",
+    gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
+    rank: Rank = options.Settings.rank,
+) -> None:
+    """Estimate memory, relative time and the longest context of LoRA and of each plan, from shapes alone. No GPU."""
+    from lemo_fx.cli import estimate as estimation
+    from lemo_fx.cli import load
+
+    _no_bars_of_transformers()
+    contexts, cards = _contexts(context), estimation.gpus(gpu)
+    if rank < 1:
+        raise InputError(f"--rank {rank} must be at least 1")
+    shape = estimation.shape_of(load.folder_of(model, weights=False))
+    for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
+        console.print(shown)
+    for note in estimation.notes(shape, contexts):
+        _say(note)
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    try:
+        contexts = tuple(dict.fromkeys(int(length) for length in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"--context {text!r} must be a number of tokens, or several with commas") from error
+    if min(contexts) < 1:
+        raise InputError(f"--context {text!r}: a sequence has at least one token")
+    return contexts
+
+
+def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: str, given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lemo_fx.cli import bench as benchmark
+    from lemo_fx.cli import load
     from lemo_fx.cli.train import compiles
     from lemo_fx.files import check_folder
 
     check_folder(out)
     _no_bars_of_transformers()
-    try:
-        contexts = tuple(dict.fromkeys(int(length) for length in context.split(",")))
-    except ValueError as error:
-        raise InputError(f"--context {context!r} must be a number of tokens, or several with commas") from error
+    folder = load.folder_of(model, weights=False)
+    contexts = _contexts(context)
     if plans is None:
         plans = benchmark.PLANS
     else:
@@ -491,8 +366,11 @@ def _bench(model: Path, out: Path, plans: Any, predictors: Path | None, context:
             console.print(benchmark.line(outcome), highlight=False, soft_wrap=True)
             written[:] = benchmark.write(outcome, out, command)
 
-        settings = benchmark.Settings(contexts, **_settings(benchmark.Settings, options))
-        outcome = benchmark.bench(model, plans, settings, predictors, progress, ended)
+        named = {
+            field.name: given[field.name] for field in dataclasses.fields(benchmark.Settings) if field.name in given
+        }
+        settings = benchmark.Settings(contexts, **named | {"targets": options.modules_of(given["targets"])})
+        outcome = benchmark.bench(folder, plans, settings, predictors, progress, ended)
     console.print(benchmark.table(outcome))
     plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(

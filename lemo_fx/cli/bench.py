@@ -37,10 +37,12 @@ import lemo_fx
 from lemo_fx import draw
 from lemo_fx.cli.demo import COLOURS, environment
 from lemo_fx.cli.train import (
+    CHECKPOINTING,
     adapted,
     check_alone,
     check_attention,
     check_context,
+    checkpointing,
     compiles,
     load_model,
     one_device,
@@ -50,12 +52,17 @@ from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import ConfigError, InputError, LemoError
 from lemo_fx.files import write_text, writing
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.private import set_compiled_call
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 Plans = Mapping[str, LemoConfig | None]
-PLANS: Plans = {UNTOUCHED: None, LORA: LemoConfig(attention=None, mlp=None), **PRESETS}
+PLANS: Plans = {
+    UNTOUCHED: None,
+    LORA: PRESETS["dense"],
+    **{name: plan for name, plan in PRESETS.items() if name != "dense"},
+}
 """The script as people have it: neither compiled, nor the loss in segments; LoRA with both; the presets, with both."""
 
 
@@ -284,9 +291,9 @@ def _run(
     lemo_fx.revert(model)
     if plan is not None:
         _transform(model, plan, given)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for _, layer in decoder_layers(model):
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
         if plan is not None and compiles(settings.compile):
             layer.compile()
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -298,14 +305,13 @@ def _run(
             folder,
             max_steps=settings.steps + 1,
             per_device_train_batch_size=settings.batch,
-            gradient_checkpointing=settings.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=next(model.parameters()).dtype == torch.bfloat16,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda",
+            **checkpointing(settings.checkpointing),
         )
         rows: Any = [{"input_ids": row, "labels": row} for row in ids]
         trainer = Trainer(model=model, args=one_device(arguments), train_dataset=rows, callbacks=[clock])
@@ -316,7 +322,7 @@ def _run(
         finally:
             # The next run's autocast would else lie around this one's.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{CHECKPOINTING}_disable")()
     shares = [] if plan is None else [site.kept_share for site in lemo_fx.report(model).sites]
     kept = [share for share in shares if share is not None]
     first, *timed = clock.steps

@@ -37,30 +37,38 @@ def entries(history: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str
     return [entry for entry in history if name in entry]
 
 
-def pictures(summary: Mapping[str, Any], graph: Figure) -> dict[str, tuple[Figure, str]]:
-    """Heading -> (picture, caption), in the order of the page."""
+def pictures(
+    summary: Mapping[str, Any], graph: Figure | None, other: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Figure, str]]:
+    """Heading -> (picture, caption), in the order of the page.
+
+    Args:
+        graph: of a rewritten layer; None where there is none. other: the summary of a run to compare with.
+    """
     history = summary["history"]
     made = {
         "Loss": (
-            losses(history),
+            losses(history, None if other is None else other["history"]),
             "Training loss is the loss of the rewritten layers where eliminated tokens are skipped; held-out loss is "
             "that of the model's original code with every token, a mean over the held-out windows.",
-        ),
-        "Kept tokens": (
+        )
+    }
+    if graph is not None:
+        made["Kept tokens"] = (
             kept(history),
             "Share of the tokens that each decoder layer works on, in the last window of each logged step. A layer "
             "that is left dense keeps all.",
-        ),
-        "Memory": (memory(history, summary["environment"]["device"]), "Peak of each logged step."),
-        "A rewritten layer": (graph, "The middle one of the rewritten decoder layers, before and after."),
-    }
+        )
+    made["Memory"] = (memory(history, summary["environment"]["device"]), "Peak of each logged step.")
+    if graph is not None:
+        made["A rewritten layer"] = (graph, "The middle one of the rewritten decoder layers, before and after.")
     if entries(history, "lemo/recall_attention") or entries(history, "lemo/recall_mlp"):
         text = "How many of the tokens that the measured scores would keep the predictors keep, on a training window."
         made["Recall of the predictors"] = (recall(history), text)
     return made
 
 
-def losses(history: Sequence[Mapping[str, Any]]) -> Figure:
+def losses(history: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None = None) -> Figure:
     """Training and held-out loss by step: apart, since the loss of skipping layers is a good deal higher."""
     figure, (training, heldout) = _figure(3.2, 2)
     trained = entries(history, "loss")
@@ -73,7 +81,14 @@ def losses(history: Sequence[Mapping[str, Any]]) -> Figure:
         training.plot(steps[width - 1 :], smooth, color=BLUE, lw=1.8, label=f"mean of {width} logs")
         training.legend(frameon=False, fontsize=8)
     evaluated = entries(history, "eval_loss")
-    heldout.plot([e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated], "o-", color=GREEN, ms=4)
+    heldout.plot(
+        [e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated], "o-", color=GREEN, ms=4, label="this run"
+    )
+    if other is not None:
+        compared = entries(other, "eval_loss")
+        steps, values = [e["step"] for e in compared], [e["eval_loss"] for e in compared]
+        heldout.plot(steps, values, "s--", color=GREY, ms=4, label="compared with")
+        heldout.legend(frameon=False, fontsize=8)
     training.set_title("training", fontsize=9.5)
     training.set(ylabel="nats per token")
     heldout.set_title("held out, every token", fontsize=9.5)
@@ -135,11 +150,17 @@ def _figure(height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
     return figure, figure.axes
 
 
-def html(summary: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str]]) -> str:
-    """The page as one string that needs no other file."""
+def html(
+    summary: Mapping[str, Any],
+    figures: Mapping[str, tuple[Figure, str]],
+    other: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as one string that needs no other file; with `other`, beside the figures of that run."""
     title = f"Fine-tuning {Path(summary['model']).name}"
     shown = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in figures_of(summary).items())
     parts = [f"<h1>{escape(title)}</h1>", f"<dl>{shown}</dl>"]
+    if other is not None:
+        parts += ["<h2>Beside another run</h2>", _comparison(summary, other)]
     for heading, (figure, caption) in figures.items():
         image = f'<img src="{_inline(figure)}" alt="{escape(heading)}">'
         parts.append(f"<h2>{escape(heading)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -152,7 +173,7 @@ def html(summary: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str]]) 
         "Environment": summary["environment"],
     }
     for heading, facts in tables.items():
-        parts += [f"<h2>{heading}</h2>", _table(None, [(name, _words(value)) for name, value in facts.items()])]
+        parts += [f"<h2>{heading}</h2>", _table(None, [(name, in_words(value)) for name, value in facts.items()])]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     head += f"<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
@@ -171,6 +192,26 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, str]:
         "peak memory": f"{summary['peak_memory_gib']:.2f} GiB",
         "trained parameters": f"{trained:,} ({trained / summary['parameters']['all']:.2%})",
     }
+
+
+def differing(summary: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What besides the plan is not the same in two runs, so that their figures say more than what the plan does."""
+    found = [name for name in ("model", "data", "steps") if summary[name] != other[name]]
+    found += [f"device: {other['environment']['device']}"] * (
+        summary["environment"]["device"] != other["environment"]["device"]
+    )
+    names = {**summary["settings"], **other["settings"]}
+    return found + [name for name in names if summary["settings"].get(name) != other["settings"].get(name)]
+
+
+def _comparison(summary: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Two runs' figures side by side, and what else differs."""
+    mine, others = figures_of(summary), figures_of(other)
+    plans = [("plan", *(in_words(each["report"]["config"]) for each in (summary, other)))]
+    rows = plans + [(name, value, others.get(name, "")) for name, value in mine.items()]
+    differ = differing(summary, other)
+    note = f"Not the same besides: {', '.join(differ)}." if differ else "All but the plan is the same in both."
+    return _table(("", "this run", "compared with"), rows) + f'<p class="note">{escape(note)}</p>'
 
 
 def _perplexity(loss: float) -> str:
@@ -192,12 +233,16 @@ def _table(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
 
 
-def _words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A setting as a reader wants it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(item)}" for name, item in value.items() if item is not None)
+        return ", ".join(f"{name} {in_words(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value)) or "none"
-    return {None: "default", True: "yes", False: "no"}.get(value, f"{value:,}" if type(value) is int else str(value))
+        return ", ".join(map(in_words, value)) or "none"
+    # Not by a dict's keys: 1 is True there, and 0 False.
+    if value is None or isinstance(value, bool):
+        return "default" if value is None else "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _inline(figure: Figure) -> str:

@@ -1,6 +1,6 @@
-"""`lemo-fx train`: fine-tune a local model on local data with LoRA under a plan, from files to an adapter and a page.
+"""`lemo-fx train`: fine-tune a model on data with LoRA under a plan, from files to an adapter and a page.
 
-Underneath is the transformers Trainer, one window of text at a time on one device, so that nothing is ever padded.
+Underneath is the transformers Trainer, one window of text at a time on each device, so that nothing is ever padded.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
 import statistics
-import time
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,227 +22,43 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate import PartialState
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import SchedulerType
 
 import lemo_fx
+from lemo_fx import __version__
 from lemo_fx.api import suspended
 from lemo_fx.callback import LemoCallback
-from lemo_fx.cli import data, page
-from lemo_fx.cli.data import Document, Row, Window
+from lemo_fx.cli import page, prepare
+from lemo_fx.cli.data import Window
 from lemo_fx.cli.demo import environment
-from lemo_fx.config import LemoConfig, check_seed
+from lemo_fx.cli.load import built, check_weights, folder_of, load_model, load_tokenizer, read_config
+from lemo_fx.cli.options import Job, PlanOptions, Settings, Stopped, as_file, modules_of
+from lemo_fx.cli.prepare import Documents, Prepared, Say, Windows, check_context, keeps_documents_apart, one_window
+from lemo_fx.cli.watch import Bars, Lines, Timeline, bar
+from lemo_fx.config import LemoConfig
 from lemo_fx.draw import captured, draw
 from lemo_fx.errors import ConfigError, InputError, LemoError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_text
-from lemo_fx.graph.anatomy import causal_model, decoder_layers, has_rope, longest_context
-from lemo_fx.graph.capture import modes_kept
-from lemo_fx.measure import device_name, reset_peak
+from lemo_fx.graph.anatomy import causal_model, decoder_layers
+from lemo_fx.kernels.private import compiled_call, set_compiled_call
+from lemo_fx.measure import device_name
 from lemo_fx.predictors import RECORD, Predictors
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
+RUN_FILE = "run.yaml"
 STATE = "trainer_state.json"
 LOGS = 500
 """Steps of a run that are logged, about; more would make every checkpoint carry a long history."""
 FIT_WINDOWS = 64
 """Windows of the training data that predictors are fitted on."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run trains, besides the plan.
-
-    Attributes:
-        context: tokens of a window at most.
-        steps: optimizer steps; None: as many as `epochs` take. batch: windows of a step, one at a time on the device.
-        rate: peak learning rate, after a warm-up over 3 % of the steps; it falls to nothing along a cosine.
-        rank, targets: of the LoRA adapters (alpha is twice the rank): "all-linear", or names of modules.
-        pack: several short documents share a window where the model keeps them apart, see `keeps_documents_apart`.
-        assistant_only: of chats, learn only what the assistant says.
-        checkpointing: activation checkpointing.
-        compile: torch.compile of every decoder layer by itself; None: on a GPU.
-        attention: attention implementation; None is transformers' choice.
-        eval_share: of the tokens, held out where no held-out data is given; eval_windows: held-out windows at most.
-        eval_every, save_every: optimizer steps between held-out losses, and between checkpoints; None: a tenth of all.
-    """
-
-    context: int = 4096
-    steps: int | None = None
-    epochs: float = 1.0
-    batch: int = 1
-    rate: float = 2e-4
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    pack: bool = True
-    assistant_only: bool = False
-    checkpointing: bool = True
-    compile: bool | None = None
-    attention: str | None = None
-    eval_share: float = 0.1
-    eval_windows: int = 32
-    eval_every: int | None = None
-    save_every: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "batch", "rate", "rank", "eval_windows", "eval_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
-        if not 0 < self.eval_share < 1:
-            raise ConfigError(f"eval_share={self.eval_share!r} must lie between 0 and 1")
-        check_seed(self.seed)
-
-
-def read_config(path: Path) -> Any:
-    """The transformers config of a causal language model: of a folder, or a config.json.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a local model folder or a config.json")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not describe a model: {error}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{path}: a {config.model_type} model is no causal language model")
-    return config
-
-
-def load_model(path: Path, dtype: torch.dtype | None = None, attention: str | None = None) -> Any:
-    """A causal language model with all of its weights from a local folder of safetensors.
-
-    Raises:
-        InputError: there is none, or not whole; says what is missing.
-    """
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model: give a local folder with config.json, safetensors and tokenizer")
-    if not any(path.glob("*.safetensors")):
-        raise InputError(f"{path} holds no *.safetensors: there are no weights to start from (no other format is read)")
-    read_config(path)
-    given: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
-    given |= {} if attention is None else {"attn_implementation": attention}
-    given |= {} if dtype is None else {"dtype": dtype}
-    load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, loading = load(path, output_loading_info=True, **given)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be loaded as a transformers causal language model: {error}") from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise InputError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
-    return model
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path} holds no tokenizer that transformers can load: {error}") from error
-
-
-def bar() -> Progress:
-    """The progress bars of a run."""
-    note = TextColumn("{task.fields[note]}", style="dim")
-    return Progress(
-        TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), note, transient=True,
-    )  # fmt: skip
-
-
-def tokenised(rows: Sequence[Row], model_path: Path, model: nn.Module, assistant_only: bool = False) -> list[Document]:
-    """The rows as a model's tokenizer reads them, with a progress bar.
-
-    Raises:
-        InputError: a row cannot be tokenised, or all are empty.
-    """
-    needed = any(row.kind != "input_ids" for row in rows)
-    tokenizer = load_tokenizer(model_path) if needed else None
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    with bar() as progress:
-        task = progress.add_task("reading", total=len(rows), note="")
-        documents = data.tokenise(
-            rows, tokenizer, vocabulary, assistant_only=assistant_only, tick=lambda n: progress.advance(task, n)
-        )
-    if not documents:
-        raise InputError(f"{rows[0].where}: every text is empty")
-    return documents
-
-
-@torch.no_grad()
-def keeps_documents_apart(model: nn.Module) -> bool:
-    """Whether position_ids that start again keep packed documents from seeing each other: shown by running it.
-
-    The logits of a second document must not change with the first one, by more than a hundredth of what they change
-    by where the positions go on. transformers makes such masks for eager, sdpa and flex attention, and flash attention
-    reads the positions itself; a model that drops position_ids on the way fails here.
-    """
-    length = 16
-    device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.randint(vocabulary, (3, length), generator=torch.Generator().manual_seed(0)).to(device)
-    going_on = torch.arange(2 * length, device=device)[None]
-    starting_again = torch.arange(length, device=device).repeat(2)[None]
-
-    def change(positions: torch.Tensor) -> float:
-        rows = [torch.cat([first, ids[2]])[None] for first in ids[:2]]
-        one, other = (model(input_ids=row, position_ids=positions, use_cache=False).logits[0, length:] for row in rows)
-        return float((one.float() - other.float()).abs().max())
-
-    with modes_kept(model):
-        model.eval()
-        try:
-            return change(starting_again) <= change(going_on) / 100
-        except TypeError:
-            return False
-
-
-class Windows(torch.utils.data.Dataset):
-    """Windows as the Trainer takes them: [N] input_ids and labels, and position_ids where documents share one."""
-
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pieces = self.windows[index]
-        labels = [torch.from_numpy(piece.labels).long() for piece in pieces]
-        for label in labels:
-            # What a document begins with cannot be told from the end of the one before it.
-            label[0] = data.IGNORED
-        row = {
-            "input_ids": torch.cat([torch.from_numpy(piece.ids).long() for piece in pieces]),
-            "labels": torch.cat(labels),
-        }
-        if len(pieces) > 1:
-            row["position_ids"] = torch.cat([torch.arange(len(piece)) for piece in pieces])
-        return row
-
-
-def one_window(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The collator: [1, N]."""
-    return {name: value[None] for name, value in rows[0].items()}
 
 
 class WindowTrainer(Trainer):
@@ -261,152 +79,147 @@ class WindowTrainer(Trainer):
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Decoder layers run as they are: compiling what few steps run, for every mode and length, takes longer."""
-    compiled = [(layer, layer._compiled_call_impl) for _, layer in decoder_layers(model)]
+    compiled = [(layer, compiled_call(layer)) for _, layer in decoder_layers(model)]
     for layer, _ in compiled:
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
     try:
         yield
     finally:
         for layer, call in compiled:
-            layer._compiled_call_impl = call
+            set_compiled_call(layer, call)
 
 
-class Timeline(TrainerCallback):
-    """Adds to every entry of the history, which checkpoints carry, what the page draws; reporters do not get it.
+@dataclass(frozen=True)
+class Run:
+    """A job, its plan and its settings.
 
-    "lemo_fx/kept": share of the tokens that each decoder layer's sites kept in the last step, by site and layer;
-    "lemo_fx/seconds": of the last step. The peak of `LemoCallback` becomes that of the last step.
+    Attributes:
+        command: as it was typed, for the record.
     """
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = layers
+    job: Job
+    options: PlanOptions
+    settings: Settings
+    command: str = ""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock and the memory's peak."""
-        reset_peak(next(kwargs["model"].parameters()).device)
-        self.start = time.perf_counter()
+    @property
+    def out(self) -> Path:
+        """Its folder."""
+        return self.job.out
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer has waited for the device here, to read the loss."""
-        if "loss" not in kwargs["logs"]:
-            return
-        kept: dict[str, list[float]] = {kind: [1.0] * len(self.layers) for kind in ("attention", "mlp")}
-        for site in lemo_fx.report(kwargs["model"]).sites:
-            if site.kept_share is not None:
-                kept[site.site.split("_")[0]][self.layers.index(site.module)] = site.kept_share
-        seconds = time.perf_counter() - self.start
-        state.log_history[-1].update({"lemo_fx/kept": kept, "lemo_fx/seconds": seconds})
+    @property
+    def written(self) -> list[Path]:
+        """What it leaves."""
+        merged = [self.out / "merged"] if self.job.merge else []
+        return [self.out / "adapter", *merged, self.out / PAGE, self.out / SUMMARY, self.out / RUN_FILE]
 
 
-class Bars(TrainerCallback):
-    """Shows the run's progress."""
+def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
+    """Fine-tune, and write OUT/adapter, OUT/report.html, OUT/summary.json and OUT/run.yaml.
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("training", total=steps, note="")
-        self.evaluation: Any = None
-        self.loss = self.heldout = ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Steps of an earlier process count."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One held-out window further."""
-        if self.evaluation is None:
-            self.evaluation = self.progress.add_task("held-out loss", total=len(kwargs["eval_dataloader"]), note="")
-        self.progress.advance(self.evaluation)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The held-out bar goes."""
-        self.progress.remove_task(self.evaluation)
-        self.evaluation = None
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Losses beside the bar."""
-        logs = kwargs["logs"]
-        self.loss = f"loss {logs['loss']:.3f}" if "loss" in logs else self.loss
-        self.heldout = f"held-out {logs['eval_loss']:.3f}" if "eval_loss" in logs else self.heldout
-        self.progress.update(self.task, note=f"{self.loss}  {self.heldout}")
-
-
-def train(
-    model_path: Path,
-    data_path: Path,
-    out: Path,
-    plan: LemoConfig,
-    settings: Settings,
-    *,
-    heldout_path: Path | None = None,
-    predictors_path: Path | None = None,
-    resume: bool = False,
-    command: str = "",
-    say: Any = print,
-) -> dict[str, Any]:
-    """Fine-tune, and write OUT/adapter (a plain PEFT adapter), OUT/summary.json and OUT/report.html.
-
-    Where the plan asks for predictors or stand-ins and none are given, they are fitted first, into OUT/predictors.
+    Under a launcher (torchrun) each process trains on windows of its own; the first one writes.
 
     Args:
-        resume: go on from the last checkpoint under OUT that was written whole, if there is one.
-        command: for the record.
-        say: takes a line about what is done.
+        say: called with lines to show.
 
     Returns:
-        What summary.json holds.
+        The summary, see `summarise`; None in processes but the first.
 
     Raises:
         LemoError: bad input, a plan that does not fit the model, too little memory; the message says what to do.
+        Stopped: the user interrupted the training.
     """
-    _check_place(out, resume)
-    check_attention(settings.attention)
-    rows = data.read_rows(data_path)
-    heldout_rows = None if heldout_path is None else data.read_rows(heldout_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
-    model = load_model(model_path, torch.bfloat16 if bf16 else torch.float32, settings.attention)
-    check_context(model.config, plan, settings.context)
-    documents = tokenised(rows, model_path, model, settings.assistant_only)
-    most = settings.eval_windows * settings.context
-    if heldout_rows is None:
-        documents, heldout = data.hold_out(documents, settings.eval_share, most, settings.seed)
-    else:
-        heldout = tokenised(heldout_rows, model_path, model, settings.assistant_only)
-    _agree_with_earlier(out, _recorded(model_path, documents, heldout, plan, settings, predictors_path))
-
-    with _in_words(out):
-        model.to(device)
-        pack = settings.pack and keeps_documents_apart(model)
-        if settings.pack and not pack:
-            say(f"{type(model).__name__} does not keep packed documents apart: one document a window")
-        windows = data.windows(documents, settings.context, pack)
-        heldout_windows = data.windows(heldout, settings.context, pack)[: settings.eval_windows]
-        if not windows or not heldout_windows:
-            raise InputError(f"{data_path} holds too little text to train on and to hold some out: give more")
-        say(_described(documents, windows, heldout_windows, settings.context))
-        predictors = _predictors(model, windows, plan, predictors_path, out, say)
-        trainer = _trainer(model, windows, heldout_windows, plan, predictors, settings, out, bf16)
-        picture = _graph_picture(trainer.model)
-        checkpoint = _last_checkpoint(out) if resume else None
+    plan = run.options.config()
+    say = say if _first() else lambda line: None
+    _check_job(run)
+    settings = dataclasses.replace(run.settings, batch=_batch(run.settings.batch))
+    folder = folder_of(run.job.model)
+    check_weights(folder)
+    config = read_config(folder)
+    documents = prepare.documents_of(run.job, settings, folder, config, say)
+    check_context(config, plan, documents.context)
+    with _in_words(run.out):
+        model = _loaded(run, folder)
+        prepared = prepare.windows_of(documents, settings, keeps_documents_apart(model), say)
+        say(str(prepared))
+        settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
+        run = dataclasses.replace(run, settings=settings)
+        if _first():
+            _agree_with_earlier(run, _recorded(run, folder, documents, plan), say)
+        trainer = _trainer(run, model, prepared, _predictors(run, model, prepared.train, plan, say), plan)
+        picture = _graph_picture(trainer.model, plan)
+        checkpoint = _last_checkpoint(run.out) if run.job.resume else None
         trainer.args.eval_on_start = checkpoint is None
-        if resume:
-            say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {out}: from the start")
+        if run.job.resume:
+            say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run.out}: from the start")
         with bar() as progress:
-            trainer.add_callback(Bars(progress, trainer.args.max_steps))
-            _run(trainer, checkpoint)
+            if _first():
+                shown = Bars(progress, trainer.args.max_steps) if sys.stdout.isatty() else Lines(say)
+                trainer.add_callback(shown)
+            _run(trainer, checkpoint, run.out)
         last = page.entries(trainer.state.log_history, "eval_loss")[-1]["eval_loss"]
         if not math.isfinite(last):
             raise LemoError(f"the held-out loss is {last} in the end, so no adapter is saved: try a lower --rate")
-        adapted: Any = trainer.model
-        adapted.save_pretrained(out / "adapter")
-        summary = summarise(trainer, model_path, windows, heldout_windows, settings, command)
-        (out / PAGE).write_text(page.html(summary, page.pictures(summary, picture)), encoding="utf-8")
-        _write(out / SUMMARY, summary)
+        if not _first():
+            return None
+        summary = summarise(run, trainer, prepared)
+        _save(run, trainer, summary)
+        other = None if run.job.compare_with is None else read_summary(run.job.compare_with)
+        (run.out / PAGE).write_text(page.html(summary, page.pictures(summary, picture, other), other), encoding="utf-8")
+        _write(run.out / SUMMARY, summary)
+        _merge_and_push(run, folder, say)
     return summary
+
+
+def preview(run: Run, say: Say) -> Text:
+    """The first step's windows, decoded, with what is learnt marked; no weights are loaded.
+
+    Raises:
+        LemoError: bad input.
+    """
+    folder = folder_of(run.job.model)
+    config = read_config(folder)
+    documents = prepare.documents_of(run.job, run.settings, folder, config, say)
+    check_context(config, run.options.config(), documents.context)
+    apart = run.settings.pack and keeps_documents_apart(built(config))
+    prepared = prepare.windows_of(documents, run.settings, apart, say)
+    say(str(prepared))
+    return prepare.preview(prepared, run.settings, folder)
+
+
+def _first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _batch(asked: int | None) -> int:
+    """Windows of a step over all processes."""
+    processes = _processes()
+    batch = asked or processes
+    if batch % processes:
+        raise InputError(f"--batch {batch} cannot be shared by {processes} processes: give a multiple of {processes}")
+    return batch
+
+
+def _steps(settings: Settings, prepared: Prepared) -> int:
+    assert settings.batch is not None
+    return settings.steps or math.ceil(settings.epochs * math.ceil(len(prepared.train) / settings.batch))
+
+
+def _loaded(run: Run, folder: Path) -> Any:
+    """The model on its device, in bfloat16 where that is a GPU that has it."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
+    model = load_model(folder, dtype, run.settings.attention, run.settings.load_in)
+    # Where the adapter will look for it: not a place in a cache.
+    model.name_or_path = run.job.model
+    return model if run.settings.load_in else model.to("cuda" if gpu else "cpu")
 
 
 def check_alone() -> None:
@@ -426,69 +239,79 @@ def compiles(asked: bool | None) -> bool:
     return torch.cuda.is_available() if asked is None else asked
 
 
-def _check_place(out: Path, resume: bool) -> None:
-    check_alone()
-    check_folder(out)
-    if (out / SETTINGS).exists() and not resume:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+def _check_job(run: Run) -> None:
+    """Raise InputError where a run must not start, before anything is read."""
+    job, settings = run.job, run.settings
+    check_folder(job.out)
+    if _first() and (job.out / SETTINGS).exists() and not job.resume:
+        raise InputError(f"{job.out} holds a run already: add --resume to go on with it, or choose another --out")
+    check_attention(settings.attention)
+    schedulers = [kind.value for kind in SchedulerType]
+    if settings.scheduler not in schedulers:
+        raise InputError(f"--scheduler {settings.scheduler} is not one of {', '.join(schedulers)}")
+    for name in job.reporters:
+        if name not in ("wandb", "tensorboard"):
+            raise InputError(f"--report-to {name} is not one of wandb, tensorboard")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--report-to {name} needs a package that is not installed: pip install {name}")
+    if job.compare_with is not None:
+        read_summary(job.compare_with)
+    if job.push is not None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push):
+            raise InputError(f"--push {job.push} is no name on the Hub: give owner/name")
+        if get_token() is None:
+            raise InputError("--push needs to be logged in: run `hf auth login`, or set HF_TOKEN")
 
 
-def check_context(model_config: Any, plan: LemoConfig, context: int) -> None:
-    """Raise InputError or ConfigError where a model does not read as many tokens, or a plan has nothing to choose."""
-    longest = longest_context(model_config)
-    if longest is not None and context > longest:
-        more = (
-            ", or set rope scaling in the model's config.json"
-            if has_rope(model_config)
-            else ": its positions are learned"
-        )
-        raise InputError(
-            f"context={context}: this {model_config.model_type} model reads up to {longest} tokens: choose --context "
-            f"{longest} or less{more}"
-        )
-    if context < 4 * plan.block_size:
-        raise ConfigError(f"context={context} is under four blocks of {plan.block_size} tokens: nothing to choose from")
-
-
-def _recorded(
-    model_path: Path,
-    documents: Sequence[Document],
-    heldout: Sequence[Document],
-    plan: LemoConfig,
-    settings: Settings,
-    predictors_path: Path | None,
-) -> dict[str, Any]:
-    """What must be the same in a run that is resumed."""
+def _recorded(run: Run, folder: Path, documents: Documents, plan: LemoConfig) -> dict[str, Any]:
+    """What must be the same in a run that is resumed; but its steps may be more."""
     digest = hashlib.sha256()
-    for document in (*documents, *heldout):
+    for document in (*documents.train, *documents.heldout):
         digest.update(document.ids.tobytes() + b"|" + document.labels.tobytes() + b"|")
+    predictors = run.job.predictors
     found = {
-        "model": str(model_path.resolve()),
+        "model": str(folder.resolve()) if Path(run.job.model).exists() else run.job.model,
         "data": digest.hexdigest()[:16],
-        "predictors": str(predictors_path.resolve()) if predictors_path else None,
+        "predictors": str(predictors.resolve()) if predictors else None,
         "plan": dataclasses.asdict(plan),
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(run.settings),
     }
     return json.loads(json.dumps(found))
 
 
-def _agree_with_earlier(out: Path, recorded: dict[str, Any]) -> None:
+LONGER = {"settings.steps", "settings.epochs"}
+"""What may differ in a run that is resumed."""
+
+
+def _agree_with_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
     """Write what a run was started with, or raise InputError where OUT has a run that was started otherwise."""
-    path = out / SETTINGS
-    if not path.exists():
+    path = run.out / SETTINGS
+    if path.exists():
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            _write(path, recorded)
-        except OSError as error:
-            raise InputError(f"{out} cannot be written: {error}") from error
-        return
+            earlier = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}; choose another --out") from error
+        different = sorted({*_different(earlier, recorded)} - LONGER)
+        if different:
+            raise InputError(
+                f"{run.out} holds a run with other settings ({', '.join(different)}): resume it with its own"
+            )
+        before, now = earlier["settings"]["steps"], recorded["settings"]["steps"]
+        if now < before:
+            raise InputError(f"{run.out} holds a run of {before} steps: resume it with as many, or more")
+        if now > before:
+            say(f"{now} steps instead of {before}: from here the learning rate is that of the longer run")
     try:
-        earlier = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; choose another --out") from error
-    different = sorted(_different(earlier, recorded))
-    if different:
-        raise InputError(f"{out} holds a run with other settings ({', '.join(different)}): resume it with its own")
+        run.out.mkdir(parents=True, exist_ok=True)
+        _write(path, recorded)
+        write_text(run.out / RUN_FILE, _run_file(run))
+    except OSError as error:
+        raise InputError(f"{run.out} cannot be written: {error}") from error
+
+
+def _run_file(run: Run) -> str:
+    done = dataclasses.replace(run.job, resume=False, preview=False)
+    return f"# lemo-fx train --config {run.out / RUN_FILE} --out ANOTHER\n" + as_file(done, run.options, run.settings)
 
 
 def _different(one: Any, other: Any, name: str = "") -> Iterator[str]:
@@ -515,51 +338,55 @@ def _in_words(out: Path) -> Iterator[None]:
         raise LemoError(f"{error}: mend that, and go on with --resume (the run is in {out})") from error
 
 
-def _described(
-    documents: Sequence[Document], windows: Sequence[Window], heldout: Sequence[Window], context: int
-) -> str:
-    tokens = sum(map(len, documents))
-    full = sum(len(piece) for window in windows for piece in window) / (len(windows) * context)
-    together = max(map(len, windows))
-    packed = f", up to {together} documents together" if together > 1 else ""
-    return (
-        f"to train on: documents {len(documents):,}, tokens {tokens:,}, windows of up to {context:,} {len(windows):,} "
-        f"({full:.0%} full{packed}); windows held out: {len(heldout)}"
-    )
-
-
 def _needs_fit(plan: LemoConfig) -> bool:
     return plan.predicts or any(site.eliminated == "stand_in" for site in plan.eliminations)
 
 
-def _predictors(
-    model: nn.Module, windows: Sequence[Window], plan: LemoConfig, given: Path | None, out: Path, say: Any
-) -> Predictors | None:
-    if given is not None:
-        return Predictors.load(given)
+def _predictors(run: Run, model: nn.Module, windows: Sequence[Window], plan: LemoConfig, say: Say) -> Predictors | None:
+    if run.job.predictors is not None:
+        return Predictors.load(run.job.predictors)
     if not _needs_fit(plan):
         return None
-    folder = out / "predictors"
-    if (folder / RECORD).exists():
-        return Predictors.load(folder)
-    say(f"fitting predictors on {min(FIT_WINDOWS, len(windows))} windows")
-    longest = [max(window, key=len).ids.tolist() for window in windows[:FIT_WINDOWS]]
-    return lemo_fx.fit(model, longest, plan, folder=folder)
+    folder = run.out / "predictors"
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        if (folder / RECORD).exists():
+            return Predictors.load(folder)
+        say(f"fitting predictors on {min(FIT_WINDOWS, len(windows))} windows")
+        longest = [max(window, key=len).ids.tolist() for window in windows[:FIT_WINDOWS]]
+        return lemo_fx.fit(model, longest, plan, folder=folder)
 
 
-def adapted(model: Any, rank: int, targets: str | tuple[str, ...]) -> Any:
+def adapted(
+    model: Any, rank: int, targets: str | tuple[str, ...], alpha: int | None = None, dropout: float = 0.0
+) -> Any:
     """The model with LoRA adapters, without a cache, which training has no use for.
+
+    Args:
+        alpha: twice the rank unless given.
 
     Raises:
         ConfigError: it has no such targets.
     """
     model.config.use_cache = False
     named = targets if isinstance(targets, str) else list(targets)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=named, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=named, task_type="CAUSAL_LM"
+    )
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"targets={named!r} do not fit {type(model).__name__}: {error}") from error
+
+
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""What transformers calls it: the first name since 5.24, and the second no more from 6 on."""
+
+
+def checkpointing(on: bool) -> dict[str, Any]:
+    """The arguments of TrainingArguments that switch activation checkpointing."""
+    return {CHECKPOINTING: on, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
 
 
 def one_device(arguments: TrainingArguments) -> TrainingArguments:
@@ -568,18 +395,13 @@ def one_device(arguments: TrainingArguments) -> TrainingArguments:
     return arguments
 
 
-def _trainer(
-    model: Any,
-    windows: Sequence[Window],
-    heldout: Sequence[Window],
-    plan: LemoConfig,
-    predictors: Predictors | None,
-    settings: Settings,
-    out: Path,
-    bf16: bool,
-) -> Trainer:
+def _trainer(run: Run, model: Any, prepared: Prepared, predictors: Predictors | None, plan: LemoConfig) -> Trainer:
+    settings, out = run.settings, run.out
+    assert settings.batch is not None
+    assert settings.steps is not None
     transformers.set_seed(settings.seed)
-    model = adapted(model, settings.rank, settings.targets)
+    bf16 = next(model.parameters()).device.type == "cuda" and torch.cuda.is_bf16_supported()
+    model = adapted(model, settings.rank, modules_of(settings.targets), settings.alpha, settings.dropout)
     lemo_fx.transform(model, plan, predictors=predictors)
     layers = decoder_layers(model)
     if compiles(settings.compile):
@@ -587,7 +409,7 @@ def _trainer(
         for _, layer in layers:
             layer.compile()
 
-    steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(windows) / settings.batch))
+    steps = settings.steps
     log_every = math.ceil(steps / LOGS)
     # A checkpoint between two logs would make a resumed run's next log cover fewer steps.
     eval_every, save_every = (
@@ -599,12 +421,10 @@ def _trainer(
         max_steps=steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=settings.batch,
+        gradient_accumulation_steps=settings.batch // _processes(),
         learning_rate=settings.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(0.03 * steps),
-        gradient_checkpointing=settings.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=math.ceil(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
         bf16=bf16,
         logging_steps=log_every,
         eval_strategy="steps",
@@ -615,17 +435,20 @@ def _trainer(
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=[],
+        report_to=run.job.reporters,
+        run_name=out.name,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=settings.seed,
+        **checkpointing(settings.checkpointing),
     )
     trainer = WindowTrainer(
         model=model,
         args=one_device(arguments),
         data_collator=one_window,
-        train_dataset=Windows(windows),
-        eval_dataset=Windows(heldout),
+        train_dataset=Windows(prepared.train),
+        eval_dataset=Windows(prepared.heldout),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LemoCallback(trainer, recall_every=eval_every if predictors is not None else None))
@@ -633,8 +456,24 @@ def _trainer(
     return trainer
 
 
-def _run(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end, and evaluate there."""
+def _run(trainer: Trainer, checkpoint: Path | None, out: Path) -> None:
+    """Train to the end, and evaluate there.
+
+    Raises:
+        Stopped: the user interrupted it.
+    """
+    try:
+        _train(trainer, checkpoint)
+    except KeyboardInterrupt as stop:
+        last = _last_checkpoint(out)
+        begin = f"its last checkpoint, {last.name}," if last else "the start (there is no checkpoint yet: --save-every)"
+        raise Stopped(
+            f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}: the same command with --resume "
+            f"goes on from {begin} in {out}"
+        ) from stop
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     state = TrainerState.load_from_json(str(checkpoint / STATE)) if checkpoint else None
     if checkpoint is not None and state is not None and state.global_step >= trainer.args.max_steps:
         # The Trainer would train for another step.
@@ -655,45 +494,119 @@ def _last_checkpoint(out: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def summarise(
-    trainer: Trainer,
-    model_path: Path,
-    windows: Sequence[Window],
-    heldout: Sequence[Window],
-    settings: Settings,
-    command: str,
-) -> dict[str, Any]:
+def summarise(run: Run, trainer: Trainer, prepared: Prepared) -> dict[str, Any]:
     """All of a run's figures in plain types."""
-    state, model = trainer.state, trainer.model
-    assert model is not None
+    state = trainer.state
+    model: Any = trainer.model
     logged, evaluated = page.entries(state.log_history, "loss"), page.entries(state.log_history, "eval_loss")
     device = next(model.parameters()).device
-    size = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
-        "model": str(model_path),
+        "model": run.job.model,
         "heldout_loss": {"before": evaluated[0]["eval_loss"], "after": evaluated[-1]["eval_loss"]},
         "steps": state.global_step,
         "median_step_seconds": statistics.median(e["lemo_fx/seconds"] for e in logged),
         "peak_memory_gib": max(e["lemo/peak_memory_gib"] for e in logged),
-        "parameters": {"all": size, "trained": trained},
+        # Not numel of each: bitsandbytes packs two weights in one number.
+        "parameters": {"all": model.num_parameters(), "trained": trained},
         "data": {
-            "windows": len(windows),
-            "tokens": sum(len(piece) for window in windows for piece in window),
-            "documents_together": max(map(len, windows)),
-            "heldout_windows": len(heldout),
+            "data": run.job.data,
+            "windows": len(prepared.train),
+            "tokens": sum(len(piece) for window in prepared.train for piece in window),
+            "documents_together": max(map(len, prepared.train)),
+            "heldout_windows": len(prepared.heldout),
         },
-        "settings": dataclasses.asdict(settings),
+        "processes": _processes(),
+        "settings": dataclasses.asdict(run.settings),
         "report": lemo_fx.report(model).to_dict(),
         "history": state.log_history,
-        "environment": {**environment(command), "device": device_name(device)},
+        "environment": {**environment(run.command), "device": device_name(device)},
     }
 
 
-def _graph_picture(model: Any) -> Any:
-    """The middle rewritten decoder layer before and after."""
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        InputError: there is none in the folder.
+    """
+    path = folder if folder.is_file() else folder / SUMMARY
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        page.figures_of(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no summary of a finished run of lemo-fx train: {error}") from error
+    return found
+
+
+CARD = """---
+{data}
+---
+
+# {name}
+
+A LoRA adapter for `{model}`, trained with lemo_fx {version}; it loads with PEFT alone:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "THIS FOLDER OR ITS NAME")
+```
+
+{table}
+
+Held-out loss is that of the model's original code with every token. The plan and every setting: {settings}.
+"""
+
+
+def _save(run: Run, trainer: Trainer, summary: dict[str, Any]) -> None:
+    """The adapter, with a card."""
+    adapted: Any = trainer.model
+    adapted.save_pretrained(run.out / "adapter")
+    on_hub = not Path(run.job.model).exists()
+    card = ModelCardData(
+        base_model=run.job.model if on_hub else None, library_name="peft", tags=["lora", "lemo_fx", "text-generation"]
+    )
+    rows = "".join(f"| {name} | {value} |\n" for name, value in page.figures_of(summary).items())
+    settings = ", ".join(f"{name} {value}" for name, value in summary["settings"].items() if value is not None)
+    text = CARD.format(
+        data=card.to_yaml(), name=run.out.name, model=run.job.model, version=__version__,
+        table=f"| | |\n|---|---|\n{rows}", settings=f"plan {page.in_words(summary['report']['config'])}; {settings}",
+    )  # fmt: skip
+    ModelCard(text).save(run.out / "adapter" / "README.md")
+
+
+def _merge_and_push(run: Run, folder: Path, say: Say) -> None:
+    """What was asked for beside the adapter."""
+    adapter = run.out / "adapter"
+    if run.job.merge:
+        say("merging the adapter into the model")
+        # Read again: the trained one may be quantised, and lies on the device.
+        merged: Any = PeftModel.from_pretrained(load_model(folder), adapter)
+        merged.merge_and_unload().save_pretrained(run.out / "merged")
+        if (folder / "tokenizer_config.json").exists():
+            load_tokenizer(folder).save_pretrained(run.out / "merged")
+    if run.job.push:
+        api = HfApi()
+        try:
+            api.create_repo(run.job.push, private=True, exist_ok=True)
+            api.upload_folder(repo_id=run.job.push, folder_path=adapter, commit_message="Upload the adapter")
+        except (OSError, ValueError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LemoError(
+                f"the run is done, but {run.job.push} was not uploaded: {first}; try `hf upload {run.job.push} "
+                f"{adapter}`"
+            ) from error
+        say(f"uploaded to https://huggingface.co/{run.job.push}")
+
+
+def _graph_picture(model: Any, plan: LemoConfig) -> Any:
+    """The middle rewritten decoder layer before and after; None where the plan eliminates nothing."""
     graphs = lemo_fx.graphs(model)
     layers = [name for name, _ in decoder_layers(model) if name in graphs]
+    if not plan.eliminations:
+        return None
     if not layers:
         raise UnsupportedModelError("the plan leaves every decoder layer dense: lower keep, or name fewer dense_layers")
     name = layers[len(layers) // 2]

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
-from torch.fx._symbolic_trace import _patch_function
 from transformers.utils import ModelOutput
 
 from lemo_fx.errors import CaptureError
+from lemo_fx.kernels.private import with_kwargs
 
 SPLAT = "_splat_"
 """Keyword under which a node holds a `**mapping` argument; printed and executed as `**mapping`."""
@@ -110,7 +110,7 @@ class Tracer(fx.Tracer):
             args.append(self.constants.get(name, proxy))
         if isinstance(self.root, nn.Module):
             vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
-        return (_patch_function(function, len(args)) if variadic else function), args
+        return (with_kwargs(function, len(args)) if variadic else function), args
 
     @contextmanager
     def recorded_leaves(self, module: nn.Module) -> Iterator[None]:
@@ -253,14 +253,12 @@ def _expand_mappings(make: Any) -> Callable[[list[str]], list[str]]:
 
 def build_module(root: nn.Module | dict[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
     """A GraphModule whose printed and executed code writes `**mapping` where a node holds it under SPLAT."""
-    graph._codegen._body_transformer = None
     graph.on_generate_code(_expand_mappings)
     return fx.GraphModule(root, graph, class_name=name)
 
 
 def readable_code(graph: fx.Graph, name: str) -> str:
     """A graph as the text of a class, without the clean-up statements that executed code carries."""
-    graph._codegen._body_transformer = None
     graph.on_generate_code(_expand_mappings)
     code = graph.python_code("self").src
     lines = [re.sub(r";  (\w+ = )+None$", "", line) for line in code.splitlines() if line.strip()]

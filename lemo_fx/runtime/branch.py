@@ -8,20 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.float8_linear.op import Float8Switch
-
-ATTENTION_OPS = frozenset(
-    {
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+from lemo_fx.kernels.private import ATTENTION_OPS, GROUPED_PRODUCT, SCALED_PRODUCT, guard_or_false
 
 
 def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -34,8 +25,8 @@ PRODUCTS = {
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.baddbmm.default: 1,
-    torch.ops.aten._grouped_mm.default: 0,
-    torch.ops.aten._scaled_mm.default: 0,
+    GROUPED_PRODUCT: 0,
+    SCALED_PRODUCT: 0,
 }
 """Matrix products, and which argument is the left matrix."""
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from lemo_fx.errors import LemoError
+from lemo_fx.kernels.private import tree_leaves
 
 DEVICES = {"cuda"}
 """Device types with a memory of their own. On others there is nothing to gain, and nothing is done."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_fx.kernels.private import may_vary
 from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
 from lemo_fx.runtime.kept import labelled_tokens, valid_tokens
@@ -69,7 +70,7 @@ class SelectBlocks(nn.Module):
         """Keep this share of the blocks, unless there is a threshold."""
         self.budget = torch.empty(0, max(2, int(keep * SHARES)), device="cpu")
         if self.varies:
-            torch._dynamo.maybe_mark_dynamic(self.budget, 1)
+            may_vary(self.budget, 1)
 
     @property
     def keep(self) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def test_torch_compile(tmp_path):
     original = run(lora(), tmp_path, None, max_steps=3)
     complete = run(lora(), tmp_path, plan(keep=1.0, score="random"), **settings)
     assert losses(complete) == pytest.approx(losses(original), rel=TOLERANCE["compiled"]["rtol"])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     expected = run(lora(), tmp_path, plan(), max_steps=3)
     found = run(lora(), tmp_path, plan(), **settings)

@@ -1,12 +1,16 @@
 """Every Triton kernel against its plain-torch reference on a real GPU: dtypes, strides, sizes, 64-bit offsets."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lemo_fx.kernels.block_scores import reference as scores_reference
 from lemo_fx.kernels.block_scores.op import block_scores
 from lemo_fx.kernels.eliminate import reference as rows_reference
 from lemo_fx.kernels.eliminate.op import eliminate, scatter_rows
+from lemo_fx.kernels.private import ATTENTION_OPS
 from lemo_fx.kernels.restore import reference as restore_reference
 from lemo_fx.kernels.restore.op import restore
 from lemo_fx.kernels.segmented_cross_entropy import reference as loss_reference
@@ -127,3 +131,14 @@ def test_float8_linear(shape, dtype):
     grad = torch.randn(*shape[:-1], 48, device="cuda", dtype=dtype)
     op.Float8Linear.apply(x, weight).backward(grad)
     torch.testing.assert_close(x.grad, reference.float8_linear(grad, weight.t()), rtol=2e-2, atol=2e-2)
+
+
+def test_attention_dispatches_to_what_recompute_policies_keep():
+    """An op under another name would be computed again in every backward, without a word."""
+    query, key = (torch.randn(1, heads, 256, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2))
+    attend = partial(F.scaled_dot_product_attention, query, key, key, is_causal=True, enable_gqa=True)
+    with torch.profiler.profile() as profiler:
+        attend()
+    names = {op.overloadpacket.__name__ for op in ATTENTION_OPS}
+    ran = {event.key.removeprefix("aten::") for event in profiler.key_averages()}
+    assert ran & names

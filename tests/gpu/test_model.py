@@ -72,7 +72,7 @@ def test_recomputed_gradients_equal_saved_ones(score, recompute, compiled):
     lemo_fx.transform(model, config)
     if compiled:
         # Before both runs: a random choice is hashed from bits that compiling may change.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for _, layer in decoder_layers(model):
             layer.compile(fullgraph=True)
     loss, gradient = step(model, batch)
@@ -135,7 +135,7 @@ def test_offloaded_rows_leave_the_device_and_change_nothing(compiled):
     for offloads in (False, False, True):
         config = LemoConfig(attention, Elimination(keep=0.5, score="shared"), dense_layers=(), offload=offloads)
         lemo_fx.transform(model, config)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for _, layer in decoder_layers(model):
             layer._compiled_call_impl = None
             if compiled:
@@ -183,7 +183,7 @@ def test_cuda_graphs(eliminated):
         lemo_fx.transform(model, both(keep=0.5, eliminated=eliminated, score="measured"))
     found = []
     for mode in ("default", "reduce-overhead"):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for _, layer in decoder_layers(model):
             layer._compiled_call_impl = None
             layer.compile(mode=mode)
@@ -214,5 +214,5 @@ def test_float8_backward_keeps_no_weights():
         loss = model(**batch, use_cache=False).loss
         held[backward] = torch.cuda.memory_allocated() - before
         loss.backward()
-        torch._dynamo.reset()
+        torch.compiler.reset()
     assert held["float8"] < 1.02 * held["model"], held

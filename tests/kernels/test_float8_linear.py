@@ -230,7 +230,7 @@ def test_compiled_without_a_break(precision, checkpointing, recompute):
     lemo_fx.transform(model, config(recompute=recompute, **precision))
     inputs = batch(2, 64)
     loss, gradients = step(model, inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.base_model.model.model.layers[1].compile(fullgraph=True, backend="aot_eager")
     compiled_loss, compiled = step(model, inputs)
     torch.testing.assert_close(compiled_loss, loss)

@@ -1,0 +1,96 @@
+"""Every name of torch's that torch does not promise to keep, and what each is for here.
+
+One place, so that a new torch is looked through in one place; tests/kernels/test_private.py says of each what breaks
+without it. In this folder because it is the lowest: all others may import from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.fx._symbolic_trace import _patch_function as with_kwargs
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._triton import has_triton
+
+__all__ = [
+    "ATTENTION_OPS",
+    "CPU_ATTENTION",
+    "CPU_ATTENTION_BACKWARD",
+    "GROUPED_PRODUCT",
+    "SCALED_PRODUCT",
+    "CheckpointWrapper",
+    "assert_on_device",
+    "compiled_call",
+    "guard_or_false",
+    "has_triton",
+    "in_backward",
+    "is_op",
+    "may_vary",
+    "promise",
+    "scaled_product",
+    "set_compiled_call",
+    "storage_key",
+    "tree_leaves",
+    "tree_map",
+    "with_kwargs",
+]
+
+_aten = torch.ops.aten
+
+ATTENTION_OPS = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+"""What `scaled_dot_product_attention` dispatches to; recompute policies keep the results of these."""
+
+CPU_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+GROUPED_PRODUCT = _aten._grouped_mm.default
+SCALED_PRODUCT = _aten._scaled_mm.default
+
+# `torch.nn.functional.scaled_mm` dispatches to an op that recompute policies and the FLOP counter do not know.
+scaled_product = torch._scaled_mm
+
+promise = torch._check
+"""Tells a compiler what is true of a size."""
+
+assert_on_device = torch._assert_async
+"""Raises later, where the device is, instead of waiting for it."""
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward now, as while a checkpoint recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_op(target: Any) -> bool:
+    """Whether a node's target is an overload of an op that was registered with torch."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def may_vary(tensor: torch.Tensor, dimension: int) -> None:
+    """Let a compiler leave a size open, unless it finds that it must not."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Tells storages apart, those without memory (meta tensors) too."""
+    return tensor.untyped_storage()._cdata
+
+
+def compiled_call(module: torch.nn.Module) -> Callable | None:
+    """What `module.compile()` made: what a call of the module runs."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable | None) -> None:
+    """Put `compiled_call` back, or with None undo `module.compile()`, for which torch has no method."""
+    module._compiled_call_impl = call

@@ -1,0 +1,378 @@
+"""What LoRA steps of a model take, from its shapes alone: peak memory, relative time, the longest context that fits.
+
+A step is that of `lemo-fx train`: bfloat16 weights, adapters in float32 under autocast, activation checkpointing,
+decoder layers compiled, the loss in segments, one sequence. Its parts were read off the committed measurements
+(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11); tests/test_estimate.py compares with each of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from lemo_fx.cli.load import read_config
+from lemo_fx.config import PRESETS, LemoConfig
+from lemo_fx.errors import ConfigError, InputError, UnsupportedModelError
+from lemo_fx.graph.anatomy import decoder_layers, is_softmax_attention, longest_context
+from lemo_fx.runtime.branch import MOST_SEGMENTS, SEGMENT
+from lemo_fx.runtime.loss import segment_rows
+
+AS_IT_IS, LORA, QLORA = "as it is", "LoRA", "QLoRA"
+Precision = Literal["float32", "autocast", "bfloat16"]
+
+# Bytes.
+WORKSPACE = 65e6
+"""Of cuBLAS and the like, whatever the model."""
+TRAINED = 16
+"""A trained parameter: float32 weight, gradient and AdamW's two moments."""
+LOGIT = 12
+"""A logit of a head that is not segmented, or of one segment: bfloat16 and float32, each with its gradient."""
+NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
+"""A weight in bitsandbytes' NF4 with doubly quantised scales."""
+CONTEXT = 1e9
+"""What CUDA and its libraries take beside tensors."""
+SPARE = 0.03
+"""Of the card, that an allocator with expandable segments cannot use."""
+
+# Floating-point operations a second of one H200, each with the elementwise work around it: ratios are all that is used.
+MATRICES, ATTENTION, HEAD = 520e12, 570e12, 700e12
+FLOAT8 = 0.61
+"""Time of the products in float8, where the GPU has them."""
+ALL_LINEAR = 52e-12
+"""Seconds a token, layer and inner feature that adapters beside the MLP's products take under autocast."""
+ADAPTERS_BESIDE_FLOAT8 = 0.35
+"""The part of it that is left where adapters multiply in bfloat16."""
+UNCOMPILED = 1.15
+"""Time of the plain script, which also computes full logits."""
+TIMED_FROM = 2.5e9
+"""Parameters under which the host, not the GPU, sets the pace: no time is estimated."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counts of a model. Widths in features; `kv` of keys alone.
+
+    Attributes:
+        linear: parameters of the decoder layers' matrices; other: all the rest.
+        sides: input plus output features of every matrix that adapters may go beside, over all layers.
+        gated: whether the MLP multiplies two products.
+        longest: tokens that the model reads, None where it does not say.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    query: int
+    kv: int
+    vocabulary: int
+    linear: int
+    other: int
+    sides: int
+    attention_sides: int
+    gated: bool
+    longest: int | None
+
+    @property
+    def parameters(self) -> int:
+        """All of them, without adapters."""
+        return self.linear + self.other
+
+
+def shape_of(path: Path) -> Shape:
+    """Read off a model that is built without memory.
+
+    Raises:
+        InputError: no causal language model.
+        UnsupportedModelError: its layers are of another build than those that were measured.
+    """
+    config = read_config(path)
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            raise InputError(f"{path} does not describe a causal language model: {error}") from error
+    return shape_of_model(model)
+
+
+def shape_of_model(model: Any) -> Shape:
+    """As `shape_of`, of a model, which may lie on the meta device."""
+    config = model.config.get_text_config()
+    layers = [layer for _, layer in decoder_layers(model)]
+    if not layers or getattr(config, "do_layer_norm_before", True) is False:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder layers of the measured build (a norm, attention, a norm, an MLP): "
+            "measure it with lemo-fx bench"
+        )
+    first = layers[0]
+    mixers = [module for module in first.modules() if is_softmax_attention(module)]
+    kinds = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}
+    matrices = [(name, m) for name, m in first.named_modules() if isinstance(m, torch.nn.Linear)]
+    of_attention = [m for name, m in matrices if any(m is part for mixer in mixers for part in mixer.modules())]
+    of_mlp = [m for _, m in matrices if not any(m is part for part in of_attention)]
+    wide = sum(p.numel() for p in first.parameters() if p.dim() > 1)
+    counted = sum(m.weight.numel() for _, m in matrices)
+    if len(mixers) != 1 or len(kinds) > 1 or not of_mlp or counted < 0.99 * wide:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers that differ, experts, or matrices that are no nn.Linear, which this "
+            "estimate was never compared with: measure it with lemo-fx bench"
+        )
+    hidden, down = model.get_input_embeddings().embedding_dim, of_mlp[-1]
+    ups = sum(m.out_features for m in of_mlp[:-1])
+    heads = config.num_attention_heads
+    head_dim = getattr(mixers[0], "head_dim", None) or hidden // heads
+    everything = sum(p.numel() for p in model.parameters())
+    linear = counted * len(layers)
+    return Shape(
+        layers=len(layers),
+        hidden=hidden,
+        inner=down.in_features,
+        query=heads * head_dim,
+        kv=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=model.get_input_embeddings().num_embeddings,
+        linear=linear,
+        other=everything - linear,
+        sides=len(layers) * sum(m.in_features + m.out_features for _, m in matrices),
+        attention_sides=len(layers) * sum(m.in_features + m.out_features for m in of_attention),
+        gated=ups >= 2 * down.in_features,
+        longest=longest_context(model.config),
+    )
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA's: rank, and whether every linear layer has them or only attention's; how they compute."""
+
+    rank: int = 16
+    everywhere: bool = True
+    precision: Precision = "autocast"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one plan at one length.
+
+    Attributes:
+        peak_bytes: most that tensors take.
+        seconds: of a step, on one H200; None where that is not known. Only ratios are meant.
+        without_float8: the same on a GPU without float8 products.
+    """
+
+    plan: str
+    context: int
+    peak_bytes: float
+    seconds: float | None
+    without_float8: float | None
+
+
+def _keeps(plan: LemoConfig, layers: int) -> list[float]:
+    """Kept share by layer, 1 for dense ones."""
+    site = plan.attention
+    if site is None or site != plan.mlp or site.eliminated != "exact" or site.threshold is not None:
+        raise ConfigError("estimate knows plans with eliminated='exact' and one keep for attention and MLP")
+    return [1.0 if plan.is_dense(i, layers) else float(site.at_layer("keep", i, layers) or 1) for i in range(layers)]
+
+
+def peak(
+    shape: Shape, context: int, plan: LemoConfig | None, name: str = "", adapters: Adapters | None = None
+) -> float:
+    """Bytes that tensors take at most in a step.
+
+    Args:
+        plan: of `PRESETS`' kind; None for LoRA with no elimination.
+        name: `AS_IT_IS` for full logits, `QLORA` (or a name that ends so) for matrices in NF4.
+    """
+    adapters = adapters or Adapters()
+    hidden, inner, query, kv = (2 * width for width in (shape.hidden, shape.inner, shape.query, shape.kv))
+    quantised = name.endswith(QLORA)
+    weights = (NF4 if quantised else 2) * shape.linear + 2 * shape.other
+    sides = shape.sides if adapters.everywhere else shape.attention_sides
+    fixed = weights + TRAINED * adapters.rank * sides + WORKSPACE
+    if quantised:
+        # One matrix is unpacked at a time, and its gradient for the input is computed from it once more.
+        fixed += 2 * 2 * shape.hidden * shape.inner
+    logits = segment_rows(context, shape.vocabulary, "auto") if name != AS_IT_IS else context
+    head = LOGIT * logits * shape.vocabulary
+    # The last layer's output, the head's input, its gradient.
+    ends = 3 * hidden
+    if plan is None:
+        saved = shape.layers * hidden
+        layer = 2 * kv + _wide(shape, adapters) * inner + _stream(adapters) * hidden
+        if adapters.everywhere:
+            layer += 2 * query
+        if name == AS_IT_IS:
+            # Nothing but the logits is alive when they are.
+            return fixed + context * (saved + ends) + max(head, context * layer)
+        return fixed + context * (saved + ends) + max(head, context * layer)
+    keeps = _keeps(plan, shape.layers)
+    float8 = plan.float8_everywhere and not quantised
+    # Rewritten layers keep the rows of either branch; the last dense one always is rewritten, all are for float8.
+    dense = sum(keep == 1 for keep in keeps)
+    saved = sum(2 * keep * hidden for keep in keeps if keep < 1) + (2 * dense if float8 else dense + 1) * hidden
+    pieces = min(MOST_SEGMENTS, max(1, -(-context // SEGMENT)))
+    attention = (11 if float8 else 16 if adapters.everywhere else 13.5) * query
+    mlp = (13.2 if float8 else 20.4) * inner if adapters.everywhere else (_wide(shape, adapters) + 3) * inner
+    return fixed + context * (saved + ends) + max(head, context * max(attention, mlp / pieces))
+
+
+def _wide(shape: Shape, adapters: Adapters) -> float:
+    """Tensors of the MLP's inner width that a layer's backward holds: adapters beside them bring float32 copies."""
+    products = 4 if shape.gated else 2.5
+    return 3 * products if adapters.everywhere else products
+
+
+def _stream(adapters: Adapters) -> int:
+    """Tensors of the stream's width that it holds."""
+    return 2 if adapters.everywhere else {"float32": 5, "autocast": 3, "bfloat16": 2}[adapters.precision]
+
+
+def seconds(
+    shape: Shape, context: int, plan: LemoConfig | None, adapters: Adapters | None = None, has_float8: bool = True
+) -> float:
+    """A step's time on one H200. Matrices: forward, recompute and the gradient of the input; attention's takes 2.5."""
+    adapters = adapters or Adapters()
+    matrices = 2 * shape.linear / MATRICES
+    attention = 2 * shape.query * shape.layers * context / ATTENTION
+    beside = ALL_LINEAR * shape.inner * shape.layers / 3 if adapters.everywhere else 0.0
+    head = 4 * shape.hidden * shape.vocabulary / HEAD
+    if plan is None:
+        return context * (3 * matrices + 4.5 * attention + 3 * beside + head)
+    if plan.float8_everywhere and has_float8:
+        matrices, beside = FLOAT8 * matrices, ADAPTERS_BESIDE_FLOAT8 * beside
+    keeps = _keeps(plan, shape.layers)
+    kept, squared = statistics.fmean(keeps), statistics.fmean(keep**2 for keep in keeps)
+    forward = matrices + attention + beside + head
+    return context * (forward + 2 * (matrices + beside) * kept + 3.5 * attention * squared)
+
+
+# Preset "dense" is LoRA.
+Plans = dict[str, LemoConfig | None]
+PLANS: Plans = {
+    AS_IT_IS: None,
+    LORA: None,
+    **{name: plan for name, plan in PRESETS.items() if name != "dense"},
+    QLORA: None,
+    f"careful, {QLORA}": PRESETS["careful"],
+}
+
+
+def estimate(shape: Shape, context: int, rank: int = 16) -> list[Estimate]:
+    """Every plan at one length."""
+    adapters = Adapters(rank)
+    found = []
+    for name, plan in PLANS.items():
+        known = shape.parameters >= TIMED_FROM and not name.endswith(QLORA)
+        factor = UNCOMPILED if name == AS_IT_IS else 1
+        times = [
+            factor * seconds(shape, context, plan, adapters, float8) if known else None for float8 in (True, False)
+        ]
+        found.append(Estimate(name, context, peak(shape, context, plan, name, adapters), *times))
+    return found
+
+
+def usable(gpu: float) -> float:
+    """Bytes that tensors may take of a card's."""
+    return (1 - SPARE) * gpu - CONTEXT
+
+
+STEP = 1024
+
+
+def longest(shape: Shape, name: str, gpu: float, rank: int = 16) -> int:
+    """Most tokens, in steps of `STEP`, that a plan trains on with a card of so many bytes; 0 where none do."""
+    low, high = 0, 1 << 13
+    while low + 1 < high:
+        middle = (low + high) // 2
+        fits = peak(shape, middle * STEP, PLANS[name], name, Adapters(rank)) <= usable(gpu)
+        low, high = (middle, high) if fits else (low, middle)
+    return low * STEP
+
+
+def gpus(text: str) -> dict[str, float]:
+    """ "24GB,80GB" -> bytes of each; a card that is sold as 24 GB is taken to have 24e9.
+
+    Raises:
+        InputError: not a list of sizes.
+    """
+    found = {}
+    for word in text.split(","):
+        number = word.strip().upper().removesuffix("GB").strip()
+        try:
+            size = float(number)
+        except ValueError:
+            size = 0.0
+        if not 1 <= size <= 10_000:
+            raise InputError(f"--gpu {text!r} must be sizes such as 24GB,80GB")
+        found[f"{size:g} GB"] = size * 1e9
+    return found
+
+
+def table(shape: Shape, contexts: Sequence[int], cards: dict[str, float], rank: int) -> Iterable[Table]:
+    """One table a length; the longest contexts are in the first."""
+    for context in contexts:
+        shown = Table("", "peak memory", "step, LoRA = 1", "without float8", title=f"{context:,} tokens")
+        for card in cards:
+            shown.add_column(f"fits {card}", justify="right")
+        for column in shown.columns[1:4]:
+            column.justify = "right"
+        rows = estimate(shape, context, rank)
+        base = next(row for row in rows if row.plan == LORA)
+        for row in rows:
+            times = [
+                "" if mine is None or theirs is None else f"{mine / theirs:.2f}"
+                for mine, theirs in ((row.seconds, base.seconds), (row.without_float8, base.without_float8))
+            ]
+            fits = ["yes" if row.peak_bytes <= usable(size) else "no" for size in cards.values()]
+            shown.add_row(row.plan, f"{row.peak_bytes / 1e9:.1f} GB", *times, *fits)
+        yield shown
+
+
+def longest_table(shape: Shape, cards: dict[str, float], rank: int) -> Table:
+    """The longest context of every plan on every card."""
+    shown = Table("longest context that fits", *cards)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for name in PLANS:
+        lengths = [longest(shape, name, size, rank) for size in cards.values()]
+        shown.add_row(name, *(f"{length:,}" if length else "none" for length in lengths))
+    return shown
+
+
+def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
+    """What a reader must know of the figures."""
+    found = [
+        "Memory is what tensors take, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; 3 % of a card and 1 GB "
+        "are left for CUDA. LoRA and presets: within 10 % of measured peaks. Nothing was measured with QLoRA."
+    ]
+    if shape.parameters < TIMED_FROM:
+        found.append(
+            "No times: under 2.5 billion parameters the host sets the pace, and plans gain less or nothing. "
+            "lemo-fx bench MODEL measures."
+        )
+    else:
+        found.append("Times: ratios measured on one H200, reached within 15 %; QLoRA's are not known.")
+    if not shape.gated:
+        found.append("An MLP without a gate: its memory under adapters on every layer was not measured.")
+    if min(contexts) < SHORT:
+        found.append(too_short(min(contexts)))
+    if shape.longest is not None and max(contexts) > shape.longest:
+        found.append(f"The model reads up to {shape.longest:,} tokens; longer contexts need rope scaling.")
+    return found
+
+
+SHORT = 4096
+"""Tokens under which no plan was ever seen to pay."""
+
+
+def too_short(context: int) -> str:
+    """Why a plan gains little at this length."""
+    return (
+        f"At {context:,} tokens a plan gains little: attention is cheap there, and what is left goes to adapters and "
+        "launches. Plans are for thousands of tokens."
+    )

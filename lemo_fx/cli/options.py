@@ -1,0 +1,372 @@
+"""What the commands can be told: groups of options as dataclasses, whose fields hold each option's default and help.
+
+Nothing here imports torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from lemo_fx.config import Elimination, LemoConfig, check_seed
+from lemo_fx.errors import ConfigError, InputError, LemoError
+
+USUAL = "careful"
+"""The preset where no plan is given."""
+
+Out = Annotated[Path, typer.Option(help="Folder for the files that are written.")]
+Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced, fast, or dense.")]
+KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
+Keep = Annotated[float | None, KEEP]
+Slope = Annotated[
+    float | None,
+    typer.Option(help="How much more the last layer keeps than the first; 0 beside --keep, the preset's else."),
+]
+Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
+Scores = Annotated[
+    str | None,
+    typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
+]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+Offload = Annotated[
+    bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
+]
+Plan = Annotated[Path | None, typer.Option("--plan", "--config", help="A LemoConfig as JSON.")]
+Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
+Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
+Attention = Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")]
+Checkpointing = Annotated[bool, typer.Option(help="Activation checkpointing.")]
+FittedBefore = Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")]
+ModelName = Annotated[
+    str, typer.Argument(help="Folder of a transformers model, or its name on the Hub: owner/name, owner/name@revision.")
+]
+Shape = Annotated[
+    str, typer.Argument(help="Folder or Hub name of a transformers model, or its config.json (random weights).")
+]
+DATA_HELP = (
+    "A .jsonl, .json, .csv, .tsv, .parquet or text file, a folder of them, or a data set on the Hub "
+    "(owner/name, owner/name:config, owner/name@split). Rows: text; messages; conversations (ShareGPT); prompt and "
+    "completion; instruction and output (Alpaca); input_ids."
+)
+DataName = Annotated[str, typer.Argument(help=DATA_HELP)]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """A plan: a preset, changed by what is given beside it, or a file."""
+
+    plan: Annotated[Path | None, typer.Option("--plan", help="A LemoConfig as JSON.")] = None
+    preset: Preset = None
+    keep: Keep = None
+    slope: Slope = None
+    eliminated: Treatments = None
+    score: Scores = None
+    block_size: BlockSize = None
+    offload: Offload = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def config(self) -> LemoConfig:
+        """The plan.
+
+        Raises:
+            LemoError: it contradicts itself, or its file cannot be read.
+        """
+        given = self.given
+        changes: dict[str, Any] = {name: given.pop(name) for name in ("block_size", "offload") if name in given}
+        if self.plan is not None:
+            if len(given) > 1 or "block_size" in changes:
+                raise InputError(
+                    "the plan is in a file: leave out --preset, --keep, --slope, --eliminated, --score and --block-size"
+                )
+            return dataclasses.replace(plan_from(self.plan), **changes)
+        usual = LemoConfig.preset(given.pop("preset", USUAL))
+        if given:
+            if not usual.eliminations:
+                raise InputError(f"--preset {self.preset} eliminates nothing: leave out --{next(iter(given))}")
+            # A preset's slope belongs to its keep, and to `exact`.
+            if "keep" in given or given.get("eliminated", "exact") != "exact":
+                given.setdefault("slope", 0.0)
+            changes |= {
+                "attention": dataclasses.replace(usual.attention or Elimination(), **given),
+                "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
+            }
+        return dataclasses.replace(usual, **changes)
+
+
+def plan_from(path: Path) -> LemoConfig:
+    """The plan in a file.
+
+    Raises:
+        InputError: it is no plan.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    try:
+        sites = {kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)}
+        return LemoConfig(**{**given, **sites})
+    except TypeError as error:
+        raise InputError(
+            f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run reads and leaves."""
+
+    model: ModelName
+    data: DataName
+    out: Out = Path("lemo-train")
+    heldout: Annotated[
+        str | None, typer.Option("--eval", help="Data for the held-out loss; by default a part of DATA is held out.")
+    ] = None
+    predictors: FittedBefore = None
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run in --out from its last checkpoint; --steps may be more.")
+    ] = False
+    preview: Annotated[
+        bool, typer.Option(help="Show the first step's windows, and what of them is learnt; no training.")
+    ] = False
+    report_to: Annotated[str, typer.Option(help="Also log to: wandb, tensorboard, or several with commas.")] = ""
+    compare_with: Annotated[
+        Path | None, typer.Option(help="Another run's folder, such as one of --preset dense, for the page.")
+    ] = None
+    merge: Annotated[bool, typer.Option(help="Also write the whole model with the adapter merged in.")] = False
+    push: Annotated[str | None, typer.Option(help="Also upload the adapter to this name on the Hub (private).")] = None
+
+    @property
+    def reporters(self) -> list[str]:
+        """Names for the Trainer's `report_to`."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains, besides the plan."""
+
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a window of text, at most; by default as long as the longest document (at least 4096) and "
+            "no longer than the model reads."
+        ),
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default as many as --epochs take.")] = None
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Windows of a step, over all devices; one at a time is on a device. One per device."),
+    ] = None
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4
+    scheduler: Annotated[
+        str, typer.Option(help="How the rate falls: cosine, linear, constant_with_warmup, ... (transformers' names).")
+    ] = "cosine"
+    warmup: Annotated[float, typer.Option(help="Steps over which the rate rises; below 1, a share of all.")] = 0.03
+    rank: Rank = 16
+    alpha: Annotated[int | None, typer.Option(help="Of the LoRA adapters; twice the rank.")] = None
+    dropout: Annotated[float, typer.Option(help="Of the LoRA adapters.")] = 0.0
+    targets: Targets = "all-linear"
+    load_in: Annotated[
+        str | None, typer.Option(help="Hold the base model in 4bit (NF4, QLoRA) or 8bit, by bitsandbytes.")
+    ] = None
+    eval_share: Annotated[float, typer.Option(help="Of the tokens, held out where there is no --eval.")] = 0.1
+    eval_windows: Annotated[int, typer.Option(help="Held-out windows, at most.")] = 32
+    eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses; a tenth of all.")] = None
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of all.")] = None
+    pack: Annotated[bool, typer.Option(help="Short documents share a window, none seeing another.")] = True
+    assistant_only: Annotated[
+        bool, typer.Option(help="Of chats, learn only what the assistant says; of prompts nothing is learnt anyway.")
+    ] = False
+    checkpointing: Checkpointing = True
+    compile: Annotated[
+        bool | None, typer.Option(help="Compile every decoder layer (torch.compile); by default on a GPU.")
+    ] = None
+    attention: Attention = None
+    seed: Annotated[int, typer.Option(help="Of the adapters, the order, and what is held out.")] = 0
+
+    def __post_init__(self) -> None:
+        counts = ("context", "steps", "batch", "rank", "alpha", "eval_windows", "eval_every", "save_every")
+        for name in ("epochs", "rate", *counts):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
+        if not 0 < self.eval_share < 1:
+            raise ConfigError(f"eval_share={self.eval_share!r} must lie between 0 and 1")
+        if not 0 <= self.warmup < math.inf:
+            raise ConfigError(f"warmup={self.warmup!r} must be a number of steps, or a share below 1 of all")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if self.load_in not in (None, "4bit", "8bit"):
+            raise ConfigError(f"load_in={self.load_in!r} is not one of '4bit', '8bit'")
+        check_seed(self.seed)
+
+
+def modules_of(targets: str) -> str | tuple[str, ...]:
+    """PEFT's `target_modules` of an option: "all-linear", or names."""
+    return targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",") if name.strip())
+
+
+class Stopped(Exception):
+    """The user has interrupted a command; says how to go on."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print a user's error as one line and exit with code 2; an interrupt with 130."""
+    try:
+        yield
+    except LemoError as error:
+        _print_error(f"error: {' '.join(str(error).split())}")
+        raise typer.Exit(2) from error
+    except (Stopped, KeyboardInterrupt) as stop:
+        _print_error(str(stop) or "stopped")
+        raise typer.Exit(130) from stop
+
+
+def _print_error(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, style="red", markup=False, highlight=False)
+
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What click, or the copy of it that newer versions of typer hold, raises for wrong options."""
+
+
+class OneLineGroup(TyperGroup):
+    """Commands that answer a wrong option, too, in one line."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
+        """Run a command and leave with its exit code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **more)
+        try:
+            sys.exit(super().main(args, prog_name, standalone_mode=False, **more) or 0)
+        except USAGE_ERROR as error:
+            words = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+            context = getattr(error, "ctx", None)
+            where = f"{context.command_path} --help" if context else "--help"
+            _print_error(f"error: {words.rstrip('.')}; see {where}")
+            sys.exit(2)
+        except typer.Abort:
+            sys.exit(130)
+
+
+def command(app: typer.Typer) -> Callable[[Callable], Callable]:
+    """Make a function a command: errors are one line, and a parameter that is a dataclass is an option per field."""
+
+    def add(function: Callable) -> Callable:
+        parameters, groups = [], {}
+        hints = typing.get_type_hints(function, include_extras=True)
+        for parameter in inspect.signature(function).parameters.values():
+            kind = hints[parameter.name]
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                groups[parameter.name] = kind
+                parameters += _parameters(kind)
+            else:
+                parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+        def run(**given: Any) -> None:
+            with errors_in_one_line():
+                made: dict[str, Any] = {}
+                for name, kind in groups.items():
+                    made[name] = kind(**{f.name: given.pop(f.name) for f in dataclasses.fields(kind)})
+                function(**given, **made)
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command()(run)
+        return run
+
+    return add
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take a run file's values as defaults of a command: what is given beside it wins.
+
+    Raises:
+        typer.Exit: the file cannot be read, or names an option that there is not.
+    """
+    if path is None or context.resilient_parsing:
+        return path
+    with errors_in_one_line():
+        context.default_map = _defaults(path, context.command.params)
+    return path
+
+
+def _defaults(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"{path} must hold options and values, one `option: value` a line")
+    names = {name: p.name for p in parameters for name in (p.name, *(_plain(option) for option in p.opts))}
+    found = {}
+    for name, value in given.items():
+        key = _plain(str(name))
+        if key not in names or key in ("config", "help"):
+            plan = {"attention", "mlp", "dense_layers"} & set(given)
+            hint = "a LemoConfig goes behind --plan" if plan else "see --help for the options"
+            raise InputError(f"{path}: there is no option {name!r}; {hint}")
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if isinstance(value, dict):
+            raise InputError(f"{path}: {name} must be one value")
+        if value is not None:
+            found[names[key]] = value
+    return found
+
+
+def _plain(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")
+
+
+def as_file(*groups: Any) -> str:
+    """The run file that gives these options again."""
+    import yaml
+
+    values = {}
+    for group in groups:
+        hints = typing.get_type_hints(type(group), include_extras=True)
+        for field in dataclasses.fields(group):
+            # typer keeps an option's own name where others keep a default.
+            named = [note.default for note in getattr(hints[field.name], "__metadata__", ()) if note.default is not ...]
+            value = getattr(group, field.name)
+            values[_plain(named[0]) if named else field.name] = str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
