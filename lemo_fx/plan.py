@@ -259,8 +259,7 @@ def _plan_site(
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
     elif score == "step":
-        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step, leads=not step.led)
-        step.led = True
+        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step)
     row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
     if score == "shared":
         row["tokens_of"] = "attention"

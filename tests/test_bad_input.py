@@ -114,7 +114,7 @@ def test_sequences_longer_than_the_model_reads(architecture, lora):
     ("size", "match"), [(1024, "reads up to 512 tokens"), (128, "longest sequence has 100 tokens")]
 )
 def test_blocks_larger_than_every_sequence(monkeypatch, size, match):
-    monkeypatch.setattr(importlib.import_module("lemo_fx.fit"), "run_probes", None)
+    monkeypatch.setattr(importlib.import_module("lemo_fx.fitting.fit"), "run_probes", None)
     with pytest.raises(ConfigError, match=f"block_size={size}: the .*{match}"):
         lemo_fx.fit(tiny("llama"), [[3] * 100, [3] * 7], lemo_fx.LemoConfig(block_size=size))
 
