@@ -106,8 +106,8 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
 def make_generate(original: Callable) -> Callable:
     """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
 
-    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
-    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
+    A forward cannot tell: an outer checkpoint's first pass and the reference of a preference loss, without gradient but
+    as sparse as what follows, look like a step of `generate(use_cache=False)`.
     """
 
     @functools.wraps(original)

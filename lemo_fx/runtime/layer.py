@@ -58,11 +58,9 @@ class LayerSettings:
         return cache.get_seq_length(index) > 0 or cache.get_seq_length() > length
 
     def _fills_a_cache(self, layer: nn.Module) -> bool:
-        """Whether a cache that reaches the layer is more than what transformers makes in every forward."""
-        if not layer.training:
-            return self.step.cache_asked
-        # From a checkpointed layer transformers takes it away.
-        return not torch.is_grad_enabled() or (self.step.cache_asked and not layer.gradient_checkpointing)
+        """Whether a cache that reaches the layer was asked for; from a checkpointed one transformers takes it away."""
+        taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
+        return self.step.cache_asked and not taken
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the rewritten graph can do what this step asks of the layer."""
@@ -72,7 +70,7 @@ class LayerSettings:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
+            # A cache is to be filled, which a rewritten layer cannot.
             filled = not hasattr(value, "get_seq_length") or self._holds_a_past(layer, value, stream.shape[1])
             if filled or self._fills_a_cache(layer):
                 return False
@@ -108,8 +106,7 @@ def without_default_cache(
     given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
     if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in settings.arguments:
         return args, kwargs
-    trains = torch.is_grad_enabled() or given.get("labels") is not None or settings.step.labels is not None
-    if not (settings.config.active == "always" or (model.training and trains)):
+    if not (settings.config.active == "always" or model.training):
         return args, kwargs
     at = settings.arguments.index("use_cache")
     if at < len(args):
