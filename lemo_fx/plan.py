@@ -83,9 +83,25 @@ def make_plans(
                 # The report has the note for it, as for any layer that keeps every token and is computed as before.
                 plan.rows.clear()
             plans.append(plan)
-    sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
+    sparse_experts = _sparse_experts(model, plans)
     head = _plan_head(model, config, step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
+
+
+def _sparse_experts(model: nn.Module, plans: list[Plan]) -> bool:
+    """Whether a branch that runs on kept tokens holds experts, or another module whose router logits are recorded."""
+    recorded = (getattr(module, "_can_record_outputs", None) or {} for module in model.modules())
+    routers = [record["router_logits"] for record in recorded if "router_logits" in record]
+    flat = itertools.chain.from_iterable(r if isinstance(r, list | tuple) else (r,) for r in routers)
+    kinds = tuple(getattr(router, "target_class", router) for router in flat)
+    branches = (
+        plan.module.get_submodule(name)
+        for plan in plans
+        for row in plan.rows
+        if row["eliminated"] != "dense"
+        for name in row["called"]
+    )
+    return any(hasattr(m, "experts") or isinstance(m, kinds) for branch in branches for m in branch.modules())
 
 
 def _check_model(model: nn.Module, config: LemoConfig, layers: list[tuple[str, nn.Module]]) -> None:
@@ -182,7 +198,6 @@ def _row(site: str, eliminated: str, score: str = "", budget: str = "", note: st
         "score": score,
         "budget": budget,
         "note": note,
-        "experts": False,
         "tokens_of": site,
         "float8": "",
         "called": (),
@@ -260,7 +275,6 @@ def _plan_site(
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
     elif score == "step":
         rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step)
-    row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
     if score == "shared":
         row["tokens_of"] = "attention"
         if not any(p.site.kind == "attention" and p.treatment for p in rewrite.sites[: rewrite.sites.index(planned)]):

@@ -62,7 +62,8 @@ class HeadSettings:
         if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
             raise InputError(
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
-                "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
+                "only the kept ones; leave the sites that hold experts dense, LemoConfig(mlp=None) in most models, or "
+                "train without the auxiliary loss"
             )
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
