@@ -16,14 +16,14 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, require_model
-from lemo_fx.install import Installed, Plan, graph_module, install, uninstall
+from lemo_fx.install import TRANSFORMATION, Plan, graph_module, install, installed, plans_of, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.kernels.private import is_op
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
-from lemo_fx.runtime.layer import STATE, pass_by
+from lemo_fx.runtime.layer import pass_by
 from lemo_fx.runtime.loss import segmented_loss
 from lemo_fx.runtime.scores import AttentionScore
 from lemo_fx.runtime.select import SelectBlocks
@@ -40,11 +40,14 @@ class Transformation:
 
     config: LemoConfig
     predictors: Predictors | None
-    plans: list[Plan]
     notes: list[str]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transformation:
+        return dataclasses.replace(self)
 
-TRANSFORMATION = "_lemo_fx_transformation"
+    def __reduce__(self) -> tuple:
+        # None: layers are pickled as they are without a transform.
+        return type(None), ()
 
 
 def transform(
@@ -96,16 +99,17 @@ def transform(
     before = _find(model)
     if before is not None and before.config == config and before.predictors is predictors and dump is None:
         return model
+    plans_before = plans_of(model)
     if before is not None:
         revert(model)
     try:
         anatomy = anatomy_of(model)
         plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None)
-        install(plans, anatomy.holders)
+        install(plans, _holder(model), anatomy.holders)
     except BaseException:
-        _put_back(model, before)
+        _put_back(model, before, plans_before)
         raise
-    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, plans, notes)
+    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, notes)
     return model
 
 
@@ -154,10 +158,9 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     """
     _transformation(model)
     found = Graphs()
-    for name, module in model.named_modules():
-        record: Installed | None = vars(module).get(STATE)
+    for name, module, record in installed(model):
         # A causal model whose loss was not segmented still tells its layers the labels, but has no graph of its own.
-        if record is not None and next(iter(record.graph.nodes)).op == "placeholder":
+        if next(iter(record.graph.nodes)).op == "placeholder":
             found[name] = graph_module(module, record.graph, record.functions)
     return found
 
@@ -176,56 +179,57 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
     done = _transformation(model)
     if recall_on is not None and not isinstance(recall_on, Mapping):
         raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(recall_on).__name__}")
-    layers = {plan.name: plan.module for plan in done.plans}
+    layers = {name: module for name, module, _ in installed(model)}
     recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
-    for plan in done.plans:
-        for row in plan.rows:
-            select = plan.module._modules.get(f"lemo_{row['tokens_of']}_select")
+    for name, module, installation in installed(model):
+        for row in installation.rows:
+            select = module._modules.get(f"lemo_{row['tokens_of']}_select")
             record = select.record if isinstance(select, SelectBlocks) else None
             nan = bool(record.nan_seen) if record is not None and record.nan_seen is not None else False
             rows.append(
                 SiteReport(
-                    module=plan.name,
+                    module=name,
                     site=row["site"],
                     eliminated=row["eliminated"],
                     score=row["score"],
                     budget=row["budget"],
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
-                    recall=recalls.get((plan.name, row["site"])),
+                    recall=recalls.get((name, row["site"])),
                     note="; ".join(
-                        filter(None, [row["note"], _float8(plan, row), "NaN among the last scores" if nan else ""])
+                        filter(None, [row["note"], _float8(module, row), "NaN among the last scores" if nan else ""])
                     ),
                 )
             )
-    dense = any(plan.settings.step.dense for plan in done.plans)
-    return Report(config=done.config, sites=rows, notes=[*done.notes, *_lowerings(done)], dense=dense)
+    dense = any(installation.settings.step.dense for _, _, installation in installed(model))
+    notes = [*done.notes, *_lowerings(model, done.config.block_size)]
+    return Report(config=done.config, sites=rows, notes=notes, dense=dense)
 
 
-def _float8(plan: Plan, row: dict[str, Any]) -> str:
+def _float8(module: nn.Module, row: dict[str, Any]) -> str:
     """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
     if not row["float8"]:
         return ""
-    taken = any(has_float8_layers(plan.module.get_submodule(name)) for name in row["called"])
+    taken = any(has_float8_layers(module.get_submodule(name)) for name in row["called"])
     return row["float8"] if taken else "no frozen linear layer that float8 takes"
 
 
-def _lowerings(done: Transformation) -> list[str]:
+def _lowerings(model: nn.Module, block_size: int) -> list[str]:
     """What the ops of the rewritten graphs run as where their layers are now."""
     ops: dict[str, list[str]] = {}
-    for plan in done.plans:
-        device = next(plan.module.parameters()).device
-        for node in itertools.chain.from_iterable(g.nodes for g in (plan.graph, *plan.functions.values())):
+    for _, module, record in installed(model):
+        device = next(module.parameters()).device
+        for node in itertools.chain.from_iterable(g.nodes for g in (record.graph, *record.functions.values())):
             if is_op(node.target) and node.target.namespace == "lemo_fx":
                 op = node.target.overloadpacket.__name__
             elif node.target is segmented_loss:
                 op = "segmented_cross_entropy"
-            elif isinstance(plan.parts.get(str(node.target)), AttentionScore):
+            elif isinstance(module._modules.get(str(node.target)), AttentionScore):
                 op = "block_scores"
             else:
                 continue
-            known = ops.setdefault(lowering.explain(op, device, block_size=done.config.block_size), [])
+            known = ops.setdefault(lowering.explain(op, device, block_size=block_size), [])
             if op not in known:
                 known.append(op)
     return [f"{', '.join(names)}: {what}" for what, names in ops.items()]
@@ -241,37 +245,37 @@ def set_dense(model: Model, dense: bool = True) -> Model:
         NotTransformedError: the model was not transformed.
         ConfigError: `dense` is neither true nor false.
     """
-    plans = _transformation(model).plans
+    _transformation(model)
     if isinstance(dense, torch.Tensor) or dense not in (True, False):
         raise ConfigError(f"dense={dense!r} must be True or False")
-    for plan in plans:
-        plan.settings.step.dense = bool(dense)
+    for _, module, record in installed(model):
+        record.settings.step.dense = bool(dense)
         if dense:
-            pass_by(plan.module)
+            pass_by(module)
     return model
 
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The original model for the time of a with block; a transformation is put back afterwards."""
-    before = _find(model)
+    before, plans = _find(model), plans_of(model)
     revert(model)
     try:
         yield
     finally:
-        _put_back(model, before)
+        _put_back(model, before, plans)
 
 
-def _put_back(model: nn.Module, before: Transformation | None) -> None:
+def _put_back(model: nn.Module, before: Transformation | None, plans: list[Plan]) -> None:
     if before is not None:
-        install(before.plans, anatomy_of(model).holders)
+        install(plans, _holder(model), anatomy_of(model).holders)
         vars(_holder(model))[TRANSFORMATION] = before
 
 
 def _holder(model: nn.Module) -> nn.Module:
     """Where a model's transformation is kept: its base model under any adapter wrapper."""
     for module in model.modules():
-        if TRANSFORMATION in vars(module):
+        if vars(module).get(TRANSFORMATION) is not None:
             return module
     return anatomy_of(model).base
 

@@ -6,8 +6,10 @@ original's name (FSDP2 does the same). The object, its parameters and its state_
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +38,9 @@ from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
 
+TRANSFORMATION = "_lemo_fx_transformation"
+"""Instance attribute of a transformed model that holds its `Transformation`."""
+
 
 @dataclass
 class Installed:
@@ -46,6 +51,7 @@ class Installed:
         graph: the rewritten graph; functions: the functions it calls, by name.
         parts: names of the submodules that were added.
         settings: read by the module's forward at run time.
+        rows: of the report.
     """
 
     original: type[nn.Module]
@@ -53,6 +59,15 @@ class Installed:
     functions: dict[str, fx.Graph]
     parts: tuple[str, ...]
     settings: LayerSettings | HeadSettings
+    rows: list[dict[str, Any]]
+
+
+def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Installed]]:
+    """The rewritten modules of a model as it is now, by name: copies of layers included."""
+    for name, module in model.named_modules():
+        record = vars(module).get(STATE)
+        if record is not None:
+            yield name, module, record
 
 
 class RewrittenClass(type):
@@ -64,6 +79,38 @@ class RewrittenClass(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         original = vars(cls).get("_lemo_fx_original")
         return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a rewritten module, rewritten too."""
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    vars(twin).update(copy.deepcopy(vars(module), memo))
+    record: Installed = vars(twin)[STATE]
+    for name in record.parts:
+        part = twin._modules[name]
+        if isinstance(part, Float8Switch):
+            part.connect(twin)
+            record.settings.step.switches.append(part)
+    return twin
+
+
+def shallow_copy(self: nn.Module) -> nn.Module:
+    """The `__copy__` of a rewritten module."""
+    twin = type(self).__new__(type(self))
+    vars(twin).update(vars(self))
+    return twin
+
+
+def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
+    """The `__reduce_ex__` of a rewritten module, which is pickled as what `uninstall` would make of it.
+
+    Its class is made at run time and bears another's name, so that no other process could find it.
+    """
+    record: Installed = vars(self)[STATE]
+    state = {name: value for name, value in vars(self).items() if name not in (STATE, TRANSFORMATION)}
+    state["_modules"] = {name: child for name, child in self._modules.items() if name not in record.parts}
+    return object.__new__, (record.original,), state
 
 
 _classes: dict[tuple[type, Callable, tuple[str, ...], Callable], type[nn.Module]] = {}
@@ -101,6 +148,7 @@ def rewritten_class(
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
         namespace["__init_subclass__"] = classmethod(lambda cls, **_: None)
+        namespace.update(__copy__=shallow_copy, __reduce_ex__=reduce_to_original)
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
         namespace["_lemo_fx_original"] = original
         metaclass: Any = RewrittenClass if type(original) is type else type(original)
@@ -111,6 +159,8 @@ def rewritten_class(
         if make_forward is make_head_forward and hasattr(original, "generate"):
             subclass.generate = make_generate(original.generate)  # type: ignore[method-assign, attr-defined]
         subclass.__call__ = call  # type: ignore[method-assign]
+        # In the place of a `__deepcopy__`, which a wrapper that passes attributes on (PEFT's) would take for its own.
+        copy._deepcopy_dispatch[subclass] = deep_copy  # type: ignore[attr-defined]
         _classes[key] = subclass
     return _classes[key]
 
@@ -137,20 +187,46 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step,
         str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
-    layer_index = getattr(attention, "layer_idx", None) or 0
+    mixer = mixers[0] if mixers else None
     floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
     settings = LayerSettings(
-        config, arguments, attention_config, implementation, layer_index, step, tuple(sorted({"scaling", *floats}))
+        config,
+        arguments,
+        attention_config,
+        implementation,
+        mixer,
+        step,
+        tuple(sorted({"scaling", *floats})),
+        rewrite.presence,
     )
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
-def install(plans: list[Plan], above: Sequence[nn.Module] = ()) -> None:
+def plans_of(model: nn.Module) -> list[Plan]:
+    """What to install again after `uninstall`."""
+    return [
+        Plan(
+            name,
+            module,
+            record.graph,
+            record.functions,
+            {part: module.get_submodule(part) for part in record.parts},
+            record.settings,
+            record.rows,
+        )
+        for name, module, record in installed(model)
+    ]
+
+
+def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[nn.Module] = ()) -> None:
     """Rewrite all planned modules, or none: any failure undoes what was done before it is raised.
 
     Args:
+        owner: the model whose layers share a step.
         above: the modules that hold the decoder layers, whose calls may ask for a cache.
     """
+    for plan in plans:
+        plan.settings.step.owner = None if owner is None else weakref.ref(owner)
     done: list[nn.Module] = []
     try:
         for plan in plans:
@@ -170,7 +246,7 @@ def _install(plan: Plan) -> None:
     original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     # First, so that a failure anywhere below is undone by `uninstall`.
-    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings)
+    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings, plan.rows)
     for name, part in plan.parts.items():
         module.add_module(name, part.to(device))
         part.train(module.training)

@@ -17,7 +17,7 @@ from lemo_fx.config import Elimination, LemoConfig, SiteKind
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
 from lemo_fx.graph.anatomy import Anatomy, longest_context
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, readable
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -90,7 +90,7 @@ def make_plans(
     if planning.proofs.obstacle:
         notes.append(f"not proven by running: {planning.proofs.obstacle}")
     _check_rewritten(anatomy, config, plans, notes)
-    sparse_experts = any(row["experts"] for plan in plans for row in plan.rows)
+    sparse_experts = _sparse_experts(anatomy.model, plans)
     head = _plan_head(anatomy, config, planning.step, sparse_experts, notes, dump)
     return plans + ([head] if head else []), notes
 
@@ -114,6 +114,22 @@ def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], no
         raise UnsupportedModelError(f"{type(anatomy.base).__name__} has no branch that lemo_fx can rewrite{why}")
     for kind in missing:
         logger.warning("lemo_fx: no %s of %s is rewritten; see lemo_fx.report", kind, type(anatomy.base).__name__)
+
+
+def _sparse_experts(model: nn.Module, plans: list[Plan]) -> bool:
+    """Whether a branch that runs on kept tokens holds experts, or another module whose router logits are recorded."""
+    recorded = (getattr(module, "_can_record_outputs", None) or {} for module in model.modules())
+    routers = [record["router_logits"] for record in recorded if "router_logits" in record]
+    flat = itertools.chain.from_iterable(r if isinstance(r, list | tuple) else (r,) for r in routers)
+    kinds = tuple(getattr(router, "target_class", router) for router in flat)
+    branches = (
+        plan.module.get_submodule(name)
+        for plan in plans
+        for row in plan.rows
+        if row["eliminated"] != "dense"
+        for name in row["called"]
+    )
+    return any(hasattr(m, "experts") or isinstance(m, kinds) for branch in branches for m in branch.modules())
 
 
 def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
@@ -171,12 +187,10 @@ def _plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> 
     if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
         return None
     faults: dict[str, str] = {}
-    led = step.led
     while True:
         rewrite, rows, fault = _rewrite_layer(planning, name, layer, index, faults)
         if fault is None:
             return layer_plan(name, rewrite, config, step, rows)
-        step.led = led
         if fault.site is None or fault.site in faults:
             raise UnsupportedModelError(f"{name}: {fault.what}")
         faults[fault.site] = fault.what
@@ -192,7 +206,7 @@ def _rewrite_layer(
     """
     config = planning.config
     try:
-        graph = capture(layer, ABSENT_IN_TRAINING)
+        graph, presence = _capture_as_called(layer, planning.proofs)
     except CaptureError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     sites, refusals = find_sites(graph)
@@ -210,7 +224,7 @@ def _rewrite_layer(
     planned.sort(key=lambda site: (order[site.site.add], order[site.site.branch]))
 
     rows = []
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward)
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, presence)
     untouched = snapshot(graph, [site.site for site in planned])
     for site in planned:
         elimination = config.site(site.site.kind)
@@ -230,6 +244,16 @@ def _rewrite_layer(
         rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
     run_passes(rewrite, _dumper(planning.dump, name) if planning.dump else None)
     return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
+
+
+def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:
+    """A layer's graph as the model calls it, and for arguments whose absence changes it, whether they are given."""
+    graph = capture(layer, ABSENT_IN_TRAINING)
+    names = matters_when_absent(layer, graph, ABSENT_IN_TRAINING)
+    usual = proofs.usual(layer) if names else {}
+    presence = {name: usual.get(name) is not None for name in names}
+    absent = {name: None for name, given in presence.items() if not given}
+    return (capture(layer, {**ABSENT_IN_TRAINING, **absent}) if absent else graph), presence
 
 
 def _own_name(layer: nn.Module, site: Site, taken: list[str]) -> str:
@@ -263,7 +287,6 @@ def _row(planned: PlannedSite, eliminated: str, score: str = "", budget: str = "
         "score": score,
         "budget": budget,
         "note": note,
-        "experts": False,
         "tokens_of": planned.name,
         "float8": "",
         "called": (),
@@ -332,9 +355,7 @@ def _plan_site(
     elif score == "random":
         rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
     elif score == "step":
-        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step, leads=not step.led)
-        step.led = True
-    row["experts"] = planned.site.kind == "mlp" and hasattr(mixer, "experts")
+        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step)
     if score == "shared":
         row["tokens_of"] = "attention"
     else:

@@ -22,7 +22,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class Proofs:
         self.obstacle = ""
         if any(isinstance(layer, FSDPModule) for layer in layers):
             self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         self.key = (type(model), config.to_json_string() if hasattr(config, "to_json_string") else None)
 
     def fault(self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site]) -> Fault | None:
@@ -127,21 +127,49 @@ class Proofs:
             return None
         key = (*self.key, *signature(rewrite))
         if key not in _known:
-            if self.probes is None:
-                try:
-                    self.probes = record(self.model, self.layers)
-                except LemoError as error:
-                    self.obstacle = f"it does not run on plain token ids: {error}"
-                    return None
-            if not all(rewrite.layer in calls for probe in self.probes for calls in (probe.calls, probe.explicit)):
-                self.obstacle = "some layers are not called in a forward pass of plain token ids"
+            if not self._recorded_all(rewrite.layer):
                 return None
+            assert self.probes is not None
             _known[key] = prove(rewrite, captured, sites, self.probes)
         return _known[key]
+
+    def usual(self, layer: nn.Module) -> Mapping[str, Any]:
+        """The arguments by name of a layer's call without padding; empty where the model cannot be run."""
+        if self.obstacle or not self._recorded_all(layer):
+            return {}
+        assert self.probes is not None
+        return self.probes[-1].calls[layer]
+
+    def _recorded_all(self, layer: nn.Module) -> bool:
+        if self.probes is None:
+            try:
+                self.probes = record(self.model, self.layers)
+            except LemoError as error:
+                self.obstacle = f"it does not run on plain token ids: {error}"
+                return False
+        if not all(layer in calls for probe in self.probes for calls in (probe.calls, probe.explicit)):
+            self.obstacle = "some layers are not called in a forward pass of plain token ids"
+            return False
+        return True
 
 
 _known: dict[tuple[Any, ...], Fault | None] = {}
 """What was proven in this process: models of one kind need it once."""
+
+
+@contextmanager
+def _eager(module: nn.Module) -> Iterator[None]:
+    """Transformers' eager attention in a module, whose masks say everything."""
+    found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+    configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+    own = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, own, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
@@ -151,22 +179,17 @@ def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
         LemoError: the model does not run on plain token ids, naming why.
     """
     runner = causal_model(model) or model
-    found = (getattr(module, "config", None) for module in runner.modules())
-    configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
-    own = [config._attn_implementation_internal for config in configs]
-    masked = {None, *MASKED_IMPLEMENTATIONS}.issuperset(own)
+    own = {
+        getattr(getattr(m, "config", None), "_attn_implementation", None) for layer in layers for m in layer.modules()
+    }
+    masked = own <= {None, *MASKED_IMPLEMENTATIONS}
     probes = []
     try:
         for padded in (True, False):
             inputs = _inputs(runner, masked, padded)
             calls = _recorded(runner, layers, inputs)
-            try:
-                for config in configs:
-                    config._attn_implementation_internal = "eager"
+            with _eager(runner):
                 explicit = _recorded(runner, layers, inputs)
-            finally:
-                for config, implementation in zip(configs, own, strict=True):
-                    config._attn_implementation_internal = implementation
             probes.append(Probe(calls, explicit, padded))
     except Exception as error:
         raise LemoError(_in_a_line(error)) from error
@@ -213,9 +236,10 @@ def _inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any]:
     accepted = inspect.signature(runner.forward).parameters
     device = next(p.device for p in runner.parameters())
     generator = torch.Generator().manual_seed(0)
-    text = runner.config.get_text_config() if hasattr(runner.config, "get_text_config") else runner.config
+    config: Any = runner.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator)
-    longest = max(longest_context(runner.config) or FAR, LENGTH)
+    longest = max(longest_context(config) or FAR, LENGTH)
     # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
     spread = torch.linspace(0, longest - 1, LENGTH).long()
     rows = [spread, spread] if masked else [torch.arange(LENGTH), torch.arange(longest - LENGTH, longest)]
@@ -251,11 +275,13 @@ def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Sit
     copies: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(graph, copies))
 
-    def of(site: Site) -> Site:
-        places = {name: copies[getattr(site, name)] for name in ("stream", "add", "branch", "mixer")}
-        return replace(site, nodes=tuple(copies[n] for n in site.nodes), **places)
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
+        return copies[value] if isinstance(value, fx.Node) else value
 
-    return copied, [of(site) for site in sites]
+    places = [{f.name: of(getattr(site, f.name)) for f in fields(site)} for site in sites]
+    return copied, [replace(site, **place) for site, place in zip(sites, places, strict=True)]
 
 
 def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
@@ -268,7 +294,8 @@ def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
         for name, p in rewrite.layer.named_parameters()
     ]
     parts = [(name, type(part), getattr(part, "note", "")) for name, part in rewrite.modules.items()]
-    return (*(str(graph) for graph in graphs), *called, *modules, *weights, *parts)
+    presence = tuple(rewrite.presence.items())
+    return (presence, *(str(graph) for graph in graphs), *called, *modules, *weights, *parts)
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
@@ -288,6 +315,9 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
             see `snapshot`.
     """
     for probe in probes:
+        call = probe.calls[rewrite.layer]
+        if any((call.get(name) is not None) != given for name, given in rewrite.presence.items()):
+            continue
         try:
             fault = _Trial(rewrite, captured, sites, probe, float32=True).run()
         except Exception:
@@ -313,7 +343,7 @@ class _Trial:
         self.precision = FULL if self.float32 else ROUNDED
         self.given = self._restricted(self._cast(probe.calls[layer]), probe)
         self.explicit = self._restricted(self._cast(probe.explicit[layer]), probe)
-        self.entry = rewrite.entry.target
+        self.entry = str(rewrite.entry.target)
         stream = self.given[self.entry]
         generator = torch.Generator().manual_seed(1)
         self.stream = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
@@ -363,7 +393,7 @@ class _Trial:
         layer = self.rewrite.layer
         original = self._values_and_gradients(functools.partial(type(layer).forward, layer), self.given)
         untouched = self._values_and_gradients(
-            lambda **given: _Oracle(self, given).run_on(given[self.entry]), self.explicit
+            lambda **given: _Oracle(self, given, masks=self._masks({})).run_on(given[self.entry]), self.explicit
         )
         fault = self._fault(None, original, untouched, "captured as a graph,")
         if fault is not None:
@@ -395,7 +425,8 @@ class _Trial:
 
     def _rewritten(self) -> fx.GraphModule:
         """The rewritten graph as a module, its selections replaced by fixed ones."""
-        rewrite, parts = self.rewrite, {}
+        rewrite = self.rewrite
+        parts: dict[str, nn.Module] = {}
         for name, part in rewrite.modules.items():
             if isinstance(part, SelectBlocks):
                 parts[name] = _Fixed(self, name.removeprefix("lemo_").removesuffix("_select"))
@@ -459,7 +490,6 @@ class _Trial:
         """
         planned = {s.name: s for s in self.rewrite.sites if s.treatment}
         kept = {name: self._kept(name)[..., None] for name in planned}
-        masks = {name: self._masked(self._kept(name)) for name, s in planned.items() if s.site.kind == "attention"}
         whole: dict[str, torch.Tensor] = {}
 
         def values_only(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -475,9 +505,11 @@ class _Trial:
                 return whole[name] + torch.where(kept[name], value - value.detach(), 0)
             return torch.where(kept[name], value, 0)
 
-        inexact = {name: mask for name, mask in masks.items() if planned[name].treatment != "exact"}
+        keys = {name: self._kept(name) for name in planned}
         with torch.no_grad():
-            _Oracle(self, self.explicit, values_only, inexact).run_on(self.stream)
+            inexact = {name: kept for name, kept in keys.items() if planned[name].treatment != "exact"}
+            _Oracle(self, self.explicit, values_only, self._masks(inexact)).run_on(self.stream)
+        masks = self._masks(keys)
         return self._values_and_gradients(
             lambda **given: _Oracle(self, given, treat, masks).run_on(given[self.entry]), self.explicit
         )
@@ -486,16 +518,19 @@ class _Trial:
         mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
         return mask.scatter_(1, self.tokens[name], True)
 
-    def _masked(self, kept: torch.Tensor) -> torch.Tensor:
-        """The layer's explicit mask [B, 1, S, S], additive, to kept keys."""
+    def _masks(self, keys: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layer's explicit mask [B, 1, S, S], additive, by attention site: of all keys, or of these [B, S]."""
         mask = self.explicit.get("attention_mask")
         lowest = torch.finfo(self.stream.dtype).min
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-            allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=kept.device).tril()[None, None]
-            mask = torch.where(allowed, 0.0, lowest).to(self.stream.dtype)
+        square = isinstance(mask, torch.Tensor) and mask.dim() == 4
+        if not isinstance(mask, torch.Tensor) or not square:
+            mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=self.stream.device).tril()
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, lowest).to(self.stream.dtype)
-        return torch.where(kept[:, None, None, :], mask.expand(BATCH, -1, -1, -1), lowest)
+        # A layer that the model hands no square mask may have an attention that takes none.
+        names = [s.name for s in self.rewrite.sites if s.site.kind == "attention" and (s.treatment or square)]
+        every = torch.ones(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
+        return {name: mask.masked_fill(~keys.get(name, every)[:, None, None, :], lowest) for name in names}
 
     def _fault(self, site: str | None, expected: Any, found: Any, words: str) -> Fault | None:
         (values, gradients), (other_values, other_gradients) = expected, found
@@ -592,7 +627,8 @@ class _Oracle(fx.Interpreter):
     def run_on(self, stream: torch.Tensor) -> Any:
         """The layer's output for a stream [B, S, H]."""
         self.stream = stream
-        return self.run()
+        with _eager(self.module):  # type: ignore[arg-type]
+            return self.run()
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The layer's argument of this name, or its default."""

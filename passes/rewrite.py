@@ -71,6 +71,7 @@ class LayerRewrite:
         graph: its captured graph; every pass edits it in place.
         sites: planned sites in the order in which they are computed.
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
+        presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
         functions: graphs of the outlined functions by name.
@@ -81,6 +82,7 @@ class LayerRewrite:
     sites: list[PlannedSite]
     recompute: str = "all"
     forward: str = "model"
+    presence: dict[str, bool] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 

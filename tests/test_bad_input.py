@@ -114,7 +114,7 @@ def test_sequences_longer_than_the_model_reads(architecture, lora):
     ("size", "match"), [(1024, "reads up to 512 tokens"), (128, "longest sequence has 100 tokens")]
 )
 def test_blocks_larger_than_every_sequence(monkeypatch, size, match):
-    monkeypatch.setattr(importlib.import_module("lemo_fx.fit"), "run_probes", None)
+    monkeypatch.setattr(importlib.import_module("lemo_fx.fitting.fit"), "run_probes", None)
     with pytest.raises(ConfigError, match=f"block_size={size}: the .*{match}"):
         lemo_fx.fit(tiny("llama"), [[3] * 100, [3] * 7], lemo_fx.LemoConfig(block_size=size))
 
@@ -333,6 +333,29 @@ def test_router_loss_with_sparse_experts(asked_by):
     model.config.output_router_logits = asked_by == "config"
     lemo_fx.transform(model, LemoConfig(SPARSE.attention, None, 8, ()))
     assert model(**inputs).aux_loss is not None
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("kind", ["GraniteMoeShared", "JetMoe"])
+def test_router_loss_where_the_experts_are_not_the_last_module(kind):
+    """Beside a shared MLP; in the attention."""
+    settings = {"GraniteMoeShared": {"num_local_experts": 4, "shared_intermediate_size": 32}, "JetMoe": {}}[kind]
+    if kind == "JetMoe":
+        settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **settings, output_router_logits=True)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+    expected = step(model, batch(2, 48))
+    # JetMoE's attention routes too.
+    attention = None if kind == "JetMoe" else Elimination(keep=1.0)
+    site = Elimination(keep=0.5)
+    sparse = LemoConfig(site, None, 8, ()) if kind == "JetMoe" else LemoConfig(None, site, 8, ())
+    with pytest.raises(InputError, match="output_router_logits"):
+        lemo_fx.transform(model, sparse)(**batch(2, 48))
+    lemo_fx.transform(model, LemoConfig(attention, None, 8, ()))
+    assert_same_step(step(model, batch(2, 48)), expected, "fp32")
 
 
 @pytest.mark.parametrize("asked_by", ["call", "config"])

@@ -140,3 +140,24 @@ def test_a_model_without_a_language_head_fills_a_cache_too():
     lemo_fx.revert(copied)
     assert not any(m._forward_pre_hooks for m in copied.modules())
     assert model(input_ids=ids, labels=labels).past_key_values is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("score", ["random", "step", "measured"])
+@pytest.mark.parametrize("eliminated", ["skip", "exact"])
+def test_a_pass_without_gradient_is_as_sparse_as_one_with_it(eliminated, score, checkpointing):
+    """In a preference loss the reference (fresh adapters disabled) and the policy are the same model: loss log 2."""
+    policy = with_lora(tiny("llama"), init=True)
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    site = Elimination(keep=0.5, eliminated=eliminated, score=score)
+    lemo_fx.transform(policy, LemoConfig(site, site, block_size=8, dense_layers=()))
+    ids = torch.randint(3, 90, (2, 64))
+    with torch.no_grad(), policy.disable_adapter():
+        reference = policy(ids).logits
+    assert shares(policy) == {0.5}
+    assert torch.equal(policy(ids).logits, reference)
+    with torch.no_grad():
+        asked = policy(ids, use_cache=True).past_key_values
+    assert asked.get_seq_length(1) == 64

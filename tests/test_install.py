@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import ARCHITECTURES, Recorder, anatomy, assert_same_step, batch, selections, step, tiny, with_lora
 
@@ -352,3 +353,78 @@ def test_a_forward_that_its_class_got_since_is_the_one_that_runs(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: "another")
     assert lemo_fx.transform(model, config)() == "another"
+
+
+def _replicated(model):
+    targets = ["q_proj", "down_proj"]
+    lora = LoraConfig(r=4, target_modules=targets, layer_replication=[[0, 2], [0, 2]], task_type="CAUSAL_LM")
+    return get_peft_model(model, lora).train()
+
+
+@pytest.mark.parametrize("how", ["layer_replication", "deepcopy"])
+def test_a_copied_layer_belongs_to_the_model(how):
+    """It knows the labels, takes the step's choice, obeys `set_dense` and `generate`, is listed and reverted."""
+    site = Elimination(keep=0.25, score="step")
+    config = LemoConfig(site, site, block_size=8, dense_layers=(), forward="float8", backward="float8")
+    model = lemo_fx.transform(tiny("llama"), config)
+    if how == "layer_replication":
+        model = _replicated(model)
+    else:
+        model.model.layers.extend(copy.deepcopy(layer) for layer in list(model.model.layers))
+        model.config.num_hidden_layers = 4
+    inputs = batch(2, 64)
+    inputs["labels"][:, :] = -100
+    inputs["labels"][:, 30:36] = 5
+    with Recorder(model) as seen:
+        step(model, inputs)
+    choices = [tokens[0] for tokens in seen.tokens.values()]
+    assert len(choices) == 8
+    assert all(torch.equal(choice, choices[0]) for choice in choices)
+    assert {30, 35} <= set(choices[0][0].tolist())
+    report = lemo_fx.report(model)
+    assert [site.kept_tokens for site in report.sites] == [16] * 8
+    assert len({site.module for site in report.sites}) == 4
+    assert len(lemo_fx.graphs(model)) == 5
+    with Recorder(model) as seen:
+        lemo_fx.set_dense(model)(**inputs)
+        lemo_fx.set_dense(model, False).generate(input_ids=inputs["input_ids"], max_new_tokens=2, use_cache=False)
+    assert not seen.tokens
+    twin = copy.deepcopy(model)
+    lemo_fx.set_dense(twin)
+    assert not lemo_fx.report(model).dense
+    lemo_fx.revert(model)
+    assert not selections(model)
+    assert len(selections(twin)) == 8
+    lemo_fx.transform(model, config)
+    assert len(selections(model)) == 8
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("precision", ["model", "float8"])
+def test_a_pickled_model_is_the_original(lora, precision, tmp_path):
+    """In the workers of `datasets.map`, in a file of `torch.save`."""
+    config = LemoConfig(block_size=8, dense_layers=(), forward=precision, backward=precision)
+    model = with_lora(tiny("llama")) if lora else tiny("llama")
+    inputs = batch(2, 64)
+    expected = step(model, inputs)
+    lemo_fx.transform(model, config)
+    sparse = step(model, inputs)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert anatomy(lemo_fx.revert(copy.deepcopy(model)))["classes"] == anatomy(loaded)["classes"]
+    assert not selections(loaded)
+    with pytest.raises(lemo_fx.NotTransformedError):
+        lemo_fx.report(loaded)
+    assert_same_step(step(loaded, inputs), expected, "same")
+    assert_same_step(step(lemo_fx.transform(loaded, config), inputs), sparse, "same")
+    assert_same_step(step(model, inputs), sparse, "same")
+    assert_same_step(step(copy.deepcopy(model), inputs), sparse, "same")
+    dill = pytest.importorskip("dill")
+    assert_same_step(step(dill.loads(dill.dumps(model)), inputs), expected, "same")
+
+
+def test_a_shallow_copy_of_a_layer_is_rewritten_too():
+    model = lemo_fx.transform(tiny("llama"), SPARSE)
+    twin = copy.copy(model.model.layers[0])
+    assert type(twin) is type(model.model.layers[0])
+    assert vars(twin) == vars(model.model.layers[0])

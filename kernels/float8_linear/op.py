@@ -102,7 +102,7 @@ class Float8Switch(nn.Module):
     def connect(self, module: nn.Module) -> None:
         """Put every plain linear layer of `module` under this switch."""
         # In tuples, so that weights are not listed twice.
-        self.module = (module,)
+        self.module, self.children_seen = (module,), ()
         self.refresh()
 
     def refresh(self) -> None:
@@ -153,6 +153,11 @@ class SwitchedLinear(nn.Linear):
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
         return super().forward(x)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copied and pickled as the linear layer it is without a switch."""
+        state = {name: value for name, value in vars(self).items() if name != SWITCH}
+        return object.__new__, (nn.Linear,), state
 
 
 for name in ("__name__", "__qualname__", "__module__"):

@@ -192,8 +192,8 @@ def matters_when_absent(
 ) -> tuple[str, ...]:
     """The optional arguments whose absence changes what a captured forward does, beyond being handed on.
 
-    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So the forward is
-    captured once more with each argument held at None, and what comes out is compared.
+    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So the forward
+    is captured once more with each argument held at None, and what comes out is compared.
 
     Args:
         graph: `capture(module, constants, **options)`.

@@ -62,7 +62,8 @@ class HeadSettings:
         if wanted(model, kwargs, "output_router_logits") and self.sparse_experts:
             raise InputError(
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
-                "only the kept ones; transform with LemoConfig(mlp=None), or train without the auxiliary loss"
+                "only the kept ones; leave the sites that hold experts dense, LemoConfig(mlp=None) in most models, or "
+                "train without the auxiliary loss"
             )
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -106,8 +107,8 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
 def make_generate(original: Callable) -> Callable:
     """The `generate` of a causal model with rewritten layers, whose original code runs in training mode too.
 
-    A forward cannot tell: without gradients and labels, an outer checkpoint's first pass and the reference of a
-    preference loss, which must be as sparse as what follows, look like a step of `generate(use_cache=False)`.
+    A forward cannot tell: an outer checkpoint's first pass and the reference of a preference loss, without gradient but
+    as sparse as what follows, look like a step of `generate(use_cache=False)`.
     """
 
     @functools.wraps(original)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,38 +39,43 @@ class LayerSettings:
     """What a rewritten decoder layer asks before each forward.
 
     Attributes:
+        attention: name of its attention, which knows the layer's place in a cache.
         floats: names of its modules' float attributes.
+        presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
     """
 
     config: LemoConfig
     arguments: tuple[str, ...]
     attention_config: Any
     implementation: str | None
-    layer_index: int
+    attention: str | None
     step: Step
     floats: tuple[str, ...]
+    presence: Mapping[str, bool]
 
-    def _holds_a_past(self, cache: Any, length: int) -> bool:
+    def _holds_a_past(self, layer: nn.Module, cache: Any, length: int) -> bool:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
-        return cache.get_seq_length(self.layer_index) > 0 or cache.get_seq_length() > length
+        attention = None if self.attention is None else layer.get_submodule(self.attention)
+        index: Any = getattr(attention, "layer_idx", None) or 0
+        return cache.get_seq_length(index) > 0 or cache.get_seq_length() > length
 
     def _fills_a_cache(self, layer: nn.Module) -> bool:
-        """Whether a cache that reaches the layer is more than what transformers makes in every forward."""
-        if not layer.training:
-            return self.step.cache_asked
-        # From a checkpointed layer transformers takes it away.
-        return not torch.is_grad_enabled() or (self.step.cache_asked and not layer.gradient_checkpointing)
+        """Whether a cache that reaches the layer was asked for; from a checkpointed one transformers takes it away."""
+        taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
+        return self.step.cache_asked and not taken
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the rewritten graph can do what this step asks of the layer."""
         if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
             return False
+        if any((given.get(name) is not None) != present for name, present in self.presence.items()):
+            return False
         for name in ABSENT_IN_TRAINING:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # A cache is to be filled, which a rewritten layer cannot: nothing trains, or the call asked for it.
-            filled = not hasattr(value, "get_seq_length") or self._holds_a_past(value, stream.shape[1])
+            # A cache is to be filled, which a rewritten layer cannot.
+            filled = not hasattr(value, "get_seq_length") or self._holds_a_past(layer, value, stream.shape[1])
             if filled or self._fills_a_cache(layer):
                 return False
         return True
@@ -104,8 +110,7 @@ def without_default_cache(
     given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
     if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in settings.arguments:
         return args, kwargs
-    trains = torch.is_grad_enabled() or given.get("labels") is not None or settings.step.labels is not None
-    if not (settings.config.active == "always" or (model.training and trains)):
+    if not (settings.config.active == "always" or model.training):
         return args, kwargs
     at = settings.arguments.index("use_cache")
     if at < len(args):
@@ -126,13 +131,21 @@ class CacheTeller:
     arguments: tuple[str, ...]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before its forward: tell the layers whether this call asked for a cache."""
+        """Before its forward: a step begins; tell the layers whether this call asked for a cache."""
         self.step.cache_asked = asks_for_cache({**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        self.step.scores = None
         return without_default_cache(module, self, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After it: the layers are through; a recompute asks for nothing."""
         self.step.cache_asked = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheTeller:
+        return replace(self, step=copy.deepcopy(self.step, memo))
+
+    def __reduce__(self) -> tuple:
+        # Pickled layers are not rewritten: nobody is to be told.
+        return CacheTeller, (LemoConfig(), Step(), ())
 
 
 def add_cache_teller(module: nn.Module, config: LemoConfig, step: Step) -> None:

@@ -243,27 +243,21 @@ class RandomScore(nn.Module):
 
 
 class StepScore(RandomScore):
-    """Random scores that the first site of a step draws and all others take.
+    """Random scores that the first site of a step draws and all others take."""
 
-    Args:
-        leads: whether this is the first site.
-    """
-
-    def __init__(self, block_size: int, step: Step, leads: bool) -> None:
+    def __init__(self, block_size: int, step: Step) -> None:
         super().__init__(0, block_size)
         self.step = step
-        self.leads = leads
 
     def draw(self, stream: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] -> [B, n] of the step, drawn now if this site is the first one or nothing was."""
+        """[B, S, H] -> [B, n] of the step, drawn now if nothing of this shape was since it began."""
         scores = self.step.scores
-        # A layer that is called by itself has nobody to follow.
-        if self.leads or scores is None or scores.shape != (stream.shape[0], -(-stream.shape[1] // self.block_size)):
+        if scores is None or scores.shape != (stream.shape[0], -(-stream.shape[1] // self.block_size)):
             scores = self.step.scores = super().forward(stream)
         return scores
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n], the same for all sites of the step."""
-        # A compiler that sees `drawn` does not ask who leads, so that the first layer shares the others' program.
+        # A compiler that sees `drawn` does not ask who is first, so that the first layer shares the others' program.
         drawn = self.step.scores if self.step.drawn else None
         return (self.draw(stream) if drawn is None else drawn).to(stream.device)

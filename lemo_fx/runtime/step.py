@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from lemo_fx.kernels.float8_linear.op import Float8Switch
 
@@ -17,16 +20,25 @@ class Step:
         labels: of the running batch, which the causal model tells its layers.
         cache_asked: whether the running call asked for a cache.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
-        led: whether such a first site was planned.
         drawn: whether the running layer's `scores` were seen to before its forward.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
+        owner: the model whose layers share it.
     """
 
     labels: torch.Tensor | None = None
     cache_asked: bool = False
     scores: torch.Tensor | None = None
-    led: bool = False
     drawn: bool = False
     dense: bool = False
     switches: list[Float8Switch] = field(default_factory=list)
+    owner: weakref.ref[nn.Module] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        """A copy of the whole model has a step of its own; the copy of a layer joins the model (PEFT replicates so)."""
+        owner = memo.get(id(self.owner())) if self.owner is not None else None
+        if owner is None:
+            return self
+        # Its layers add their switches as they are copied.
+        memo[id(self)] = step = Step(dense=self.dense, owner=weakref.ref(owner))
+        return step
