@@ -18,6 +18,7 @@ from lemo_fx.errors import CaptureError, ConfigError, PredictorError, Unsupporte
 from lemo_fx.files import writing
 from lemo_fx.graph.anatomy import Anatomy, longest_context
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
+from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -25,7 +26,7 @@ from lemo_fx.passes.insert_elimination import COMPACT
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
-from lemo_fx.proof import Fault, Proofs, snapshot
+from lemo_fx.proof import Fault, Proofs
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score

@@ -19,10 +19,8 @@ rounding.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,24 +29,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.anatomy import causal_model, longest_context
-from lemo_fx.graph.capture import SPLAT, build_module, modes_kept
-from lemo_fx.graph.sites import Site, is_quantised
+from lemo_fx.graph.capture import build_module
+from lemo_fx.graph.oracle import Changes, run_captured
+from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, in_a_line, quiet, record
+from lemo_fx.graph.sites import Site
 from lemo_fx.kernels.private import tree_leaves, tree_map
 from lemo_fx.passes.rewrite import LayerRewrite
-from lemo_fx.runtime.kept import MASKED_IMPLEMENTATIONS
 from lemo_fx.runtime.scores import RandomScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.stand_in import StandIn
 
-BATCH, LENGTH = 2, 23
-"""Of the probe, [B, S]."""
-PADDED, DOCUMENT = 3, 8
-"""Tokens at the end of its second sample that are padding, and the token at which its second document starts."""
 KEPT = {"attention": 13, "mlp": 9}
 """Tokens that a site keeps, by its kind: different ones, so that sites cannot be mistaken for one another."""
-FAR = 2**17
-"""Positions up to which the probe's are spread where the model names no limit."""
 LARGEST = 10**9
 """Parameters of a layer up to which it is proven in float32; larger ones in their own precision."""
 
@@ -67,25 +59,6 @@ class Precision:
 
 
 FULL, ROUNDED = Precision(2e-3, 1e-5), Precision(6e-2, 2e-2)
-
-
-Calls = dict[nn.Module, dict[str, Any]]
-"""By decoder layer, the arguments of its call by name."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a model hands its decoder layers in a forward pass of a few tokens.
-
-    Attributes:
-        calls: under the model's own attention implementation.
-        explicit: under eager attention, whose masks say everything.
-        padded: whether the second sample has padding.
-    """
-
-    calls: Calls
-    explicit: Calls
-    padded: bool
 
 
 @dataclass(frozen=True)
@@ -157,133 +130,6 @@ _known: dict[tuple[Any, ...], Fault | None] = {}
 """What was proven in this process: models of one kind need it once."""
 
 
-@contextmanager
-def _eager(module: nn.Module) -> Iterator[None]:
-    """Transformers' eager attention in a module, whose masks say everything."""
-    found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
-    configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
-    own = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for config, implementation in zip(configs, own, strict=True):
-            config._attn_implementation_internal = implementation
-
-
-def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
-    """Run the model on a few tokens without gradient, with padding and without; keep what its layers are handed.
-
-    Raises:
-        LemoError: the model does not run on plain token ids, naming why.
-    """
-    runner = causal_model(model) or model
-    own = {
-        getattr(getattr(m, "config", None), "_attn_implementation", None) for layer in layers for m in layer.modules()
-    }
-    masked = own <= {None, *MASKED_IMPLEMENTATIONS}
-    probes = []
-    try:
-        for padded in (True, False):
-            inputs = _inputs(runner, masked, padded)
-            calls = _recorded(runner, layers, inputs)
-            with _eager(runner):
-                explicit = _recorded(runner, layers, inputs)
-            probes.append(Probe(calls, explicit, padded))
-    except Exception as error:
-        raise LemoError(_in_a_line(error)) from error
-    return probes
-
-
-def _in_a_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[str, Any]) -> Calls:
-    """By layer, the arguments of its first call, by name."""
-    calls: Calls = {}
-
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(layer, {**dict(zip(_arguments(layer), args, strict=False)), **kwargs})
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
-    states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
-    try:
-        with (
-            _quiet(runner),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            runner(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, attributes, buffers in states:
-            # A RoPE that follows the length has grown to that of the probe.
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-    return calls
-
-
-def _inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any]:
-    """Token ids, positions up to the longest, and a mask, without which these would be taken for documents'."""
-    accepted = inspect.signature(runner.forward).parameters
-    device = next(p.device for p in runner.parameters())
-    generator = torch.Generator().manual_seed(0)
-    config: Any = runner.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator)
-    longest = max(longest_context(config) or FAR, LENGTH)
-    # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
-    spread = torch.linspace(0, longest - 1, LENGTH).long()
-    rows = [spread, spread] if masked else [torch.arange(LENGTH), torch.arange(longest - LENGTH, longest)]
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, -PADDED:] = 0
-    inputs: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": torch.stack(rows),
-        "use_cache": False,
-    }
-    given = {name: value for name, value in inputs.items() if name in accepted}
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-
-
-@contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """Dropouts off; quantised modules keep their mode, since bitsandbytes repacks a weight for good when evaluated."""
-    with modes_kept(module):
-        for part in module.modules():
-            part.training = part.training and is_quantised(part)
-        yield
-
-
-def _arguments(layer: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
-
-
-def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Site]]:
-    """A copy of a captured graph that passes do not edit, and the sites in it."""
-    copied = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(graph, copies))
-
-    def of(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(of, value))
-        return copies[value] if isinstance(value, fx.Node) else value
-
-    places = [{f.name: of(getattr(site, f.name)) for f in fields(site)} for site in sites]
-    return copied, [replace(site, **place) for site, place in zip(sites, places, strict=True)]
-
-
 def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
     """Equal for layers of which one proof is enough: the same code on modules of like kinds, settings and shapes."""
     graphs = [rewrite.graph, *rewrite.functions.values()]
@@ -324,7 +170,7 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
             try:
                 fault = _Trial(rewrite, captured, sites, probe, float32=False).run()
             except Exception as error:
-                fault = Fault(None, f"on a probe of {LENGTH} tokens it fails: {_in_a_line(error)}")
+                fault = Fault(None, f"on a probe of {LENGTH} tokens it fails: {in_a_line(error)}")
         if fault is not None:
             return fault
     return None
@@ -384,7 +230,7 @@ class _Trial:
             if self.float32 and buffer.is_floating_point():
                 swapped[f"layer.{name}"] = buffer.float()
         self.parameters = [value for value in swapped.values() if value.requires_grad]
-        with _quiet(layer), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        with quiet(layer), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             return functional_call(_Within(layer, self._compare), swapped, ())
 
     # Inside, the layer's own modules hold the swapped weights.
@@ -392,9 +238,7 @@ class _Trial:
     def _compare(self) -> Fault | None:
         layer = self.rewrite.layer
         original = self._values_and_gradients(functools.partial(type(layer).forward, layer), self.given)
-        untouched = self._values_and_gradients(
-            lambda **given: _Oracle(self, given, masks=self._masks({})).run_on(given[self.entry]), self.explicit
-        )
+        untouched = self._values_and_gradients(self._captured(Changes(masks=self._masks({}))), self.explicit)
         fault = self._fault(None, original, untouched, "captured as a graph,")
         if fault is not None:
             return fault
@@ -488,38 +332,41 @@ class _Trial:
 
         For `exact`, values are those of the branch on every token, and only the gradient is that.
         """
-        planned = {s.name: s for s in self.rewrite.sites if s.treatment}
-        kept = {name: self._kept(name)[..., None] for name in planned}
-        whole: dict[str, torch.Tensor] = {}
+        pairs = list(zip(self.sites, self.rewrite.sites, strict=True))
+        planned = {site.branch: s for site, s in pairs if s.treatment}
+        keys = {site.branch: self._kept(s.name) for site, s in pairs if s.treatment}
+        whole: dict[fx.Node, torch.Tensor] = {}
 
-        def values_only(name: str, value: torch.Tensor) -> torch.Tensor:
-            if name not in planned or planned[name].treatment == "exact":
-                whole[name] = value
+        def values_only(branch: fx.Node, value: torch.Tensor) -> torch.Tensor:
+            if branch in planned and planned[branch].treatment != "exact":
+                return torch.where(keys[branch][..., None], value, 0)
+            whole[branch] = value
+            return value
+
+        def treat(branch: fx.Node, value: torch.Tensor) -> torch.Tensor:
+            if branch not in planned:
                 return value
-            return torch.where(kept[name], value, 0)
+            mask = keys[branch][..., None]
+            if planned[branch].treatment == "exact":
+                return whole[branch] + torch.where(mask, value - value.detach(), 0)
+            return torch.where(mask, value, 0)
 
-        def treat(name: str, value: torch.Tensor) -> torch.Tensor:
-            if name not in planned:
-                return value
-            if planned[name].treatment == "exact":
-                return whole[name] + torch.where(kept[name], value - value.detach(), 0)
-            return torch.where(kept[name], value, 0)
-
-        keys = {name: self._kept(name) for name in planned}
         with torch.no_grad():
-            inexact = {name: kept for name, kept in keys.items() if planned[name].treatment != "exact"}
-            _Oracle(self, self.explicit, values_only, self._masks(inexact)).run_on(self.stream)
-        masks = self._masks(keys)
-        return self._values_and_gradients(
-            lambda **given: _Oracle(self, given, treat, masks).run_on(given[self.entry]), self.explicit
-        )
+            inexact = {branch: kept for branch, kept in keys.items() if planned[branch].treatment != "exact"}
+            changes = Changes(values_only, self._masks(inexact))
+            self._captured(changes)(**{**self.explicit, self.entry: self.stream})
+        return self._values_and_gradients(self._captured(Changes(treat, self._masks(keys))), self.explicit)
+
+    def _captured(self, changes: Changes) -> Callable[..., Any]:
+        """The captured graph as a function of the layer's arguments by name."""
+        return lambda **given: run_captured(self.rewrite.layer, self.captured, self.sites, given, changes)
 
     def _kept(self, name: str) -> torch.Tensor:
         mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
         return mask.scatter_(1, self.tokens[name], True)
 
-    def _masks(self, keys: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The layer's explicit mask [B, 1, S, S], additive, by attention site: of all keys, or of these [B, S]."""
+    def _masks(self, keys: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+        """The layer's explicit mask [B, 1, S, S], additive, by attention call: of all keys, or of a branch's [B, S]."""
         mask = self.explicit.get("attention_mask")
         lowest = torch.finfo(self.stream.dtype).min
         square = isinstance(mask, torch.Tensor) and mask.dim() == 4
@@ -527,10 +374,13 @@ class _Trial:
             mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=self.stream.device).tril()
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, lowest).to(self.stream.dtype)
-        # A layer that the model hands no square mask may have an attention that takes none.
-        names = [s.name for s in self.rewrite.sites if s.site.kind == "attention" and (s.treatment or square)]
         every = torch.ones(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
-        return {name: mask.masked_fill(~keys.get(name, every)[:, None, None, :], lowest) for name in names}
+        return {
+            site.mixer: mask.masked_fill(~keys.get(site.branch, every)[:, None, None, :], lowest)
+            for site, planned in zip(self.sites, self.rewrite.sites, strict=True)
+            # A layer that the model hands no square mask may have an attention that takes none.
+            if site.kind == "attention" and (planned.treatment or square)
+        }
 
     def _fault(self, site: str | None, expected: Any, found: Any, words: str) -> Fault | None:
         (values, gradients), (other_values, other_gradients) = expected, found
@@ -601,58 +451,3 @@ class _Nothing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, K, H] -> zeros."""
         return torch.zeros_like(x)
-
-
-class _Oracle(fx.Interpreter):
-    """Runs a captured graph node by node and lets a function change the value of each branch.
-
-    Args:
-        treat: (site's name, value that its branch adds) -> the value to add.
-        masks: by site, the attention mask that its attention reads in the place of the layer's.
-    """
-
-    def __init__(
-        self,
-        trial: _Trial,
-        given: Mapping[str, Any],
-        treat: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-        masks: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        super().__init__(trial.rewrite.layer, garbage_collect_values=False, graph=trial.captured)
-        self.given, self.treat, self.entry = given, treat, trial.entry
-        sites = list(zip(trial.sites, trial.rewrite.sites, strict=True))
-        self.branches = {site.branch: planned.name for site, planned in sites}
-        self.masks = {site.mixer: (masks or {}).get(planned.name) for site, planned in sites}
-
-    def run_on(self, stream: torch.Tensor) -> Any:
-        """The layer's output for a stream [B, S, H]."""
-        self.stream = stream
-        with _eager(self.module):  # type: ignore[arg-type]
-            return self.run()
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The layer's argument of this name, or its default."""
-        name = str(target)
-        if name == self.entry:
-            return self.stream
-        if name.startswith("**"):
-            named = {str(n.target) for n in self.graph.nodes if n.op == "placeholder"}
-            return {key: value for key, value in self.given.items() if key not in named}
-        return self.given.get(name, args[0] if args else None)
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
-        """A node's arguments, with mappings spread out and the attention's mask replaced."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        kwargs = {**{k: v for k, v in kwargs.items() if k != SPLAT}, **kwargs.get(SPLAT, {})}
-        mask = self.masks.get(n)
-        if mask is not None:
-            read = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a.target == "attention_mask"]
-            args = tuple(mask if i in read else a for i, a in enumerate(args))
-            if not read:
-                kwargs["attention_mask"] = mask
-        return args, kwargs
-
-    def run_node(self, n: fx.Node) -> Any:
-        """A node's value; a branch's may be replaced."""
-        value = super().run_node(n)
-        return self.treat(self.branches[n], value) if self.treat and n in self.branches else value

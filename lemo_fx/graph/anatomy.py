@@ -12,6 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.errors import UnsupportedModelError
 
+MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+"""Attention implementations that are told what may attend to what by a mask. Others (flash attention) read cu_seqlens
+or restarting position_ids instead, which therefore must count kept tokens."""
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -10,11 +10,8 @@ from torch import fx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lemo_fx.errors import InputError
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
 from lemo_fx.kernels.select_blocks import reference as selection
-
-MASKED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-"""Attention implementations that are told what may attend to what by a mask. Others (flash attention) read cu_seqlens
-or restarting position_ids instead, which therefore must count kept tokens."""
 
 
 def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""What a decoder layer must compute once tokens are dropped: its captured graph run node by node, branch by branch.
+
+No pass, kernel or generated code takes part. Attention is transformers' eager one, handed explicit masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lemo_fx.graph.capture import SPLAT
+from lemo_fx.graph.probe import eager
+from lemo_fx.graph.sites import Site
+
+
+def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Site]]:
+    """A copy of a captured graph that passes do not edit, and the sites in it."""
+    copied = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(graph, copies))
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
+        return copies[value] if isinstance(value, fx.Node) else value
+
+    places = [{f.name: of(getattr(site, f.name)) for f in fields(site)} for site in sites]
+    return copied, [replace(site, **place) for site, place in zip(sites, places, strict=True)]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What to do otherwise than the layer does.
+
+    Attributes:
+        treat: (a branch's node, its value [B, S, H]) -> the value to add to the residual stream.
+        masks: by attention call, the additive mask [B, 1, S, S] that it reads in the place of the layer's.
+    """
+
+    treat: Callable[[fx.Node, torch.Tensor], torch.Tensor] | None = None
+    masks: Mapping[fx.Node, torch.Tensor] | None = None
+
+
+def run_captured(
+    layer: nn.Module, graph: fx.Graph, sites: Sequence[Site], given: Mapping[str, Any], changes: Changes
+) -> Any:
+    """Run a layer's captured graph.
+
+    Args:
+        given: the layer's arguments by name.
+    """
+    with eager(layer):
+        return _Run(layer, graph, sites, given, changes).run()
+
+
+class _Run(fx.Interpreter):
+    def __init__(
+        self, layer: nn.Module, graph: fx.Graph, sites: Sequence[Site], given: Mapping[str, Any], changes: Changes
+    ) -> None:
+        super().__init__(layer, garbage_collect_values=False, graph=graph)
+        self.given, self.changes = given, changes
+        self.branches = {site.branch for site in sites}
+        self.named = {str(n.target) for n in graph.nodes if n.op == "placeholder"}
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The layer's argument of this name, or its default."""
+        if str(target).startswith("**"):
+            return {key: value for key, value in self.given.items() if key not in self.named}
+        return self.given.get(str(target), args[0] if args else None)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        """A node's arguments, with mappings spread out and an attention's mask replaced."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        kwargs = {**{k: v for k, v in kwargs.items() if k != SPLAT}, **kwargs.get(SPLAT, {})}
+        mask = (self.changes.masks or {}).get(n)
+        if mask is not None:
+            read = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a.target == "attention_mask"]
+            args = tuple(mask if i in read else a for i, a in enumerate(args))
+            if not read:
+                kwargs["attention_mask"] = mask
+        return args, kwargs
+
+    def run_node(self, n: fx.Node) -> Any:
+        """A node's value; a branch's may be replaced."""
+        value = super().run_node(n)
+        return self.changes.treat(n, value) if self.changes.treat and n in self.branches else value

@@ -1,0 +1,154 @@
+"""What a model hands its decoder layers: recorded in a forward pass of a few tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lemo_fx.errors import LemoError
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
+from lemo_fx.graph.capture import modes_kept
+from lemo_fx.graph.sites import is_quantised
+
+BATCH, LENGTH = 2, 23
+"""Of the probe, [B, S]."""
+PADDED, DOCUMENT = 3, 8
+"""Tokens at the end of its second sample that are padding, and the token at which its second document starts."""
+FAR = 2**17
+"""Positions up to which the probe's are spread where the model names no limit."""
+Calls = dict[nn.Module, dict[str, Any]]
+"""By decoder layer, the arguments of its call by name."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model hands its decoder layers in a forward pass of a few tokens.
+
+    Attributes:
+        calls: under the model's own attention implementation.
+        explicit: under eager attention, whose masks say everything.
+        padded: whether the second sample has padding.
+    """
+
+    calls: Calls
+    explicit: Calls
+    padded: bool
+
+
+@contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Transformers' eager attention in a module, whose masks say everything."""
+    found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+    configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+    own = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, own, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
+    """Run the model on a few tokens without gradient, with padding and without; keep what its layers are handed.
+
+    Raises:
+        LemoError: the model does not run on plain token ids, naming why.
+    """
+    runner = causal_model(model) or model
+    own = {
+        getattr(getattr(m, "config", None), "_attn_implementation", None) for layer in layers for m in layer.modules()
+    }
+    masked = own <= {None, *MASKED_IMPLEMENTATIONS}
+    probes = []
+    try:
+        for padded in (True, False):
+            inputs = probe_inputs(runner, masked, padded)
+            calls = _recorded(runner, layers, inputs)
+            with eager(runner):
+                explicit = _recorded(runner, layers, inputs)
+            probes.append(Probe(calls, explicit, padded))
+    except Exception as error:
+        raise LemoError(in_a_line(error)) from error
+    return probes
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's type and first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[str, Any]) -> Calls:
+    """By layer, the arguments of its first call, by name."""
+    calls: Calls = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(layer, {**dict(zip(_arguments(layer), args, strict=False)), **kwargs})
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
+    try:
+        with (
+            quiet(runner),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            runner(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, attributes, buffers in states:
+            # A RoPE that follows the length has grown to that of the probe.
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+    return calls
+
+
+def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any]:
+    """Token ids, positions up to the longest, and a mask, without which these would be taken for documents'."""
+    accepted = inspect.signature(runner.forward).parameters
+    device = next(p.device for p in runner.parameters())
+    generator = torch.Generator().manual_seed(0)
+    config: Any = runner.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator)
+    longest = max(longest_context(config) or FAR, LENGTH)
+    # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
+    spread = torch.linspace(0, longest - 1, LENGTH).long()
+    rows = [spread, spread] if masked else [torch.arange(LENGTH), torch.arange(longest - LENGTH, longest)]
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, -PADDED:] = 0
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.stack(rows),
+        "use_cache": False,
+    }
+    given = {name: value for name, value in inputs.items() if name in accepted}
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Dropouts off; quantised modules keep their mode, since bitsandbytes repacks a weight for good when evaluated."""
+    with modes_kept(module):
+        for part in module.modules():
+            part.training = part.training and is_quantised(part)
+        yield
+
+
+def _arguments(layer: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
