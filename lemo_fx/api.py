@@ -80,8 +80,8 @@ def transform(
 
     Raises:
         ConfigError: the plan does not fit the model.
-        UnsupportedModelError: no decoder layer can be rewritten, or one that should be cannot, naming module and node;
-            or the model runs under tensor, context or sequence parallelism, or in wrappers that hide its layers.
+        UnsupportedModelError: no branch of any decoder layer can be rewritten, naming module and node; or the model
+            runs under tensor, context or sequence parallelism, or in wrappers that hide its layers.
         PredictorError: `stand_in` or `predicted` without what they need.
         StorageError: `dump` cannot be written to.
     """

@@ -22,7 +22,7 @@ from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
-from lemo_fx.passes.insert_elimination import COMPACT
+from lemo_fx.passes.insert_elimination import compacting
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
@@ -388,7 +388,7 @@ def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimina
         for argument in node.all_input_nodes:
             target = str(argument.target)
             # Every layer argument that a branch reads must be one whose shortening to the kept tokens is known.
-            known = argument is rewrite.entry or target in COMPACT or target in PASSED_THROUGH
+            known = argument is rewrite.entry or compacting(argument) is not None or target in PASSED_THROUGH
             if argument.op == "placeholder" and not known:
                 return (
                     f"node {node.name!r} reads the layer argument {target!r}, and how that follows the kept tokens is "

@@ -9,19 +9,27 @@ What becomes of the other tokens: `skip` adds nothing; `stand_in` runs a linear 
 itself without gradient (attention needs every token for that, an MLP the dropped ones, see rows_for_values).
 """
 
+from collections.abc import Callable
+
 from torch import fx
 
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input
 from lemo_fx.runtime import branch, kept
 
-COMPACT = {
+COMPACT: dict[str, Callable] = {
     "attention_mask": kept.compact_mask,
     "position_embeddings": kept.compact_rows,
     "position_ids": kept.compact_positions,
-    "**kwargs": kept.compact_kwargs,
 }
 """How each layer argument that runs along the sequence follows the kept tokens."""
+
+
+def compacting(argument: fx.Node) -> Callable | None:
+    """How a layer argument follows the kept tokens; None where that is not known."""
+    if argument.op != "placeholder":
+        return None
+    return kept.compact_kwargs if str(argument.target).startswith("**") else COMPACT.get(str(argument.target))
 
 
 def insert_elimination(rewrite: LayerRewrite) -> int:
@@ -50,7 +58,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
     if planned.score == "shared":
         planned.tokens = next(p.tokens for p in rewrite.sites if p.site.kind == "attention" and p.tokens)
     else:
-        mask = rewrite.placeholder("attention_mask")
+        mask = rewrite.argument("attention_mask")
         planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
     branch = _branch_region(planned)
     rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
@@ -67,7 +75,7 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
     compact: dict[fx.Node, fx.Node] = {}
     length = rewrite.length()
     for argument in planned.site.mixer.all_input_nodes:
-        function = COMPACT.get(str(argument.target)) if argument.op == "placeholder" else None
+        function = compacting(argument)
         if function is not None:
             name = f"{argument.name.strip('_')}_kept"
             args: tuple = (argument, planned.tokens, length)

@@ -18,7 +18,7 @@ def insert_probes(rewrite: LayerRewrite) -> int:
         site = planned.site
         seen: tuple[fx.Node | None, ...] = (normed_input(rewrite, site), site.branch)
         if planned.scores is not None:
-            seen += (site.stream, planned.scores, rewrite.placeholder("attention_mask"))
+            seen += (site.stream, planned.scores, rewrite.argument("attention_mask"))
         # Nobody uses the result, so no dead-code elimination may follow.
         with rewrite.graph.inserting_before(site.add):
             call(rewrite.graph, f"lemo_{planned.name}_probe", seen, f"{planned.name}_seen")

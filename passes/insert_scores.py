@@ -35,14 +35,14 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         return call(rewrite.graph, target, (rewrite.entry,), name)
     site = planned.site
     if planned.score == "predicted" and site.kind == "attention":
-        args: tuple = (site.stream, rewrite.placeholder("attention_mask"))
+        args: tuple = (site.stream, rewrite.argument("attention_mask"))
         if kept.numbers_documents(site.mixer, rewrite.graph):
-            args += (rewrite.placeholder("position_ids"), rewrite.placeholder("**kwargs"))
+            args += (rewrite.argument("position_ids"), rewrite.others)
         return call(rewrite.graph, target, args, name)
     before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
     values = {}
     if planned.score == "predicted":
-        args = (site.stream, rewrite.placeholder("attention_mask"))
+        args = (site.stream, rewrite.argument("attention_mask"))
         tokens = call(rewrite.graph, f"lemo_{planned.name}_candidates", args, f"{planned.name}_candidates")
         name_of_rows = f"{planned.name}_candidate_rows"
         values[site.stream] = call(rewrite.graph, kept.take, (site.stream, tokens), name_of_rows, region)

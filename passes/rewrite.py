@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -62,6 +63,14 @@ class PlannedSite:
     rest: fx.Node | None = None
 
 
+def inventory(layer: nn.Module) -> list[tuple[Any, ...]]:
+    """What a pass must not change: which modules a layer has, of which classes, with which attributes and weights."""
+    return [
+        (name, id(module), type(module), sorted(vars(module)), [(n, id(p)) for n, p in module._parameters.items()])
+        for name, module in layer.named_modules()
+    ]
+
+
 @dataclass
 class LayerRewrite:
     """The state that flows through the pipeline for one decoder layer.
@@ -75,6 +84,7 @@ class LayerRewrite:
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
         modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
         functions: graphs of the outlined functions by name.
+        untouched: the layer's inventory before any pass.
     """
 
     layer: nn.Module
@@ -86,6 +96,9 @@ class LayerRewrite:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.untouched = inventory(self.layer)
+
     @property
     def entry(self) -> fx.Node:
         """The layer's input stream."""
@@ -96,13 +109,26 @@ class LayerRewrite:
         found = next((n for n in self.graph.nodes if n.target == "size" and n.args == (self.entry, 1)), None)
         if found is not None:
             return found
+        return self._at_entry("size", self.entry, 1, name="length")
+
+    def argument(self, name: str) -> fx.Node | None:
+        """The layer argument of this name, which may be one of its `**kwargs`."""
+        arguments = {str(n.target): n for n in self.graph.nodes if n.op == "placeholder"}
+        if name in arguments or self.others is None:
+            return arguments.get(name)
+        others = self.others
+        known = next((n for n in others.users if n.target == "get" and n.args == (others, name)), None)
+        return self._at_entry("get", others, name, name=name) if known is None else known
+
+    @property
+    def others(self) -> fx.Node | None:
+        """The layer's `**kwargs`, by whatever name."""
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and str(n.target).startswith("**")), None)
+
+    def _at_entry(self, method: str, *args: Any, name: str) -> fx.Node:
         *_, last = (n for n in self.graph.nodes if n.op == "placeholder")
         with self.graph.inserting_after(last):
-            return self.graph.create_node("call_method", "size", (self.entry, 1), name="length")
-
-    def placeholder(self, name: str) -> fx.Node | None:
-        """The layer argument of this name."""
-        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.target == name), None)
+            return self.graph.create_node("call_method", method, args, name=name)
 
 
 def clone(

@@ -156,9 +156,9 @@ class RunningMean(nn.Module):
         return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
 
 
-def mixing(layers=2, checkpointing=False):
+def mixing(layers=2, checkpointing=False, **settings):
     """MLPs that read every token."""
-    model = tiny("llama", layers)
+    model = tiny("llama", layers, **settings)
     for layer in model.model.layers:
         layer.mlp = nn.Sequential(layer.mlp, RunningMean())
     if checkpointing:
@@ -202,7 +202,7 @@ def test_checkpointing_covers_a_refused_branch(mlp):
 
 
 def test_a_model_in_which_nothing_can_be_rewritten():
-    model = mixing()
+    model = mixing(attention="eager")
     for layer in model.model.layers:
         layer.unused, layer.self_attn = layer.self_attn, copy.copy(layer.self_attn)
         layer.self_attn.is_causal = False
@@ -230,6 +230,20 @@ def replaced(forward, layers=1):
     for layer in model.model.layers:
         layer.__class__ = type(original.__name__, (original,), {"forward": forward})
     return model
+
+
+def test_a_layer_that_takes_its_mask_and_positions_in_a_mapping():
+    def passes_on(self, hidden_states, **options):
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    inputs = batch(2, 48, "both")
+    for treatment in ("skip", "exact"):
+        site = Elimination(keep=0.5, eliminated=treatment, score="measured")
+        plan = LemoConfig(site, site, block_size=8, dense_layers=())
+        expected = step(lemo_fx.transform(tiny("llama", 2), plan), inputs)
+        model = lemo_fx.transform(replaced(passes_on, 2), plan)
+        assert_same_step(step(model, inputs), expected, "fp32")
 
 
 def test_an_unknown_layer_argument():

@@ -159,13 +159,18 @@ def block_pairs(
 def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int, renumber: bool) -> dict[str, Any]:
     """The layer's remaining keyword arguments for the kept tokens.
 
-    `cu_seq_lens_*` count kept tokens per document, position_ids as in `compact_positions`; any other tensor of shape
-    [1 or B, S, ...] is indexed; everything else passes through.
+    What may as well be an argument of its own is treated as that: the mask, position embeddings. `cu_seq_lens_*` count
+    kept tokens per document, position_ids as in `compact_positions`; any other tensor of shape [1 or B, S, ...] is
+    indexed; everything else passes through.
     """
     compact: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "position_ids":
             compact[name] = compact_positions(value, tokens, length, renumber)
+        elif name == "attention_mask":
+            compact[name] = compact_mask(value, tokens, length)
+        elif name == "position_embeddings":
+            compact[name] = compact_rows(value, tokens, length)
         elif name.startswith("cu_seq_lens") and isinstance(value, torch.Tensor):
             compact[name] = torch.searchsorted(tokens[0].contiguous(), value.long().contiguous()).to(value.dtype)
         elif _runs_along(value, tokens.shape[0], length):

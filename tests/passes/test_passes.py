@@ -10,6 +10,7 @@ from lemo_fx.graph.sites import find_sites
 from lemo_fx.install import graph_module
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_exact, restore_op
+from lemo_fx.passes import pipeline
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
@@ -245,6 +246,67 @@ class TestTheChecker:
         remove_dead_nodes(rewrite.graph)
         with pytest.raises(GraphCheckError, match=r"of the branch mlp_0 is still there"):
             check(rewrite, "the break")
+
+    def test_eliminated_rows_added_without_a_restore(self):
+        rewrite = finished()
+        output = next(n for n in rewrite.graph.nodes if n.op == "output")
+        rows = self.node(rewrite, eliminate_op)
+        with rewrite.graph.inserting_before(output):
+            output.args = (rewrite.graph.call_function(torch.add, (output.args[0], rows)),)
+        self.refuses(rewrite, "returns eliminated rows")
+
+    def test_a_whole_branch_restored_as_if_it_were_rows(self):
+        rewrite = finished()
+        restored = self.node(rewrite, restore_op)
+        with rewrite.graph.inserting_before(restored):
+            whole = rewrite.graph.call_module("first", (restored.args[0],))
+        restored.args = (restored.args[0], whole, restored.args[2])
+        self.refuses(rewrite, "of another length")
+
+    def test_a_choice_within_a_region(self):
+        rewrite = rewrite_of(Layer())
+        insert_scores(rewrite)
+        insert_elimination(rewrite)
+        chosen = rewrite.sites[0].tokens
+        chosen.meta[META] = rewrite.sites[0].output.meta[META]
+        with pytest.raises(GraphCheckError, match="chooses blocks within the region lemo_mlp_0_branch"):
+            check(rewrite, "the break")
+
+    def test_a_choice_within_a_function(self):
+        rewrite = finished()
+        body = rewrite.functions["lemo_mlp_0_branch"]
+        output = next(n for n in body.nodes if n.op == "output")
+        with body.inserting_before(output):
+            output.args = (body.call_module("lemo_mlp_0_select", (output.args[0],)),)
+        self.refuses(rewrite, "lemo_mlp_0_branch chooses blocks")
+
+    @pytest.mark.parametrize("change", ["module", "class", "attribute", "parameter"])
+    def test_a_pass_that_changes_the_layer(self, change, monkeypatch):
+        def meddle(rewrite):
+            layer = rewrite.layer
+            if change == "module":
+                layer.add_module("more", nn.Linear(1, 1))
+            elif change == "class":
+                layer.first.__class__ = nn.Bilinear
+            elif change == "attribute":
+                layer.scale = 2
+            else:
+                layer.second.weight = nn.Parameter(layer.second.weight.detach())
+            return 1
+
+        monkeypatch.setattr(pipeline, "PASSES", (*PASSES[:2], meddle, *PASSES[2:]))
+        with pytest.raises(GraphCheckError, match="after meddle: the pass changed the layer itself"):
+            run_passes(rewrite_of(Layer()))
+
+    def test_every_pass_is_checked(self, monkeypatch):
+        def adds_to_itself(rewrite):
+            restored = self.node(rewrite, restore_op)
+            restored.args = (restored.args[0], restored.args[0], restored.args[2])
+            return 1
+
+        monkeypatch.setattr(pipeline, "PASSES", (*PASSES[:3], adds_to_itself, *PASSES[3:]))
+        with pytest.raises(GraphCheckError, match="after adds_to_itself"):
+            run_passes(rewrite_of(Layer()))
 
     def test_a_graph_out_of_order(self):
         rewrite = finished()
