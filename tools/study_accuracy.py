@@ -140,6 +140,8 @@ ROUNDED = {
 PLAIN = {
     **{f"plain-{keep}-{keys}": Exact(keep, keys=keys) for keep in KEEPS for keys in ("kept", "every", "complete")},
     **{f"plain-balanced-{name}": Exact(0.5, 0.6, float8=float8) for name, float8 in ROUNDED.items()},
+    "plain-careful": Exact(0.4375, 0.5),
+    "plain-fast": Exact(0.375, 0.6, float8=Float8()),
 }
 DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
 # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
@@ -250,7 +252,7 @@ class Texts:
             "perplexity_last_quarter": math.exp(losses[:, -(losses.shape[1] // 4) :].mean().item()),
             "window_nats": [round(x, 5) for x in losses.mean(1).tolist()],
         }
-        if self.key is not None:
+        if self.key is not None and self.key.any():
             result["perplexity_key"] = math.exp(losses[self.key].mean().item())
             result["key_share"] = round(self.key.float().mean().item(), 5)
         for name, (ids, answer) in self.probes.items():
@@ -478,7 +480,7 @@ def train(
     wait(device)
     values = torch.stack(losses).tolist()
     if not all(map(math.isfinite, values)):
-        raise RuntimeError(f"{name}: the training loss is not finite")
+        raise ArithmeticError(f"{name}: the training loss is not finite")
     times = [between(*pair) for pair in durations]
     result = {
         "plan": name,
@@ -573,7 +575,10 @@ def run(
     timing: Annotated[bool, typer.Option(help="note step times: not where runs share a GPU")] = True,
     minutes: Annotated[float, typer.Option(help="start no further run after this long")] = 1e9,
 ) -> None:
-    """Make the runs that are not in the results yet, every plan of a seed before the next seed."""
+    """Make the runs that are not in the results yet, every plan of a seed before the next seed.
+
+    A run whose loss is not finite is named and leaves no result.
+    """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plans.each(chosen, plan_named)
@@ -605,7 +610,11 @@ def run(
             print(f"out of time: {len(todo) - number} runs are left", flush=True)
             break
         start = time.perf_counter()
-        row = train(plan, base, data, seed, args, device, fitted)
+        try:
+            row = train(plan, base, data, seed, args, device, fitted)
+        except ArithmeticError as error:
+            print(f"seed {seed}: {error}", flush=True)
+            continue
         row.update(task=kind, arguments=asdict(args), seconds=round(time.perf_counter() - start, 1))
         write(results, row, device)
 
