@@ -130,8 +130,8 @@ ROUNDED = {
     "float8-weights": Float8(inputs=False),
     "float8-inputs": Float8(weights=False),
     "float8-slow": Float8(fast=False),
-    "float8-but-down": Float8(but=("down_proj",)),
-    "float8-but-first-four": Float8(first=4),
+    "float8-but-kv": Float8(but=("k_proj", "v_proj")),
+    "float8-but-qkv": Float8(but=("q_proj", "k_proj", "v_proj")),
     "float8-redraw": Float8(redraw=True),
     "float8-finish": Float8(until=0.85),
     "float8-redraw-finish": Float8(redraw=True, until=0.9),
@@ -688,7 +688,8 @@ class Summary:
     """One plan at one context over its seeds; gaps are to plain LoRA of the same seed, in percent of perplexity.
 
     Attributes:
-        gaps, last_gaps: over all tokens, and over the last quarter of every window; one figure a seed.
+        gaps, last_gaps, key_gaps: over all tokens, the last quarter of every window and key tokens (none where a study
+            did not look for them); one figure a seed.
         sparse_gap: of the sparse forward, to plain LoRA's dense one.
         keys: nats per answer token and share of right answers, by probe.
         step, memory: shares of plain LoRA's in the same study (eager, not checkpointed).
@@ -699,6 +700,7 @@ class Summary:
     context: int
     gaps: list[float]
     last_gaps: list[float]
+    key_gaps: list[float]
     sparse_gap: float | None
     keys: dict[str, tuple[float, float]]
     step: float | None
@@ -746,6 +748,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
                 context,
                 gaps("perplexity"),
                 gaps("perplexity_last_quarter"),
+                gaps("perplexity_key") if "perplexity_key" in pairs[0][0] else [],
                 sparse,
                 keys,
                 mean("step_ms"),
@@ -777,6 +780,9 @@ def speeds(benches: list[Path], names: Iterable[str]) -> dict[str, tuple[float, 
         except ValueError:
             # What did not pay is gone from the code and stays in the results.
             continue
+        if plan.plain:
+            # Written without regard to time.
+            continue
         if "measured" in repr(plan.config):
             # The benchmark's `skip` goes by predictors.
             continue
@@ -800,8 +806,11 @@ def table(
 ) -> None:
     """The gaps to plain LoRA as a table, and gap against speed as a picture."""
     summaries = summarise(read_results(results))
-    fast = speeds([Path(name) for name in bench.split(",") if name], {s.plan for s in summaries} - {"none"})
-    head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "no key", "1 key", "4 keys"]
+    benches = [Path(name) for name in bench.split(",") if name]
+    fast = speeds(benches, {s.plan for s in summaries} - {"none"}) if benches else {}
+    keyed = any(s.key_gaps for s in summaries)
+    head = ["context", "plan", "seeds", "gap", "last quarter", *(["key tokens"] if keyed else [])]
+    head += ["sparse forward", "no key", "1 key", "4 keys"]
     head += ["step", "memory"]
     head += ["32K, 8B: times faster", "memory"] if fast else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -809,6 +818,7 @@ def table(
         spread = "" if s.spread is None else f" ± {s.spread:.2f}"
         cells = [
             f"{s.context:,}", s.plan, len(s.gaps), f"{s.gap:+.2f}{spread} %", f"{statistics.fmean(s.last_gaps):+.2f} %",
+            *([f"{statistics.fmean(s.key_gaps):+.2f} %" if s.key_gaps else ""] if keyed else []),
             "" if s.sparse_gap is None else f"{s.sparse_gap:+.1f} %",
             *(f"{s.keys[k][0]:.2f} nats, {s.keys[k][1]:.0%}" if k in s.keys else "" for k in KEYS),
             *("" if share is None else f"{share:.2f}" for share in (s.step, s.memory)),
