@@ -524,6 +524,9 @@ def main() -> None:
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "corpus-packages", help="where packages are unpacked"
     )
     parser.add_argument("--max-mb", type=float, default=200.0, help="most clean text in total; every cap shrinks alike")
+    parser.add_argument("--packages", help="only these, by name; commas")
+    parser.add_argument("--shortest", type=int, default=SHORTEST_DOCUMENT, help="characters of a document, at least")
+    parser.add_argument("--heldout-one-in", type=int, default=HELDOUT_ONE_IN, help="documents")
     parser.add_argument("--demo-documents", action="store_true", help="only write the demo's documents into OUT")
     args = parser.parse_args()
     if args.demo_documents:
@@ -536,12 +539,16 @@ def main() -> None:
     seen: set[bytes] = set()
     collected: dict[str, list[tuple[str, str]]] = {}
     sources = []
+    names = [package.name for package in PACKAGES if package.name not in DEMO_PACKAGES]
+    wanted = args.packages.split(",") if args.packages else names
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"--packages: {unknown[0]} is none of {', '.join(names)}")
     for package in PACKAGES:
-        if package.name in DEMO_PACKAGES:
+        if package.name not in wanted:
             continue
         start = time.perf_counter()
         root, version = fetch_package(package.name, args.work)
-        documents = [d for d in package_documents(package, root, seen) if len(d[1]) >= SHORTEST_DOCUMENT]
+        documents = [d for d in package_documents(package, root, seen) if len(d[1]) >= args.shortest]
         collected[package.name] = documents
         size = sum(len(text) for _, text in documents)
         sources.append({"package": package.name, "version": version, "licence": package.licence})
@@ -566,7 +573,7 @@ def main() -> None:
             if name not in kept:
                 continue
             size = len(text.encode())
-            held = stable_hash(name) % HELDOUT_ONE_IN == 0
+            held = stable_hash(name) % args.heldout_one_in == 0
             (heldout if held else train).append(text)
             counts["files"] += 1
             counts["heldout_bytes" if held else "train_bytes"] += size

@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import long_tasks
 import numpy as np
 import peft
+import plain_exact
 import plans
 import rivals
 import torch
@@ -33,6 +35,7 @@ from bench_model import between, environment, mark, wait
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from plain_exact import Exact, Float8
 from plot_benchmarks import words
 from train_small_model import WindowSampler, encode_documents, learning_rate_share, read_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,6 +59,9 @@ PROBES = (0, 1, 4)
 KEYS = tuple(f"keys-{keys}" for keys in PROBES)
 BENCH_TOKENS = 32768
 """Length at which `bench_model` says how fast a plan is."""
+SHORT_CONTEXT, SURPRISE = 1024, 2.0
+"""Key tokens: those that the base predicts at least so many nats better with the whole window before them than with at
+most so many tokens, and with at most so many nats (LongPPL, arXiv 2410.23771)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Plan:
         steps: steps of this run as a multiple of the others'.
         finish: share of the steps, at the end, that run dense.
         rival: a context that changes the model while it trains, from `rivals`.
+        plain: elimination as `plain_exact` does it, in the place of `config`.
         rate: learning rate as a multiple of the others'.
         windows: windows of a step as a multiple of the others'.
     """
@@ -78,6 +85,7 @@ class Plan:
     steps: float = 1.0
     finish: float = 0.0
     rival: Callable[[Any], Any] | None = None
+    plain: Exact | None = None
     rate: float = 1.0
     windows: float = 1.0
 
@@ -103,6 +111,7 @@ def unequal(attention: float, mlp: float) -> Plan:
     return Plan(replace(config, mlp=replace(config.attention, keep=mlp)))
 
 
+KEEPS = (0.0625, 0.125, 0.25, 0.5)
 MORE_STEPS = {
     "step-0.375-float8": 1.36,
     "step-0.5-both-float8": 1.28,
@@ -113,18 +122,42 @@ MORE_STEPS = {
     "step-0.25-both-float8-last-two": 1.58,
 }
 """As many as fit into 0.6 of LoRA's time at the speed that was measured or expected then."""
+NOTHING = Float8(forward=False, recompute=False, gradient=False, dense=False)
+ROUNDED = {
+    "bf16": None,
+    "float8": Float8(),
+    **{f"float8-{part}": replace(NOTHING, **{part: True}) for part in ("forward", "recompute", "gradient", "dense")},
+    "float8-weights": Float8(inputs=False),
+    "float8-inputs": Float8(weights=False),
+    "float8-slow": Float8(fast=False),
+    "float8-but-kv": Float8(but=("k_proj", "v_proj")),
+    "float8-but-qkv": Float8(but=("q_proj", "k_proj", "v_proj")),
+    "float8-redraw": Float8(redraw=True),
+    "float8-finish": Float8(until=0.85),
+    "float8-redraw-finish": Float8(redraw=True, until=0.9),
+}
+"""What of "balanced" (keep 0.5, slope 0.6) is rounded, and how."""
+PLAIN = {
+    **{f"plain-{keep}-{keys}": Exact(keep, keys=keys) for keep in KEEPS for keys in ("kept", "every", "complete")},
+    **{f"plain-balanced-{name}": Exact(0.5, 0.6, float8=float8) for name, float8 in ROUNDED.items()},
+    "plain-careful": Exact(0.4375, 0.5),
+    "plain-fast": Exact(0.375, 0.6, float8=Float8()),
+}
 DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
 # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
 RAMP = 0.25 * 11 / 9
 PLANS: dict[str, Plan] = {
     "lora": Plan(),
     "lora-0.5-steps": Plan(steps=0.5),
+    "lora-0.45-steps": Plan(steps=0.45),
+    "lora-0.33-steps": Plan(steps=0.33),
     "lora-half-batch": Plan(windows=0.5),
     "lora-half-rate": Plan(rate=0.5),
     "lora-double-rate": Plan(rate=2.0),
     "truncated-0.5": Plan(tokens=0.5),
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
+    **{name: Plan(plain=plain) for name, plain in PLAIN.items()},
     "longlora": Plan(rival=rivals.shifted_groups),
     "tokentune-0.25": like("step-0.25", rival=rivals.full_keys),
     "lemo": Plan(deeper_half(score="measured")),
@@ -176,15 +209,120 @@ def plan_named(name: str) -> Plan:
 
 @dataclass
 class Texts:
-    """Tokens of the study: training windows by seed, held-out windows and retrieval probes of one context."""
+    """Running text: training windows by seed, held-out windows and retrieval probes of one context."""
 
     train: list[np.ndarray]
     heldout: torch.Tensor
     probes: dict[str, tuple[torch.Tensor, torch.Tensor]]
     separator: int
+    key: torch.Tensor | None = None
+    """[N, S - 1] bool: which of the held-out tokens a long context is needed for."""
+
+    def sampler(self, context: int, seed: int, device: torch.device) -> Callable[[int], tuple[Any, Any]]:
+        """rows -> (ids, labels), [rows, context] each."""
+        windows = WindowSampler(self.train, context, self.separator, device, seed)
+        return lambda rows: (windows.batch(rows)[0],) * 2
+
+    @staticmethod
+    def cut(x: torch.Tensor, length: int) -> torch.Tensor:
+        """What is left of windows that are cut."""
+        return x[:, :length]
+
+    def look_at(self, model: torch.nn.Module, batch: int) -> None:
+        """Find the key tokens, by what the base predicts."""
+        long = token_losses(model.eval(), self.heldout, batch)
+        short = torch.full_like(long, -torch.inf)
+        stride = SHORT_CONTEXT // 2
+        for start in range(0, self.heldout.shape[1] - SHORT_CONTEXT + 1, stride):
+            part = token_losses(model, self.heldout[:, start : start + SHORT_CONTEXT], 8 * batch)
+            # What the window before this one has predicted from less stays; the rest has at least a stride before it.
+            first = stride if start else 0
+            short[:, start + first : start + SHORT_CONTEXT - 1] = part[:, first:]
+        self.key = (short - long > SURPRISE) & (long < SURPRISE)
+
+    def quick(self, model: torch.nn.Module, batch: int) -> float:
+        """Perplexity of a quarter of the held-out windows."""
+        return math.exp(token_losses(model, self.heldout[: max(1, len(self.heldout) // 4)], batch).mean().item())
+
+    def figures(self, model: torch.nn.Module, batch: int) -> dict[str, Any]:
+        """Held-out figures of a model in eval()."""
+        losses = token_losses(model, self.heldout, batch)
+        result: dict[str, Any] = {
+            "perplexity": math.exp(losses.mean().item()),
+            "perplexity_last_quarter": math.exp(losses[:, -(losses.shape[1] // 4) :].mean().item()),
+            "window_nats": [round(x, 5) for x in losses.mean(1).tolist()],
+        }
+        if self.key is not None and self.key.any():
+            result["perplexity_key"] = math.exp(losses[self.key].mean().item())
+            result["key_share"] = round(self.key.float().mean().item(), 5)
+        for name, (ids, answer) in self.probes.items():
+            result[name] = retrieval(model, ids, answer, batch)
+        return result
+
+
+@dataclass
+class Questions:
+    """A task of `long_tasks`: training sequences by seed, and held-out ones."""
+
+    task: long_tasks.Task
+    heldout: torch.Tensor
+    owners: torch.Tensor
+    everything: bool
+    """Whether the loss counts all tokens, not those of answers alone."""
+
+    def sampler(self, context: int, seed: int, device: torch.device) -> Callable[[int], tuple[Any, Any]]:
+        """rows -> (ids, labels), [rows, context] each."""
+        random = np.random.default_rng((1, seed))
+
+        def draw(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, owners = (x.to(device) for x in self.task.batch(random, rows))
+            return ids, ids if self.everything else ids.masked_fill(owners == 0, -100)
+
+        return draw
+
+    @staticmethod
+    def cut(x: torch.Tensor, length: int) -> torch.Tensor:
+        """What is left of sequences that are cut: their end, where the questions are."""
+        return x[:, -length:]
+
+    def look_at(self, model: torch.nn.Module, batch: int) -> None:
+        """Nothing is to be known of the base."""
+
+    def quick(self, model: torch.nn.Module, batch: int) -> tuple[float, float]:
+        """Exact match and nats of a quarter of the held-out questions."""
+        return self._answers(model, batch, max(1, len(self.heldout) // 4))
+
+    def figures(self, model: torch.nn.Module, batch: int) -> dict[str, Any]:
+        """Held-out figures of a model in eval()."""
+        match, nats = self._answers(model, batch, len(self.heldout))
+        return {"match": match, "nats": nats}
+
+    def _answers(self, model: torch.nn.Module, batch: int, count: int) -> tuple[float, float]:
+        first = int((self.owners > 0).any(0).nonzero()[0])
+        nats, right = [], []
+        for ids, owners in zip(self.heldout[:count].split(batch), self.owners[:count].split(batch), strict=True):
+            with half_precision(ids.device), torch.no_grad():
+                logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - first + 1).logits
+            loss, match = long_tasks.exact_match(logits, ids[:, first - 1 :], owners[:, first - 1 :])
+            nats.append(loss)
+            right.append(match.float())
+        return torch.cat(right).mean().item(), torch.cat(nats).mean().item()
+
+
+Data = Texts | Questions
+
+
+def load_questions(
+    base: Path, name: str, context: int, windows: int, device: torch.device, everything: bool
+) -> Questions:
+    """A task, and held-out sequences of it that no training draws."""
+    task = long_tasks.make(name, AutoTokenizer.from_pretrained(base), context)
+    ids, owners = (x.to(device) for x in task.batch(np.random.default_rng((0, 0)), windows))
+    return Questions(task, ids, owners, everything)
 
 
 def load_texts(base: Path, corpus: Path, context: int, windows: int, device: torch.device) -> Texts:
+    """The corpus as tokens of the base, and `windows` held-out windows."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     separator = tokenizer.eos_token_id
     train = encode_documents(tokenizer, read_documents(corpus / "train.txt.xz"))
@@ -274,22 +412,16 @@ def retrieval(model: torch.nn.Module, ids: torch.Tensor, answer: torch.Tensor, b
 
 
 def evaluate(
-    model: torch.nn.Module, texts: Texts, batch: int, config: LemoConfig | None, predictors: lemo_fx.Predictors | None
+    model: torch.nn.Module, data: Data, batch: int, config: LemoConfig | None, predictors: lemo_fx.Predictors | None
 ) -> dict[str, Any]:
     """Held-out figures of the dense model with the trained adapter, and of the sparse forward of `config`."""
     model.eval()
-    losses = token_losses(model, texts.heldout, batch)
-    result: dict[str, Any] = {
-        "perplexity": math.exp(losses.mean().item()),
-        "perplexity_last_quarter": math.exp(losses[:, -(losses.shape[1] // 4) :].mean().item()),
-        "window_nats": [round(x, 5) for x in losses.mean(1).tolist()],
-    }
-    for name, (ids, answer) in texts.probes.items():
-        result[name] = retrieval(model, ids, answer, batch)
-    if config is not None and any(site.eliminated != "exact" for site in config.eliminations):
-        with half_precision(texts.heldout.device):
+    result = data.figures(model, batch)
+    sparse = config is not None and any(site.eliminated != "exact" for site in config.eliminations)
+    if sparse and isinstance(data, Texts):
+        with half_precision(data.heldout.device):
             lemo_fx.transform(model, replace(config, active="always"), predictors=predictors)
-        result["sparse_perplexity"] = math.exp(token_losses(model, texts.heldout, batch).mean().item())
+        result["sparse_perplexity"] = math.exp(token_losses(model, data.heldout, batch).mean().item())
     model.train()
     return result
 
@@ -297,7 +429,7 @@ def evaluate(
 def train(
     name: str,
     base: Path,
-    texts: Texts,
+    texts: Data,
     seed: int,
     args: Arguments,
     device: torch.device,
@@ -315,13 +447,15 @@ def train(
         lemo_fx.transform(model, config or DENSE, predictors=predictors)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0, fused=device.type == "cuda")
-    sampler = WindowSampler(texts.train, args.context, texts.separator, device, seed)
+    draw = texts.sampler(args.context, seed, device)
     steps = round(args.steps * plan.steps)
     length = round(args.context * plan.tokens)
     rows = round(args.batch * plan.windows)
     losses, durations, curve = [], [], []
-    quick = texts.heldout[: max(1, len(texts.heldout) // 4)]
-    with plan.rival(model) if plan.rival else nullcontext():
+    changed = plan.rival(model) if plan.rival else nullcontext()
+    if plan.plain:
+        changed = plain_exact.exact(model, plan.plain, seed, steps)
+    with changed:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for step in range(steps):
@@ -329,10 +463,10 @@ def train(
                 lemo_fx.set_dense(model)
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
-            ids = sampler.batch(rows)[0][:, :length]
+            ids, labels = (texts.cut(x, length) for x in draw(rows))
             start = mark(device)
             with half_precision(device):
-                loss = model(input_ids=ids, labels=ids).loss
+                loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -341,12 +475,12 @@ def train(
             durations.append((start, mark(device)))
             if args.curve and (step + 1) % args.curve == 0 and step + 1 < steps:
                 model.eval()
-                curve.append((step + 1, math.exp(token_losses(model, quick, args.batch).mean().item())))
+                curve.append((step + 1, texts.quick(model, args.batch)))
                 model.train()
     wait(device)
     values = torch.stack(losses).tolist()
     if not all(map(math.isfinite, values)):
-        raise RuntimeError(f"{name}: the training loss is not finite")
+        raise ArithmeticError(f"{name}: the training loss is not finite")
     times = [between(*pair) for pair in durations]
     result = {
         "plan": name,
@@ -359,7 +493,7 @@ def train(
         "last_loss": round(statistics.fmean(values[-5:]), 4),
         "step_ms": round(statistics.median(times), 2) if args.timing else None,
         "curve": curve,
-        "config": repr(config),
+        "config": repr(plan.plain or config),
     }
     if device.type == "cuda":
         result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
@@ -367,12 +501,14 @@ def train(
     result["kept_share"] = round(statistics.fmean(kept), 4) if kept and not plan.finish else None
     # The dense model with the adapter: in eval() a transformed model runs its original code.
     result.update(evaluate(model, texts, args.batch, config, predictors))
+    if plan.plain and plan.plain.float8 and isinstance(texts, Texts):
+        with plain_exact.in_float8(model.eval(), Float8()):
+            result["perplexity_in_float8"] = math.exp(token_losses(model, texts.heldout, args.batch).mean().item())
     return result
 
 
-def fit_stand_ins(model: torch.nn.Module, texts: Texts, config: LemoConfig, args: Arguments) -> lemo_fx.Predictors:
-    sampler = WindowSampler(texts.train, args.context, texts.separator, torch.device("cpu"), 1000)
-    sequences = sampler.batch(8)[0]
+def fit_stand_ins(model: torch.nn.Module, texts: Data, config: LemoConfig, args: Arguments) -> lemo_fx.Predictors:
+    sequences = texts.sampler(args.context, 1000, torch.device("cpu"))(8)[0]
     lemo_fx.revert(model)
     return lemo_fx.fit(model, sequences, config, rank=args.stand_in_rank, progress=False)
 
@@ -412,12 +548,14 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 
 @app.command()
 def run(
-    base: Annotated[Path, typer.Option(help="folder of the base model, from train_small_model.py")],
-    corpus: Annotated[Path, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")],
+    base: Annotated[Path, typer.Option(help="folder of the base model, from real_base.py or train_small_model.py")],
     out: Annotated[Path, typer.Option(help="folder for results.jsonl")],
     chosen: Annotated[
         str, typer.Option("--plans", help=f"comma-separated: {plans.HELP}; or one of {', '.join(PLANS)}")
     ] = ",".join(PICKED),
+    corpus: Annotated[Path | None, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")] = None,
+    task: Annotated[str | None, typer.Option(help=f"instead of a corpus, one of {', '.join(long_tasks.TASKS)}")] = None,
+    everything: Annotated[bool, typer.Option(help="of a task: the loss counts all tokens, not answers alone")] = False,
     seeds: Annotated[str, typer.Option()] = "0",
     context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,
     stretch: Annotated[
@@ -431,43 +569,88 @@ def run(
     batch: Annotated[int, typer.Option(help="windows of a step")] = 4,
     rank: Annotated[int, typer.Option(help="of the adapters")] = 16,
     rate: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
-    windows: Annotated[int, typer.Option(help="held-out windows")] = 32,
+    windows: Annotated[int, typer.Option(help="held-out windows, or sequences of a task")] = 32,
     curve: Annotated[int, typer.Option(help="evaluate on a quarter of the held-out windows every so many steps")] = 0,
     stand_in_rank: Annotated[int | None, typer.Option(help="of stand_in maps; None is the default of fit")] = None,
     timing: Annotated[bool, typer.Option(help="note step times: not where runs share a GPU")] = True,
     minutes: Annotated[float, typer.Option(help="start no further run after this long")] = 1e9,
 ) -> None:
-    """Make the runs that are not in the results yet, every plan of a seed before the next seed."""
+    """Make the runs that are not in the results yet, every plan of a seed before the next seed.
+
+    A run whose loss is not finite is named and leaves no result.
+    """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plans.each(chosen, plan_named)
+    if (corpus is None) == (task is None):
+        raise typer.BadParameter("give a corpus, or a task")
     out.mkdir(parents=True, exist_ok=True)
     args = Arguments(context, stretch, steps, batch, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
-    done = {(row["plan"], row["context"], row["seed"]) for row in read_results(results)}
-    texts = load_texts(base, corpus, context, windows, device)
-    print(f"texts ready [{time.perf_counter() - began:.0f} s]", flush=True)
+    kind = f"{task}{'-everything' if everything else ''}" if task else "text"
+    done = {(row["plan"], row["context"], row["seed"], row.get("task", "text")) for row in read_results(results)}
+    if corpus is not None:
+        data: Data = load_texts(base, corpus, context, windows, device)
+    else:
+        data = load_questions(base, task, context, windows, device, everything)
     # Figures of the base itself, with the longer RoPE base and an adapter that does nothing yet.
+    model = load_model(base, context, stretch, 0, rank, device)
+    data.look_at(model, batch)
+    print(f"{kind} ready [{time.perf_counter() - began:.0f} s]", flush=True)
+    if ("none", context, 0, kind) not in done:
+        figures = evaluate(model, data, batch, None, None)
+        write(results, {"plan": "none", "context": context, "seed": 0, "task": kind, **figures}, device)
+    del model
     todo = [(plan, int(seed)) for seed in seeds.split(",") for plan in chosen.split(",")]
     fitted: dict[str, lemo_fx.Predictors] = {}
-    if ("none", context, 0) not in done:
-        model = load_model(base, context, stretch, 0, rank, device)
-        write(
-            results,
-            {"plan": "none", "context": context, "seed": 0, **evaluate(model, texts, batch, None, None)},
-            device,
-        )
-        del model
     for number, (plan, seed) in enumerate(todo):
-        if (plan, context, seed) in done:
+        if (plan, context, seed, kind) in done:
             continue
         if time.perf_counter() - began > minutes * 60:
             print(f"out of time: {len(todo) - number} runs are left", flush=True)
             break
         start = time.perf_counter()
-        row = train(plan, base, texts, seed, args, device, fitted)
-        row.update(arguments=asdict(args), seconds=round(time.perf_counter() - start, 1))
+        try:
+            row = train(plan, base, data, seed, args, device, fitted)
+        except ArithmeticError as error:
+            print(f"seed {seed}: {error}", flush=True)
+            continue
+        row.update(task=kind, arguments=asdict(args), seconds=round(time.perf_counter() - start, 1))
         write(results, row, device)
+
+
+@app.command()
+def rounding(
+    base: Annotated[Path, typer.Option(help="as of `run`")],
+    corpus: Annotated[Path, typer.Option(help="as of `run`")],
+    out: Annotated[Path, typer.Option(help="folder for rounding.jsonl")],
+    context: Annotated[int, typer.Option()] = 8192,
+    stretch: Annotated[float, typer.Option()] = 2.0,
+    windows: Annotated[int, typer.Option()] = 16,
+) -> None:
+    """Perplexity of the base itself where products are rounded to float8: which ones cost what, without training."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    texts = load_texts(base, corpus, context, windows, device)
+    model = load_model(base, context, stretch, 0, 8, device).eval()
+    linears = tuple(TARGETS)
+    cases: dict[str, Float8 | None] = {
+        "none": None,
+        "all": Float8(),
+        "all, long sums": Float8(fast=False),
+        "weights": Float8(inputs=False),
+        "inputs": Float8(weights=False),
+        **{f"only {name}": Float8(but=tuple(x for x in linears if x != name)) for name in linears},
+        **{f"all but {name}": Float8(but=(name,)) for name in linears},
+        **{f"all but the first {first} layers": Float8(first=first) for first in (1, 2, 4, 8, 15)},
+    }
+    for name, how in cases.items():
+        with plain_exact.in_float8(model, how) if how else nullcontext():
+            losses = token_losses(model, texts.heldout, 2)
+        row = {"case": name, "context": context, "perplexity": math.exp(losses.mean().item())}
+        with (out / "rounding.jsonl").open("a") as file:
+            file.write(json.dumps({**row, "environment": environment(device, "trained")}) + "\n")
+        print(f"{name:32s} {row['perplexity']:.4f}", flush=True)
 
 
 def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
@@ -482,11 +665,16 @@ def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
         "seed",
         "perplexity",
         "perplexity_last_quarter",
+        "perplexity_key",
+        "perplexity_in_float8",
         "sparse_perplexity",
+        "match",
+        "nats",
+        "curve",
         "step_ms",
         "peak_gb",
     )
-    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in KEYS]
+    keys = [f"{name} {row[name]['nats']:.2f}/{row[name]['right']:.2f}" for name in KEYS if name in row]
     print(
         *(f"{row[name]:.3f}" if isinstance(row[name], float) else row[name] for name in shown if name in row),
         *keys,
@@ -500,7 +688,8 @@ class Summary:
     """One plan at one context over its seeds; gaps are to plain LoRA of the same seed, in percent of perplexity.
 
     Attributes:
-        gaps, last_gaps: over all tokens, and over the last quarter of every window; one figure a seed.
+        gaps, last_gaps, key_gaps: over all tokens, the last quarter of every window and key tokens (none where a study
+            did not look for them); one figure a seed.
         sparse_gap: of the sparse forward, to plain LoRA's dense one.
         keys: nats per answer token and share of right answers, by probe.
         step, memory: shares of plain LoRA's in the same study (eager, not checkpointed).
@@ -511,6 +700,7 @@ class Summary:
     context: int
     gaps: list[float]
     last_gaps: list[float]
+    key_gaps: list[float]
     sparse_gap: float | None
     keys: dict[str, tuple[float, float]]
     step: float | None
@@ -529,6 +719,7 @@ class Summary:
 
 def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
     """Every plan and context for which plain LoRA ran with the same seeds."""
+    rows = [row for row in rows if row.get("task", "text") == "text"]
     found = {(row["plan"], row["context"], row["seed"]): row for row in rows}
     summaries = []
     for plan, context in dict.fromkeys((row["plan"], row["context"]) for row in rows):
@@ -557,6 +748,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
                 context,
                 gaps("perplexity"),
                 gaps("perplexity_last_quarter"),
+                gaps("perplexity_key") if "perplexity_key" in pairs[0][0] else [],
                 sparse,
                 keys,
                 mean("step_ms"),
@@ -588,6 +780,9 @@ def speeds(benches: list[Path], names: Iterable[str]) -> dict[str, tuple[float, 
         except ValueError:
             # What did not pay is gone from the code and stays in the results.
             continue
+        if plan.plain:
+            # Written without regard to time.
+            continue
         if "measured" in repr(plan.config):
             # The benchmark's `skip` goes by predictors.
             continue
@@ -611,8 +806,11 @@ def table(
 ) -> None:
     """The gaps to plain LoRA as a table, and gap against speed as a picture."""
     summaries = summarise(read_results(results))
-    fast = speeds([Path(name) for name in bench.split(",") if name], {s.plan for s in summaries} - {"none"})
-    head = ["context", "plan", "seeds", "gap", "last quarter", "sparse forward", "no key", "1 key", "4 keys"]
+    benches = [Path(name) for name in bench.split(",") if name]
+    fast = speeds(benches, {s.plan for s in summaries} - {"none"}) if benches else {}
+    keyed = any(s.key_gaps for s in summaries)
+    head = ["context", "plan", "seeds", "gap", "last quarter", *(["key tokens"] if keyed else [])]
+    head += ["sparse forward", "no key", "1 key", "4 keys"]
     head += ["step", "memory"]
     head += ["32K, 8B: times faster", "memory"] if fast else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -620,6 +818,7 @@ def table(
         spread = "" if s.spread is None else f" ± {s.spread:.2f}"
         cells = [
             f"{s.context:,}", s.plan, len(s.gaps), f"{s.gap:+.2f}{spread} %", f"{statistics.fmean(s.last_gaps):+.2f} %",
+            *([f"{statistics.fmean(s.key_gaps):+.2f} %" if s.key_gaps else ""] if keyed else []),
             "" if s.sparse_gap is None else f"{s.sparse_gap:+.1f} %",
             *(f"{s.keys[k][0]:.2f} nats, {s.keys[k][1]:.0%}" if k in s.keys else "" for k in KEYS),
             *("" if share is None else f"{share:.2f}" for share in (s.step, s.memory)),
@@ -632,6 +831,38 @@ def table(
     print("\n".join(lines))
     if fast:
         plot(summaries, fast, out / f"{results.stem}.png")
+
+
+@app.command()
+def answers(
+    results: Annotated[Path, typer.Argument(help="results.jsonl of `run` with tasks")],
+    out: Annotated[Path, typer.Option(help="folder for the table (markdown)")],
+) -> None:
+    """Exact match and nats of tasks as a table, means and standard deviations over seeds, with the curve."""
+    rows = [row for row in read_results(results) if row.get("task", "text") != "text"]
+    lines = []
+    for task, context in dict.fromkeys((row["task"], row["context"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["context"]) == (task, context)]
+        steps = sorted({step for row in mine for step, _ in row.get("curve", [])})
+        head = ["task", "tokens", "plan", "seeds", "exact match", "nats", *(f"at {step}" for step in steps)]
+        lines += ["" if lines else None, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for plan in dict.fromkeys(row["plan"] for row in mine):
+            found = [row for row in mine if row["plan"] == plan]
+            curve = [[pair[0] for row in found for at, pair in row.get("curve", []) if at == step] for step in steps]
+            cells = [task, f"{context:,}", plan, len(found)]
+            cells += [spread([row["match"] for row in found], 3), spread([row["nats"] for row in found], 3)]
+            cells += [f"{statistics.fmean(x):.2f}" if x else "" for x in curve]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    text = "\n".join(line for line in lines if line is not None) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{results.stem}.md").write_text(text)
+    print(text, end="")
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several, standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def plot(summaries: list[Summary], fast: dict[str, tuple[float, float]], path: Path) -> None:

@@ -77,7 +77,11 @@ def train_tokenizer(documents: list[str], vocab_size: int, sample_bytes: int, se
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:
-    """Token ids of each document, encoded on all cores; long documents are cut at line ends to spread the work."""
+    """Token ids of each document, encoded on all cores; long documents are cut at line ends to spread the work.
+
+    In int16 where all of the tokenizer's fit into it, else in int32.
+    """
+    dtype = np.int16 if len(tokenizer) <= np.iinfo(np.int16).max + 1 else np.int32
     pieces: list[str] = []
     owners: list[int] = []
     for owner, text in enumerate(documents):
@@ -96,8 +100,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -
     for start in range(0, len(pieces), batch):
         encodings = backend.encode_batch_fast(pieces[start : start + batch], add_special_tokens=False)
         for owner, encoding in zip(owners[start : start + batch], encodings, strict=True):
-            parts[owner].append(np.array(encoding.ids, dtype=np.int16))
-    return [np.concatenate(part) if part else np.zeros(0, np.int16) for part in parts]
+            parts[owner].append(np.array(encoding.ids, dtype=dtype))
+    return [np.concatenate(part) if part else np.zeros(0, dtype) for part in parts]
 
 
 class WindowSampler:
@@ -108,9 +112,9 @@ class WindowSampler:
     ) -> None:
         self.length = context + 1
         self.rng = np.random.default_rng(seed)
-        self.short = [np.append(ids, np.int16(separator)) for ids in encoded if len(ids) < self.length]
+        self.short = [np.append(ids, ids.dtype.type(separator)) for ids in encoded if len(ids) < self.length]
         # The separator leads, so that the model learns what it begins a document with.
-        long = [np.concatenate(([np.int16(separator)], ids)) for ids in encoded if len(ids) >= self.length]
+        long = [np.concatenate(([ids.dtype.type(separator)], ids)) for ids in encoded if len(ids) >= self.length]
         self.long_tokens = sum(len(ids) for ids in long)
         self.short_tokens = sum(len(ids) for ids in self.short)
         if self.long_tokens + self.short_tokens < self.length:
@@ -118,7 +122,7 @@ class WindowSampler:
         self.long_starts = np.cumsum([0] + [len(ids) for ids in long])[:-1]
         self.long_lengths = np.array([len(ids) for ids in long], dtype=np.int64)
         self.device = device
-        # int16 on the device: the whole corpus is a few hundred MB, and no batch crosses the bus.
+        # In few bytes on the device: the whole corpus is a few hundred MB, and no batch crosses the bus.
         self.tokens = torch.from_numpy(np.concatenate([*long, *self.short]) if long else np.concatenate(self.short))
         self.tokens = self.tokens.to(device)
         self.offsets = torch.arange(self.length, device=device)

@@ -1,0 +1,160 @@
+"""The plain `exact` of the studies is the package's where they do the same, and what it adds is what it says."""
+
+import plain_exact
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from plain_exact import Exact, Float8
+from tiny import tiny
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+
+IDS = torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))
+ANSWERS = torch.where(torch.arange(128) >= 122, IDS, -100)
+
+
+@pytest.fixture
+def model():
+    return tiny("llama", layers=4)
+
+
+@pytest.fixture
+def adapted():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny("llama", layers=4), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    return model.train()
+
+
+def gradients(model, labels=IDS):
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=labels).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_it_is_the_packages_exact_on_the_same_tokens(adapted):
+    site = Elimination(keep=0.25, slope=0.3, eliminated="exact")
+    tokens = {}
+    lemo_fx.transform(adapted, LemoConfig(attention=site, mlp=site, block_size=8, loss_segments=None))
+    for index, layer in enumerate(adapted.base_model.model.model.layers):
+        if hasattr(layer, "lemo_attention_select"):
+            layer.lemo_attention_select.register_forward_hook(lambda m, a, out, i=index: tokens.__setitem__(i, out))
+    loss, theirs = gradients(adapted)
+    lemo_fx.revert(adapted)
+    with plain_exact.exact(adapted, Exact(0.25, 0.3, block=8), choose=tokens.get):
+        same, ours = gradients(adapted)
+    assert sorted(tokens) == [1, 2]
+    assert tokens[1].shape[1] < tokens[2].shape[1]
+    assert same == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("keys", ["kept", "every", "complete"])
+def test_the_forward_is_the_models_and_everything_kept_is_the_models_gradient(model, keys):
+    loss, dense = gradients(model)
+    with plain_exact.exact(model, Exact(1.0, block=8, keys=keys, dense=())):
+        same, ours = gradients(model)
+    assert same == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-6)
+    with plain_exact.exact(model, Exact(0.25, block=8, keys=keys, dense=())):
+        assert gradients(model)[0] == pytest.approx(loss, rel=1e-6)
+    assert gradients(model)[0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_every_key_completes_the_gradient_of_a_kept_query(adapted):
+    # With all layers but the last dense in effect (the loss reads kept rows only), the last layer's q hears all it can.
+    settings = {"block": 8, "dense": (0, 1, 2)}
+    _, dense = gradients(adapted, ANSWERS)
+    found = {}
+    for keys in ("kept", "every", "complete"):
+        with plain_exact.exact(adapted, Exact(0.25, keys=keys, **settings)):
+            found[keys] = gradients(adapted, ANSWERS)[1]
+    name = "base_model.model.model.layers.3.self_attn.{}_proj.lora_B.default.weight"
+    for projection, right in {"q": {"every", "complete"}, "k": {"complete"}, "v": {"complete"}}.items():
+        for keys, grads in found.items():
+            close = torch.allclose(grads[name.format(projection)], dense[name.format(projection)], rtol=1e-3, atol=1e-7)
+            assert close == (keys in right), (projection, keys)
+
+
+def test_the_gradient_of_unkept_keys_stops_in_their_layer(adapted):
+    # Layer 3 keeps the same tokens either way; what layers below hear of its unkept keys is nothing.
+    found = {}
+    for keys in ("every", "complete"):
+        with plain_exact.exact(adapted, Exact(0.25, block=8, keys=keys, dense=(0, 1, 2))):
+            found[keys] = gradients(adapted, ANSWERS)[1]
+    for name, grad in found["every"].items():
+        if ".layers.3." not in name:
+            torch.testing.assert_close(found["complete"][name], grad)
+
+
+def test_labelled_tokens_are_kept_and_the_choice_is_redrawn(adapted):
+    seen = []
+    original = plain_exact._sparse_layer
+
+    def spy(layer, step, hidden, tokens, rotary):
+        seen.append(tokens)
+        return original(layer, step, hidden, tokens, rotary)
+
+    plain_exact._sparse_layer = spy
+    try:
+        with plain_exact.exact(adapted, Exact(0.25, block=8, dense=(0, 1, 3))):
+            for _ in range(2):
+                gradients(adapted, ANSWERS)
+    finally:
+        plain_exact._sparse_layer = original
+    assert len(seen) == 2
+    assert not torch.equal(seen[0], seen[1])
+    for tokens in seen:
+        assert all(set(range(120, 128)) <= set(row) for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("part", ["forward", "recompute", "gradient", "dense"])
+def test_each_part_is_rounded_alone(adapted, part):
+    plain = Exact(0.5, block=8)
+    with plain_exact.exact(adapted, plain):
+        loss, exact = gradients(adapted)
+    none = {"forward": False, "recompute": False, "gradient": False, "dense": False}
+    with plain_exact.exact(adapted, Exact(0.5, block=8, float8=Float8(**none))):
+        same, unrounded = gradients(adapted)
+    assert same == loss
+    torch.testing.assert_close(unrounded, exact)
+    with plain_exact.exact(adapted, Exact(0.5, block=8, float8=Float8(**none | {part: True}))):
+        other, rounded = gradients(adapted)
+    assert (other != loss) == (part in ("forward", "dense"))
+    assert any(not torch.equal(rounded[name], exact[name]) for name in exact)
+
+
+def test_a_forward_in_float8_is_the_packages(adapted):
+    site = Elimination(keep=0.5, eliminated="exact")
+    tokens = {}
+    config = LemoConfig(
+        attention=site, mlp=site, block_size=8, loss_segments=None, forward="float8", dense_layers=(0, 3)
+    )
+    lemo_fx.transform(adapted, config)
+    for index, layer in enumerate(adapted.base_model.model.model.layers):
+        if hasattr(layer, "lemo_attention_select"):
+            layer.lemo_attention_select.register_forward_hook(lambda m, a, out, i=index: tokens.__setitem__(i, out))
+    loss, _ = gradients(adapted)
+    lemo_fx.revert(adapted)
+    forward = Float8(recompute=False, gradient=False, dense=False)
+    with plain_exact.exact(adapted, Exact(0.5, block=8, float8=forward), choose=tokens.get):
+        assert gradients(adapted)[0] == pytest.approx(loss, rel=2e-3)
+
+
+def test_weights_are_rounded_otherwise_in_every_step(adapted):
+    how = Float8(inputs=False, redraw=True)
+    x = torch.randn(4, 32)
+    weight = torch.randn(64, 32)
+    right = x @ weight.T
+    errors = [plain_exact.product(x, weight, how, 2 ** (i / 16)) - right for i in range(16)]
+    assert torch.stack(errors).mean(0).norm() < 0.6 * errors[0].norm()
+    with plain_exact.exact(adapted, Exact(0.5, block=8, float8=how)):
+        assert gradients(adapted)[0] != gradients(adapted)[0]
+    with plain_exact.exact(adapted, Exact(0.5, block=8, float8=Float8(until=0.5)), steps=2):
+        rounded = gradients(adapted)[0]
+        plain = gradients(adapted)[0]
+    assert plain == pytest.approx(gradients(adapted)[0], rel=1e-6)
+    assert rounded != plain

@@ -1,0 +1,316 @@
+"""Elimination `exact` written plainly for a Llama, with what the package does not do: for studies of quality only.
+
+The forward is the original's; the gradient flows through kept tokens. Written eagerly and without regard to time, so
+that parts can be exchanged one by one:
+
+- which keys a kept query's gradient knows of: those of kept tokens (as the package), every token's as constants
+  (TokenTune, arXiv 2501.18824), or every token's with the gradients of all keys and values reaching the adapters of k
+  and v in their own layer and stopping there;
+- which of the frozen layers' products are rounded to float8, and how.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+
+from lemo_fx.kernels.select_blocks.reference import rank, take
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+Phase = Literal["forward", "recompute", "dense"]
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Which products of frozen linear layers are rounded to float8 (e4m3, one scale a row), and how.
+
+    Attributes:
+        forward: those of the forward without gradient.
+        recompute: those of the kept tokens, with gradient.
+        gradient: those of the gradients that pass through kept tokens' layers.
+        dense: forward and gradient of dense layers.
+        weights, inputs: which operands are rounded; with one of them the product itself is in bfloat16.
+        but: names of linear layers that stay in the model's precision.
+        first: so do all of that many decoder layers from the first one on.
+        fast: add up in the tensor cores' short accumulators, as the package does.
+        redraw: widen the scales of weights by a factor from [1, 2) that is drawn anew in every step, so that no
+            rounding error stays the same from step to step.
+        until: share of the steps after which everything is in the model's precision.
+    """
+
+    forward: bool = True
+    recompute: bool = True
+    gradient: bool = True
+    dense: bool = True
+    weights: bool = True
+    inputs: bool = True
+    but: tuple[str, ...] = ()
+    first: int = 0
+    fast: bool = True
+    redraw: bool = False
+    until: float = 1.0
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is kept, and what the gradient of a kept token knows of.
+
+    Attributes:
+        keep, slope: share of the blocks, and how much more of them the last layer keeps than the first.
+        block: tokens of a block.
+        keys: those of which a kept query's gradient knows: "kept", "every" or "complete" (every one's, with gradient).
+        dense: decoder layers that keep everything.
+        float8: None computes in the model's precision.
+    """
+
+    keep: float
+    slope: float = 0.0
+    block: int = 64
+    keys: Literal["kept", "every", "complete"] = "kept"
+    dense: tuple[int, ...] = (0, -1)
+    float8: Float8 | None = None
+
+
+@dataclass
+class _Step:
+    """What one training step shares among layers."""
+
+    settings: Exact
+    random: torch.Generator
+    steps: int | None
+    number: int = -1
+    scores: torch.Tensor | None = None
+    labelled: torch.Tensor | None = None
+    phase: Phase | None = None
+    factor: float = 1.0
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not module.training:
+            return
+        ids = kwargs["input_ids"]
+        blocks = -(-ids.shape[1] // self.settings.block)
+        # Drawn on the CPU, so that the choice does not depend on the device.
+        self.scores = torch.rand(ids.shape[0], blocks, generator=self.random).to(ids.device)
+        self.factor = 2 ** torch.rand((), generator=self.random).item()
+        self.labelled = labelled(kwargs.get("labels"))
+        self.chosen.clear()
+        self.number += 1
+
+    def tokens(self, index: int, layers: int, length: int) -> torch.Tensor:
+        """[B, K]: tokens that layer `index` keeps, ascending; the same blocks in every layer that keeps as many."""
+        share = self.settings.keep + self.settings.slope * (index / max(layers - 1, 1) - 0.5)
+        blocks = self.scores.shape[1]
+        count = min(max(math.ceil(blocks * share - 1e-6), 2), blocks)
+        if count not in self.chosen:
+            ranked = rank(self.scores, None, self.labelled, length, self.settings.block, count)
+            self.chosen[count] = take(ranked, count, self.settings.block, length)
+        return self.chosen[count]
+
+    def rounds(self, layer: int) -> Float8 | None:
+        """What is rounded in a layer now."""
+        float8 = self.settings.float8
+        if float8 is None or self.phase is None or layer < float8.first:
+            return None
+        if self.steps is not None and self.number >= round(float8.until * self.steps):
+            return None
+        return float8
+
+    @contextmanager
+    def within(self, phase: Phase) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+
+def labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, S] -> [B, S] bool: tokens that carry a label, and those that predict one."""
+    if labels is None:
+        return None
+    own = labels != -100
+    return own | F.pad(own[:, 1:], (0, 1))
+
+
+def quantise(rows: torch.Tensor, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> (float8 [N, K], scales [N, 1]); the largest magnitude of a row becomes float8's largest / factor."""
+    scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) * (factor / LARGEST)
+    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, rounded."""
+    flat = x.flatten(0, -2)
+    (rows, row_scale), (columns, column_scale) = quantise(flat), quantise(weight, factor if how.redraw else 1.0)
+    if how.weights and how.inputs and x.is_cuda:
+        out = torch._scaled_mm(
+            rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16,
+            use_fast_accum=how.fast,
+        )  # fmt: skip
+    else:
+        left = (rows.float() * row_scale).to(flat.dtype) if how.inputs else flat
+        right = (columns.float() * column_scale).to(flat.dtype) if how.weights else weight.to(flat.dtype)
+        out = F.linear(left, right)
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, how: Float8, forward: bool, gradient: bool, factor):
+        ctx.save_for_backward(weight)
+        ctx.how, ctx.gradient, ctx.factor = how, gradient, factor
+        return product(x, weight, how, factor) if forward else F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        (weight,) = ctx.saved_tensors
+        if ctx.gradient:
+            return product(grad, weight.t(), ctx.how, ctx.factor), None, None, None, None, None
+        return grad @ weight, None, None, None, None, None
+
+
+def _linear(step: _Step, layer: int, name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    how = step.rounds(layer)
+    if how is None or name in how.but:
+        return F.linear(x, module.weight, module.bias)
+    if step.phase == "forward":
+        return product(x, module.weight, how, step.factor) if how.forward else F.linear(x, module.weight)
+    forward, gradient = (how.dense, how.dense) if step.phase == "dense" else (how.recompute, how.gradient)
+    return _Product.apply(x, module.weight, how, forward, gradient, step.factor)
+
+
+def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, tokens[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _put(every: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The values of `every` [B, S, H], with the gradient of `kept` [B, K, H]."""
+    index = tokens[..., None].expand(-1, -1, every.shape[-1])
+    return every.scatter(1, index, kept + (every.gather(1, index) - kept).detach())
+
+
+def _heads(attention: LlamaAttention, x: torch.Tensor, names: str, rotary: tuple[torch.Tensor, torch.Tensor]) -> list:
+    """Projections named by `names` out of "qkv", [B, heads, S, D] each, with q and k rotated."""
+    found = []
+    for name in names:
+        out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        found.append(out if name == "v" else apply_rotary_pos_emb(out, out, *rotary)[0])
+    return found
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """[B, heads, K, D] -> [B, K, heads * D]; `seen` [B, 1, K, S] says which keys a query may see; None is causal."""
+    if seen is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    else:
+        # Repeated, because the kernels that take a mask know no grouped queries.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _sparse_layer(layer: LlamaDecoderLayer, step: _Step, hidden: torch.Tensor, tokens: torch.Tensor, rotary: Any):
+    attention = layer.self_attn
+    with torch.no_grad(), step.within("forward"):
+        query, all_keys, all_values = _heads(attention, layer.input_layernorm(hidden), "qkv", rotary)
+        every = attention.o_proj(_attend(query, all_keys, all_values, None))
+    with step.within("recompute"):
+        own_rotary = tuple(_gather(x.expand(tokens.shape[0], -1, -1), tokens) for x in rotary)
+        query, key, value = _heads(attention, layer.input_layernorm(_gather(hidden, tokens)), "qkv", own_rotary)
+        seen = None
+        if step.settings.keys != "kept":
+            if step.settings.keys == "complete":
+                constant = layer.input_layernorm(hidden.detach())
+                all_keys, all_values = _heads(attention, constant, "kv", rotary)
+            index = tokens[:, None, :, None].expand(key.shape)
+            key, value = all_keys.scatter(2, index, key), all_values.scatter(2, index, value)
+            seen = torch.arange(key.shape[2], device=key.device) <= tokens[:, None, :, None]
+        kept = attention.o_proj(_attend(query, key, value, seen))
+    hidden = hidden + _put(every, tokens, kept)
+    with torch.no_grad(), step.within("forward"):
+        every = layer.mlp(layer.post_attention_layernorm(hidden))
+    with step.within("recompute"):
+        kept = layer.mlp(layer.post_attention_layernorm(_gather(hidden, tokens)))
+    return hidden + _put(every, tokens, kept)
+
+
+@contextmanager
+def exact(
+    model: nn.Module,
+    settings: Exact,
+    seed: int = 0,
+    steps: int | None = None,
+    choose: Callable[[int], torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Train a Llama (with adapters or not) so within the block; evaluation is left alone.
+
+    Args:
+        steps: of the whole training, for `Float8.until`.
+        choose: tokens [B, K] of a layer, instead of a random choice.
+
+    Raises:
+        ValueError: the batch is padded or packed.
+    """
+    head = next(m for m in model.modules() if isinstance(m, LlamaForCausalLM))
+    layers = list(head.model.layers)
+    dense = {i % len(layers) for i in settings.dense}
+    step = _Step(settings, torch.Generator().manual_seed(seed), steps)
+    handle = head.register_forward_pre_hook(step.begin, with_kwargs=True)
+
+    def run(index: int, original: Callable, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any):
+        layer = layers[index]
+        if not layer.training:
+            return original(hidden_states, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise ValueError("plain_exact is written for batches without padding or packing")
+        if index in dense:
+            with step.within("dense"):
+                return original(hidden_states, attention_mask=attention_mask, **kwargs)
+        tokens = choose(index) if choose else step.tokens(index, len(layers), hidden_states.shape[1])
+        return _sparse_layer(layer, step, hidden_states, tokens, kwargs["position_embeddings"])
+
+    replaced = _take_linears(layers, step)
+    for index, layer in enumerate(layers):
+        layer.forward = functools.partial(run, index, layer.forward)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in (*replaced, *layers):
+            del module.forward
+
+
+@contextmanager
+def in_float8(model: nn.Module, how: Float8) -> Iterator[None]:
+    """Evaluation in float8: what rounding costs a model that did not learn with it."""
+    head = next(m for m in model.modules() if isinstance(m, LlamaForCausalLM))
+    step = _Step(Exact(1.0, float8=how), torch.Generator(), None, phase="forward")
+    replaced = _take_linears(list(head.model.layers), step)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _take_linears(layers: list[nn.Module], step: _Step) -> list[nn.Module]:
+    """Have the frozen linear layers compute as the step says; returns them."""
+    replaced = []
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if type(module) is nn.Linear and not module.weight.requires_grad:
+                plain = name.removesuffix(".base_layer").rpartition(".")[2]
+                module.forward = functools.partial(_linear, step, index, plain, module)
+                replaced.append(module)
+    return replaced
