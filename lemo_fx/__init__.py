@@ -19,7 +19,7 @@ from lemo_fx.errors import (
 )
 
 if TYPE_CHECKING:
-    from lemo_fx.api import graphs, report, revert, set_dense, transform
+    from lemo_fx.api import graphs, labels, report, revert, set_dense, transform
     from lemo_fx.callback import DenseFinish, LemoCallback
     from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "fit",
     "graphs",
+    "labels",
     "report",
     "revert",
     "set_dense",
@@ -59,6 +60,7 @@ _LATE = {
     "Report": "reporting",
     "fit": "fitting.fit",
     "graphs": "api",
+    "labels": "api",
     "report": "api",
     "revert": "api",
     "set_dense": "api",

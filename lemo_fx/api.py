@@ -1,4 +1,4 @@
-"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`."""
+"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`, `labels`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lemo_fx.kernels.private import is_op
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
+from lemo_fx.runtime.head import UNLABELLED
 from lemo_fx.runtime.layer import pass_by
 from lemo_fx.runtime.loss import segmented_loss
 from lemo_fx.runtime.scores import AttentionScore
@@ -203,7 +204,8 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                 )
             )
     dense = any(installation.settings.step.dense for _, _, installation in installed(model))
-    notes = [*done.notes, *_lowerings(model, done.config.block_size)]
+    unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
+    notes = [*done.notes, *([UNLABELLED] if unlabelled else []), *_lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=dense)
 
 
@@ -253,6 +255,48 @@ def set_dense(model: Model, dense: bool = True) -> Model:
         if dense:
             pass_by(module)
     return model
+
+
+@contextmanager
+def labels(model: nn.Module, labels: torch.Tensor | None) -> Iterator[None]:
+    """Tell the layers which tokens matter where the loss is computed outside the model.
+
+    Blocks with labels are kept: all of them where they are few, else at least two. A model that is called with
+    `labels=` tells its layers itself; where the loss is a function of the logits, say it around the call:
+
+        with lemo_fx.labels(model, labels):
+            logits = model(input_ids=ids).logits
+        loss = my_loss(logits, labels)
+
+    In a Trainer `LemoCallback` does so for `compute_loss_func` and label smoothing.
+
+    Args:
+        labels: [B, S], in the places of the calls' tokens: a label, or -100 where a token is no target; or bool, true
+            for tokens that matter. The block of the token and of the one before it, from which it is predicted, are
+            kept. None changes nothing.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+        InputError: these are no labels, or (in the call) not of its shape.
+    """
+    _transformation(model)
+    if labels is not None:
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            found = list(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise InputError(
+                f"labels must be a tensor [B, S] of whole numbers, -100 where none is, or bool; not {found}"
+            )
+        if labels.dtype == torch.bool:
+            labels = torch.where(labels, 0, -100)
+    steps = {id(record.settings.step): record.settings.step for _, _, record in installed(model)}.values()
+    before = [(step, step.labels) for step in steps]
+    for step in steps:
+        step.labels = step.labels if labels is None else labels
+    try:
+        yield
+    finally:
+        for step, known in before:
+            step.labels = known
 
 
 @contextmanager

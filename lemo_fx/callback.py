@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lemo_fx.api import report, set_dense
+from lemo_fx.api import labels, report, set_dense
 from lemo_fx.config import is_count, is_number
 from lemo_fx.errors import ConfigError
 from lemo_fx.measure import peak_memory
@@ -22,6 +25,9 @@ class LemoCallback(TrainerCallback):
     the tokens that the last step kept, mean over the layers, dense ones not counted), "lemo/peak_memory_gib" (of the
     model's accelerator since its statistics were last reset; of the process where the model is on the CPU) and, where
     predictors choose blocks, "lemo/recall_attention" and "lemo/recall_mlp".
+
+    It also tells the layers the labels that the Trainer takes out of a batch for `compute_loss_func` or label
+    smoothing, see `lemo_fx.labels`.
 
     Nothing is carried from step to step but a recall that waits for the next log, so a resumed run logs what an
     uninterrupted one does.
@@ -42,15 +48,31 @@ class LemoCallback(TrainerCallback):
         self._batch: dict[str, Any] | None = None
         self._hook: Any = None
         self._recall: dict[str, float] = {}
+        self._told: Callable | None = None
+        self._own_loss: Callable | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go before the reporters; raise NotTransformedError where there is nothing to log."""
+        """Go before the reporters, around the loss; raise NotTransformedError where there is nothing to log."""
         report(kwargs["model"])
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
+        if self._told is None:
+            # On the instance: a subclass's own method may be under it.
+            self._own_loss = vars(self.trainer).get("compute_loss")
+            self._told = vars(self.trainer)["compute_loss"] = self._telling(self.trainer.compute_loss)
+
+    def _telling(self, compute_loss: Callable) -> Callable:
+        @functools.wraps(compute_loss)
+        def told(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            found, ids = inputs.get("labels"), inputs.get("input_ids")
+            of_tokens = isinstance(found, torch.Tensor) and isinstance(ids, torch.Tensor) and found.shape == ids.shape
+            with labels(self.trainer.model, found if of_tokens else None):
+                return compute_loss(model, inputs, *args, **kwargs)
+
+        return told
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,8 +122,13 @@ class LemoCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook behind."""
+        """Leave nothing behind."""
         self._forget()
+        if vars(self.trainer).get("compute_loss") is self._told is not None:
+            del vars(self.trainer)["compute_loss"]
+            if self._own_loss is not None:
+                vars(self.trainer)["compute_loss"] = self._own_loss
+        self._told = None
 
 
 def _kept_shares(model: nn.Module) -> dict[str, float]:

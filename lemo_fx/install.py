@@ -29,7 +29,7 @@ from lemo_fx.runtime.layer import (
     STATE,
     TELLER,
     LayerSettings,
-    add_cache_teller,
+    add_teller,
     call_layer,
     floats_of,
     make_layer_forward,
@@ -223,7 +223,7 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
 
     Args:
         owner: the model whose layers share a step.
-        above: the modules that hold the decoder layers, whose calls may ask for a cache.
+        above: the modules that hold the decoder layers, whose calls bring labels or ask for a cache.
     """
     for plan in plans:
         plan.settings.step.owner = None if owner is None else weakref.ref(owner)
@@ -232,9 +232,11 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
         for plan in plans:
             done.append(plan.module)
             _install(plan)
+        # A causal model tells its layers the labels itself, which a wrapper may have changed (prompt tuning).
+        head = any(isinstance(plan.settings, HeadSettings) for plan in plans)
         for module in above if plans else ():
             done.append(module)
-            add_cache_teller(module, plans[0].settings.config, plans[0].settings.step)
+            add_teller(module, plans[0].settings.config, plans[0].settings.step, labels=not head)
     except BaseException:
         for module in done:
             uninstall(module)

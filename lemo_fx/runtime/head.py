@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -19,6 +20,8 @@ from lemo_fx.graph.capture import CACHE_NAMES
 from lemo_fx.runtime.layer import STATE, asks_for_cache, settings_of, without_default_cache
 from lemo_fx.runtime.loss import segmentable
 from lemo_fx.runtime.step import Step
+
+logger = logging.getLogger(__name__)
 
 
 def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
@@ -156,6 +159,30 @@ def _unbound(forward: Callable) -> Callable:
     return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
 
 
+def _check_labels(step: Step, given: Mapping[str, Any]) -> None:
+    """Raise where what `lemo_fx.labels` says is not about this call's tokens."""
+    ids = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if ids is None else ids
+    if step.labels is not None and isinstance(inputs, torch.Tensor) and inputs.shape[:2] != step.labels.shape:
+        raise InputError(
+            f"lemo_fx.labels was given {list(step.labels.shape)}, but this call has {list(inputs.shape[:2])} tokens: "
+            "give labels [B, S] for the tokens of the calls in its with block"
+        )
+
+
+UNLABELLED = (
+    "the last step came without labels, so that any block may be dropped, an answer's too; where the loss is computed "
+    "outside the model and on few tokens, say on which: with lemo_fx.labels(model, labels)"
+)
+
+
+def note_unlabelled(step: Step) -> None:
+    """Note for the report whether a step that trains came without labels, and warn of the first one."""
+    if step.labels is None and step.unlabelled is None:
+        logger.warning(UNLABELLED)
+    step.unlabelled = step.labels is None
+
+
 def telling_labels(forward: Callable) -> Callable:
     """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
 
@@ -175,6 +202,10 @@ def telling_labels(forward: Callable) -> Callable:
         step.cache_asked = asks_for_cache(given)
         if given.get("labels") is not None:
             step.labels = given["labels"]
+        else:
+            _check_labels(step, given)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            note_unlabelled(step)
         try:
             return forward(self, *args, **kwargs)
         finally:

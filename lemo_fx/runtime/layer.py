@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
 
-TELLER = "_lemo_fx_cache"
-"""Instance attribute of a module above rewritten layers: handles of its `CacheTeller`'s hooks."""
+TELLER = "_lemo_fx_teller"
+"""Instance attribute of a module above rewritten layers: handles of its `Teller`'s hooks."""
 
 
 CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
@@ -119,41 +119,49 @@ def without_default_cache(
 
 
 @dataclass
-class CacheTeller:
-    """Hooks of a module between the head and the decoder layers, which people call by itself too.
+class Teller:
+    """Hooks of a module above the decoder layers that is no causal model, and which people call by itself too.
 
     Attributes:
         arguments: names of its forward's arguments.
+        before: labels that the layers knew before the running calls.
     """
 
     config: LemoConfig
     step: Step
     arguments: tuple[str, ...]
+    before: list[torch.Tensor | None] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before its forward: a step begins; tell the layers whether this call asked for a cache."""
-        self.step.cache_asked = asks_for_cache({**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        """Before its forward: a step begins; tell the layers its labels, and whether this call asked for a cache."""
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        self.step.cache_asked = asks_for_cache(given)
         self.step.scores = None
+        self.before.append(self.step.labels)
+        if given.get("labels") is not None:
+            self.step.labels = given["labels"]
         return without_default_cache(module, self, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After it: the layers are through; a recompute asks for nothing."""
         self.step.cache_asked = False
+        self.step.labels = self.before.pop()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheTeller:
-        return replace(self, step=copy.deepcopy(self.step, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teller:
+        return Teller(self.config, copy.deepcopy(self.step, memo), self.arguments)
 
     def __reduce__(self) -> tuple:
         # Pickled layers are not rewritten: nobody is to be told.
-        return CacheTeller, (LemoConfig(), Step(), ())
+        return Teller, (LemoConfig(), Step(), ())
 
 
-def add_cache_teller(module: nn.Module, config: LemoConfig, step: Step) -> None:
-    """Put the hooks on a module whose forward takes `use_cache`; on others there is nothing to tell."""
+def add_teller(module: nn.Module, config: LemoConfig, step: Step, labels: bool) -> None:
+    """Put the hooks on a module whose forward takes a cache (or `labels`); on others there is nothing to tell."""
     arguments = tuple(inspect.signature(module.forward).parameters)
-    if "use_cache" not in arguments or STATE in vars(module):
+    told = "use_cache" in arguments or (labels and "labels" in arguments)
+    if not told or STATE in vars(module):
         return
-    teller = CacheTeller(config, step, arguments)
+    teller = Teller(config, step, arguments)
     vars(module)[TELLER] = (
         module.register_forward_pre_hook(teller.enter, with_kwargs=True),
         module.register_forward_hook(teller.leave, always_call=True),

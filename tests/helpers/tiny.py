@@ -69,11 +69,13 @@ def tiny(architecture: str, layers: int = 2, attention: str | None = None, seed:
     return model.train()
 
 
-def with_lora(model, dropout: float = 0.0, targets="all-linear", init: bool = False, **settings):
+def with_lora(
+    model, dropout: float = 0.0, targets="all-linear", init: bool = False, task_type: str = "CAUSAL_LM", **settings
+):
     """A PEFT model whose adapters do something from the start, unless `init` starts them as PEFT does."""
     torch.manual_seed(1)
     config = LoraConfig(
-        r=4, target_modules=targets, lora_dropout=dropout, init_lora_weights=init, task_type="CAUSAL_LM", **settings
+        r=4, target_modules=targets, lora_dropout=dropout, init_lora_weights=init, task_type=task_type, **settings
     )
     return get_peft_model(model, config).train()
 
