@@ -217,8 +217,6 @@ def _loaded(run: Run, folder: Path) -> Any:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
     model = load_model(folder, dtype, run.settings.attention, run.settings.load_in)
-    # Where the adapter will look for it: not a place in a cache.
-    model.name_or_path = run.job.model
     return model if run.settings.load_in else model.to("cuda" if gpu else "cpu")
 
 
@@ -563,7 +561,10 @@ Held-out loss is that of the model's original code with every token. The plan an
 def _save(run: Run, trainer: Trainer, summary: dict[str, Any]) -> None:
     """The adapter, with a card."""
     adapted: Any = trainer.model
-    adapted.save_pretrained(run.out / "adapter")
+    # Where the adapter is to look for its model: not a place in a cache. PEFT would ask the Hub for the size of the
+    # vocabulary, too, which has not changed.
+    adapted.peft_config["default"].base_model_name_or_path = run.job.model
+    adapted.save_pretrained(run.out / "adapter", save_embedding_layers=False)
     on_hub = not Path(run.job.model).exists()
     card = ModelCardData(
         base_model=run.job.model if on_hub else None, library_name="peft", tags=["lora", "lemo_fx", "text-generation"]
