@@ -64,14 +64,17 @@ FIT_WINDOWS = 64
 class WindowTrainer(Trainer):
     """A Trainer whose evaluations, too, compute the loss in segments, without the logits of a whole window."""
 
-    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The head alone thinks that it is in training; the layers run their original code with every token."""
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The head alone thinks that it is in training; the layers run their original code with every token.
+
+        Not the Trainer's own, which weighs windows of several processes by their tokens, and of one by nothing.
+        """
         head = causal_model(model)
         assert head is not None
         head.training = True
         try:
-            with uncompiled(model):
-                return super().prediction_step(model, *args, **kwargs)
+            with torch.no_grad(), self.compute_loss_context_manager(), uncompiled(model):
+                return model(**self._prepare_inputs(inputs)).loss.detach(), None, None
         finally:
             head.training = False
 
@@ -436,6 +439,7 @@ def _trainer(run: Run, model: Any, prepared: Prepared, predictors: Predictors | 
         report_to=run.job.reporters,
         run_name=out.name,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=settings.seed,
