@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lemo_fx.config import LemoConfig
 
 app = typer.Typer(
+    name="lemo-fx",
     cls=options.OneLineGroup,
     help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,

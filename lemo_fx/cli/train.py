@@ -64,14 +64,17 @@ FIT_WINDOWS = 64
 class WindowTrainer(Trainer):
     """A Trainer whose evaluations, too, compute the loss in segments, without the logits of a whole window."""
 
-    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The head alone thinks that it is in training; the layers run their original code with every token."""
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The head alone thinks that it is in training; the layers run their original code with every token.
+
+        Not the Trainer's own, which weighs windows of several processes by their tokens, and of one by nothing.
+        """
         head = causal_model(model)
         assert head is not None
         head.training = True
         try:
-            with uncompiled(model):
-                return super().prediction_step(model, *args, **kwargs)
+            with torch.no_grad(), self.compute_loss_context_manager(), uncompiled(model):
+                return model(**self._prepare_inputs(inputs)).loss.detach(), None, None
         finally:
             head.training = False
 
@@ -217,8 +220,6 @@ def _loaded(run: Run, folder: Path) -> Any:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
     model = load_model(folder, dtype, run.settings.attention, run.settings.load_in)
-    # Where the adapter will look for it: not a place in a cache.
-    model.name_or_path = run.job.model
     return model if run.settings.load_in else model.to("cuda" if gpu else "cpu")
 
 
@@ -438,6 +439,7 @@ def _trainer(run: Run, model: Any, prepared: Prepared, predictors: Predictors | 
         report_to=run.job.reporters,
         run_name=out.name,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=settings.seed,
@@ -563,7 +565,10 @@ Held-out loss is that of the model's original code with every token. The plan an
 def _save(run: Run, trainer: Trainer, summary: dict[str, Any]) -> None:
     """The adapter, with a card."""
     adapted: Any = trainer.model
-    adapted.save_pretrained(run.out / "adapter")
+    # Where the adapter is to look for its model: not a place in a cache. PEFT would ask the Hub for the size of the
+    # vocabulary, too, which has not changed.
+    adapted.peft_config["default"].base_model_name_or_path = run.job.model
+    adapted.save_pretrained(run.out / "adapter", save_embedding_layers=False)
     on_hub = not Path(run.job.model).exists()
     card = ModelCardData(
         base_model=run.job.model if on_hub else None, library_name="peft", tags=["lora", "lemo_fx", "text-generation"]

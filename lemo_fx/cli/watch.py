@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ def bar() -> Progress:
     note = TextColumn("{task.fields[note]}", style="dim")
     return Progress(
         TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), note, transient=True,
+        TimeRemainingColumn(), note, transient=True, disable=not sys.stdout.isatty(),
     )  # fmt: skip
 
 
