@@ -7,7 +7,9 @@ import pytest
 from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
+from lemo_fx.cli import demo
 from lemo_fx.cli.app import app
+from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import StorageError
 from lemo_fx.files import writing
 
@@ -174,13 +176,8 @@ def test_fit_refuses_numbers_at_once(tmp_path, options, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--keep", "2"], "keep=2.0 must be a number in (0, 1]"),
-        (["--keep", "2", "--eliminated", "exact"], "keep=2.0 must be a number in (0, 1]"),
-        (["--eliminated", "foo"], "eliminated='foo' is not one of 'skip', 'exact', 'both'"),
-        (["--eliminated", "stand_in"], "eliminated='stand_in'"),
-        (["--score", "foo"], "score='foo' is not one of"),
-        (["--score", "shared"], "score='shared' is for the MLP"),
-        (["--score", "foo", "--eliminated", "exact"], "score='foo' is not one of"),
+        (["--plans", "foo"], "plan 'foo' is not one of careful, balanced, fast, lemo"),
+        (["--plans", "careful,"], "plan '' is not one of"),
         (["--seed", "-1"], "seed=-1 must be a number from 0"),
         (["--rate", "-1"], "rate=-1.0"),
         (["--rate", "nan"], "rate=nan"),
@@ -195,27 +192,39 @@ def test_demo_refuses_a_plan_before_it_trains(tmp_path, monkeypatch, options, sa
 
 
 def test_demo(tmp_path):
-    arguments = ["demo", "--steps", "1", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
-    result = runner.invoke(app, arguments)
+    arguments = ["demo", "--steps", "2", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
+    result = runner.invoke(app, [*arguments, "--graph", "--predicted", "--plans", "fast,lemo"])
     assert result.exit_code == 0, result.output
+    assert "about a minute" in result.output
     assert "held-out perplexity after" in result.output
     assert "attention_restored" in result.output
+    assert "not worth while" in result.output
+    assert result.output.rstrip().endswith("an adapter and a report")
     for name in ("demo.png", "graph.png", "graph.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
     figures = json.loads((tmp_path / "demo.json").read_text())
     assert set(figures) == {"settings", "runs", "ratios", "fit_seconds", "recall", "reports", "layer", "environment"}
-    assert figures["reports"]["skip, keep 0.5"]["sites"][0]["score"] == "predicted"
+    assert figures["reports"]["LeMo's own rule"]["sites"][0]["score"] == "predicted"
     assert all(0 < found <= 1 for found in figures["recall"].values())
     assert {"command", "date", "torch", "transformers", "cpu"} <= set(figures["environment"])
-    plain, sparse, exact = figures["runs"].values()
+    plain, exact, sparse = figures["runs"].values()
     assert sparse["flops"] < plain["flops"]
+    assert exact["flops"] < plain["flops"]
     assert sparse["saved_bytes"] < plain["saved_bytes"]
     assert plain["perplexity_before"] == sparse["perplexity_before"] < 100
-    # The forward of `exact` is the plain one, and so is its loss; elimination changes the gradient only.
-    assert len(plain["losses"]) == 1
-    assert exact["losses"] == pytest.approx(plain["losses"], abs=1e-4)
-    assert sparse["losses"] != pytest.approx(plain["losses"], abs=1e-2)
-    assert any(site["kept_share"] == 0.5 for site in figures["reports"]["skip, keep 0.5"]["sites"])
+    # A preset's forward is the plain one, and so is its first loss; elimination changes the gradient only.
+    assert len(plain["losses"]) == len(plain["seconds"]) == 2
+    assert exact["losses"][0] == pytest.approx(plain["losses"][0], abs=1e-4)
+    assert sparse["losses"][0] != pytest.approx(plain["losses"][0], abs=1e-2)
+    assert any(site["kept_share"] == 0.5 for site in figures["reports"]["LeMo's own rule"]["sites"])
+
+
+def test_the_demo_shows_the_default_and_a_preset_and_lemos_rule():
+    settings = demo.Settings()
+    assert settings.plan("careful") == LemoConfig()
+    assert settings.plan("fast") == LemoConfig.preset("fast", forward="model", backward="model")
+    assert settings.plan("lemo").attention == Elimination(score="measured")
+    assert not settings.plan("lemo").predicts
 
 
 def test_demo_refuses_a_context_the_model_does_not_read(tmp_path):

@@ -16,7 +16,6 @@ from rich.table import Table
 from lemo_fx._version import __version__
 from lemo_fx.cli import options
 from lemo_fx.cli.options import (
-    KEEP,
     Attention,
     Checkpointing,
     DataName,
@@ -71,16 +70,16 @@ def _quiet(
 @command(app)
 def demo(
     out: Out = Path("lemo-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 6,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 4096,
-    keep: Annotated[float, KEEP] = 0.5,
-    eliminated: Annotated[
-        str, typer.Option(help="Eliminated tokens: skip, exact (at half of --keep, random blocks), or both in turn.")
-    ] = "both",
-    score: Annotated[str, typer.Option(help="What ranks the blocks: predicted, measured or random.")] = "predicted",
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
+    plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
+    predicted: Annotated[
+        bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 2,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
+    graph: Annotated[bool, typer.Option("--graph", help="Print a rewritten layer, too.")] = False,
 ) -> None:
     """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
     _demo(out, dict(locals()))
@@ -108,15 +107,15 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
 
     check_folder(out)
     _no_bars_of_transformers()
-    treatments = ("skip", "exact") if given["eliminated"] == "both" else (given["eliminated"],)
-    named = {name: value for name, value in given.items() if name != "out"}
-    settings = demonstration.Settings(**{**named, "eliminated": treatments})
+    named = {name: value for name, value in given.items() if name not in ("out", "graph")}
+    settings = demonstration.Settings(**{**named, "plans": tuple(given["plans"].split(","))})
     _warn_of_other_load()
-    console.print(
-        f"LoRA fine-tuning of a small Llama at {settings.context} tokens, {settings.steps} steps: plainly, then "
-        "transformed"
+    _say(
+        f"LoRA fine-tuning of a small Llama at {settings.context:,} tokens, {settings.steps} steps each: plainly, then "
+        "under plans. As set by default this takes about a minute on two idle CPU cores, and two or three beside other "
+        "programs."
     )
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
 
         def progress(what: str, parts: int) -> Callable[[], None]:
@@ -143,9 +142,12 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
             f"Predictors, trained in {outcome.fit_seconds:.0f} s, find these shares of the blocks that measuring would "
             f"keep in a held-out window: {found}."
         )
-    console.print(f"{outcome.layer} after the transform:\n")
-    _print_code(draw.code(outcome.after, outcome.layer_class))
+    if given["graph"]:
+        console.print(f"{outcome.layer} after the transform:\n")
+        _print_code(draw.code(outcome.after, outcome.layer_class))
+    _say(demonstration.verdict(outcome))
     _print_paths(demonstration.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
+    _say(demonstration.NEXT)
 
 
 def _print_code(text: str) -> None:
