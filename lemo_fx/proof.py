@@ -10,8 +10,8 @@ each distinct layer, without touching the model:
   the gradients those of the masked graph.
 Both with padding, and without (values alone), where layers are often handed no mask.
 
-The expected values come from the captured graph run node by node (`_Oracle`) under transformers' eager attention, with
-explicit masks; no pass, kernel or generated code takes part. Not proven: the rounding of float8, other recompute
+The expected values come from the captured graph run node by node (`graph.oracle`) under transformers' eager attention,
+with explicit masks; no pass, kernel or generated code takes part. Not proven: the rounding of float8, other recompute
 policies, what a compiler makes of a graph, layers that FSDP2 has sharded. Quantised weights are proven within their
 rounding.
 """
@@ -19,7 +19,9 @@ rounding.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch.func import functional_call
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.capture import build_module
 from lemo_fx.graph.oracle import Changes, run_captured
-from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, in_a_line, quiet, record
+from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, eager, in_a_line, quiet, record
 from lemo_fx.graph.sites import Site
 from lemo_fx.kernels.private import tree_leaves, tree_map
 from lemo_fx.passes.rewrite import LayerRewrite
@@ -103,7 +105,11 @@ class Proofs:
             if not self._recorded_all(rewrite.layer):
                 return None
             assert self.probes is not None
-            _known[key] = prove(rewrite, captured, sites, self.probes)
+            try:
+                _known[key] = prove(rewrite, captured, sites, self.probes)
+            except OriginalFails as error:
+                self.obstacle = f"a layer does not run by itself: {error}"
+                return None
         return _known[key]
 
     def usual(self, layer: nn.Module) -> Mapping[str, Any]:
@@ -164,23 +170,35 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
         call = probe.calls[rewrite.layer]
         if any((call.get(name) is not None) != given for name, given in rewrite.presence.items()):
             continue
-        try:
-            fault = _Trial(rewrite, captured, sites, probe, float32=True).run()
-        except Exception:
+        # Kernels for half precision refuse float32, and some have no backward (flex_attention on the CPU).
+        for float32, gradients in itertools.product((True, False), (True, False) if probe.padded else (False,)):
             try:
-                fault = _Trial(rewrite, captured, sites, probe, float32=False).run()
-            except Exception as error:
-                fault = Fault(None, f"on a probe of {LENGTH} tokens it fails: {in_a_line(error)}")
+                fault = _Trial(rewrite, captured, sites, probe, float32, gradients).run()
+                break
+            except OriginalFails as error:
+                reason = error
+        else:
+            raise reason
         if fault is not None:
             return fault
     return None
+
+
+class OriginalFails(LemoError):
+    """The original layer itself cannot be run on a probe: nothing can be said of the rewritten one."""
 
 
 class _Trial:
     """One layer's proof: its weights in float32 for the time of it, its inputs, and the runs that are compared."""
 
     def __init__(
-        self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probe: Probe, float32: bool
+        self,
+        rewrite: LayerRewrite,
+        captured: fx.Graph,
+        sites: Sequence[Site],
+        probe: Probe,
+        float32: bool,
+        gradients: bool,
     ) -> None:
         self.rewrite, self.captured, self.sites = rewrite, captured, sites
         layer = rewrite.layer
@@ -188,13 +206,15 @@ class _Trial:
         self.float32 = float32 and plain and sum(p.numel() for p in layer.parameters()) <= LARGEST
         self.precision = FULL if self.float32 else ROUNDED
         self.given = self._restricted(self._cast(probe.calls[layer]), probe)
-        self.explicit = self._restricted(self._cast(probe.explicit[layer]), probe)
+        # Where no attention loses keys, the original's own implementation says what it computes.
+        self.attends = any(s.treatment and s.site.kind == "attention" for s in rewrite.sites)
+        self.explicit = self._restricted(self._cast(probe.explicit[layer]), probe) if self.attends else self.given
         self.entry = str(rewrite.entry.target)
         stream = self.given[self.entry]
         generator = torch.Generator().manual_seed(1)
         self.stream = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
         self.cotangent = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
-        self.padded = probe.padded
+        self.padded, self.gradients = probe.padded, gradients
         if probe.padded:
             self.cotangent[1, -PADDED:] = 0
         self.tokens: dict[str, torch.Tensor] = {}
@@ -237,7 +257,16 @@ class _Trial:
 
     def _compare(self) -> Fault | None:
         layer = self.rewrite.layer
-        original = self._values_and_gradients(functools.partial(type(layer).forward, layer), self.given)
+        try:
+            original = self._values_and_gradients(functools.partial(type(layer).forward, layer), self.given)
+        except Exception as error:
+            raise OriginalFails(in_a_line(error)) from error
+        try:
+            return self._rewritten_differs(original)
+        except Exception as error:
+            return Fault(None, f"on a probe of {LENGTH} tokens it fails: {in_a_line(error)}")
+
+    def _rewritten_differs(self, original: Any) -> Fault | None:
         untouched = self._values_and_gradients(self._captured(Changes(masks=self._masks({}))), self.explicit)
         fault = self._fault(None, original, untouched, "captured as a graph,")
         if fault is not None:
@@ -317,13 +346,13 @@ class _Trial:
         self, forward: Callable[..., Any], given: Mapping[str, Any]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """(tensors that a layer returns; gradients of its stream and trainable weights, on the padded probe)."""
-        stream = self.stream.clone().requires_grad_(self.padded)
-        with torch.set_grad_enabled(self.padded):
+        stream = self.stream.clone().requires_grad_(self.gradients)
+        with torch.set_grad_enabled(self.gradients):
             out = forward(**{**given, self.entry: stream})
-        values = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        if not self.padded:
-            return values, []
-        total = sum((v * self.cotangent).sum() for v in values if v.shape == self.cotangent.shape)
+            values = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+            if not self.gradients:
+                return values, []
+            total = sum((v * self.cotangent).sum() for v in values if v.shape == self.cotangent.shape)
         gradients = torch.autograd.grad(total, [stream, *self.parameters], allow_unused=True)  # type: ignore[arg-type]
         return [v.detach() for v in values], list(gradients)
 
@@ -359,7 +388,13 @@ class _Trial:
 
     def _captured(self, changes: Changes) -> Callable[..., Any]:
         """The captured graph as a function of the layer's arguments by name."""
-        return lambda **given: run_captured(self.rewrite.layer, self.captured, self.sites, given, changes)
+        layer = self.rewrite.layer
+
+        def run(**given: Any) -> Any:
+            with eager(layer) if self.attends else nullcontext():
+                return run_captured(layer, self.captured, self.sites, given, changes)
+
+        return run
 
     def _kept(self, name: str) -> torch.Tensor:
         mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)

@@ -1,6 +1,6 @@
 """What a decoder layer must compute once tokens are dropped: its captured graph run node by node, branch by branch.
 
-No pass, kernel or generated code takes part. Attention is transformers' eager one, handed explicit masks.
+No pass, kernel or generated code takes part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.graph.capture import SPLAT
-from lemo_fx.graph.probe import eager
 from lemo_fx.graph.sites import Site
 
 
@@ -53,8 +52,7 @@ def run_captured(
     Args:
         given: the layer's arguments by name.
     """
-    with eager(layer):
-        return _Run(layer, graph, sites, given, changes).run()
+    return _Run(layer, graph, sites, given, changes).run()
 
 
 class _Run(fx.Interpreter):
