@@ -205,10 +205,12 @@ class _Trial:
         plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in layer.parameters())
         self.float32 = float32 and plain and sum(p.numel() for p in layer.parameters()) <= LARGEST
         self.precision = FULL if self.float32 else ROUNDED
-        self.given = self._restricted(self._cast(probe.calls[layer]), probe)
+        self.given, explicit = self._cast(probe.calls[layer]), self._cast(probe.explicit[layer])
+        if probe.padded and all(_is_square(given.get("attention_mask")) for given in (self.given, explicit)):
+            self.given, explicit = self._restricted(self.given), self._restricted(explicit)
         # Where no attention loses keys, the original's own implementation says what it computes.
         self.attends = any(s.treatment and s.site.kind == "attention" for s in rewrite.sites)
-        self.explicit = self._restricted(self._cast(probe.explicit[layer]), probe) if self.attends else self.given
+        self.explicit = explicit if self.attends else self.given
         self.entry = str(rewrite.entry.target)
         stream = self.given[self.entry]
         generator = torch.Generator().manual_seed(1)
@@ -228,11 +230,9 @@ class _Trial:
         return tree_map(cast, value) if not isinstance(value, Mapping) else {k: self._cast(v) for k, v in value.items()}
 
     @staticmethod
-    def _restricted(given: dict[str, Any], probe: Probe) -> dict[str, Any]:
-        """A square mask cut into two documents, so that kept tokens are not merely in causal order."""
-        mask = given.get("attention_mask")
-        if not probe.padded or not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-            return given
+    def _restricted(given: dict[str, Any]) -> dict[str, Any]:
+        """The square mask cut into two documents, so that kept tokens are not merely in causal order."""
+        mask = given["attention_mask"]
         document = torch.arange(LENGTH, device=mask.device) >= DOCUMENT
         other = document[:, None] != document[None, :]
         lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -404,7 +404,7 @@ class _Trial:
         """The layer's explicit mask [B, 1, S, S], additive, by attention call: of all keys, or of a branch's [B, S]."""
         mask = self.explicit.get("attention_mask")
         lowest = torch.finfo(self.stream.dtype).min
-        square = isinstance(mask, torch.Tensor) and mask.dim() == 4
+        square = _is_square(mask)
         if not isinstance(mask, torch.Tensor) or not square:
             mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=self.stream.device).tril()
         if mask.dtype == torch.bool:
@@ -444,6 +444,10 @@ class _Trial:
                     site, f"{words} its gradients are off by {gap / (size or largest or 1.0):.2g} of the largest"
                 )
         return None
+
+
+def _is_square(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 4
 
 
 class _Within(nn.Module):
