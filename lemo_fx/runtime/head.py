@@ -17,7 +17,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES
-from lemo_fx.runtime.layer import STATE, asks_for_cache, settings_of, without_default_cache
+from lemo_fx.runtime.layer import STATE, asks_for_cache, look_for_hooks, settings_of, without_default_cache
 from lemo_fx.runtime.loss import segmentable
 from lemo_fx.runtime.step import Step
 
@@ -192,6 +192,7 @@ def telling_labels(forward: Callable) -> Callable:
         if settings is None:
             return forward(self, *args, **kwargs)
         settings.check(self, kwargs)
+        look_for_hooks(self, settings.step)
         if not torch.compiler.is_compiling():
             for switch in settings.step.switches:
                 switch.refresh()
