@@ -24,7 +24,7 @@ from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
 from lemo_fx.runtime.head import UNLABELLED
-from lemo_fx.runtime.layer import pass_by
+from lemo_fx.runtime.layer import hooks_note, own_hooks, pass_by
 from lemo_fx.runtime.loss import segmented_loss
 from lemo_fx.runtime.scores import AttentionScore
 from lemo_fx.runtime.select import SelectBlocks
@@ -184,6 +184,8 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
     recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
     for name, module, installation in installed(model):
+        hook = next(own_hooks(module), None) if installation.rows else None
+        hooked = "" if hook is None else hooks_note(*hook)
         for row in installation.rows:
             select = module._modules.get(f"lemo_{row['tokens_of']}_select")
             record = select.record if isinstance(select, SelectBlocks) else None
@@ -199,7 +201,10 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
                     recall=recalls.get((name, row["site"])),
                     note="; ".join(
-                        filter(None, [row["note"], _float8(module, row), "NaN among the last scores" if nan else ""])
+                        filter(
+                            None,
+                            [row["note"], hooked, _float8(module, row), "NaN among the last scores" if nan else ""],
+                        )
                     ),
                 )
             )

@@ -32,6 +32,7 @@ from lemo_fx.runtime.layer import (
     add_teller,
     call_layer,
     floats_of,
+    look_for_hooks,
     make_layer_forward,
 )
 from lemo_fx.runtime.scores import StepScore
@@ -232,6 +233,8 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
         for plan in plans:
             done.append(plan.module)
             _install(plan)
+        if owner is not None and plans:
+            look_for_hooks(owner, plans[0].settings.step)
         # A causal model tells its layers the labels itself, which a wrapper may have changed (prompt tuning).
         head = any(isinstance(plan.settings, HeadSettings) for plan in plans)
         for module in above if plans else ():

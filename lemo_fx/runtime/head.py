@@ -17,7 +17,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES
-from lemo_fx.runtime.layer import STATE, asks_for_cache, settings_of, without_default_cache
+from lemo_fx.runtime.layer import STATE, asks_for_cache, look_for_hooks, settings_of, without_default_cache
 from lemo_fx.runtime.loss import segmentable
 from lemo_fx.runtime.step import Step
 
@@ -70,9 +70,9 @@ class HeadSettings:
             )
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether this call computes the loss in segments and returns no logits."""
+        """Whether this call computes the loss in segments, and logits only once they are used."""
         return (
-            model.training
+            (model.training or not torch.compiler.is_compiling())
             and labels is not None
             and self.loss_function is not None
             and model.loss_function is self.loss_function
@@ -192,6 +192,7 @@ def telling_labels(forward: Callable) -> Callable:
         if settings is None:
             return forward(self, *args, **kwargs)
         settings.check(self, kwargs)
+        look_for_hooks(self, settings.step)
         if not torch.compiler.is_compiling():
             for switch in settings.step.switches:
                 switch.refresh()

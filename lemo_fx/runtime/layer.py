@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import LemoConfig
@@ -21,6 +24,8 @@ from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
+
+logger = logging.getLogger(__name__)
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
@@ -34,6 +39,36 @@ CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpoi
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
 
+HARMLESS = frozenset({"torch", "transformers", "accelerate", "bitsandbytes", "torchao", "lemo_fx"})
+"""Packages whose hooks within a layer see to weights or collect what a call asked for, whatever rows come by."""
+
+
+def own_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Hooks that someone put on modules within a layer, with the module's name: they count on seeing every token.
+
+    A trained vector that is added at some positions, an adapter for the last tokens only (PEFT's aLoRA), or a record of
+    activations would be shown kept rows, once for their values and once for their gradient.
+    """
+    if not any(any(_hooks_of(module)) for child in _children(layer) for module in child.modules()):
+        return
+    for name, module in layer.named_modules():
+        if name and not name.startswith("lemo_"):
+            for hook in itertools.chain.from_iterable(hooks.values() for hooks in _hooks_of(module)):
+                function = getattr(hook, "func", hook)
+                package = getattr(function, "__module__", None) or type(function).__module__
+                if package.partition(".")[0] not in HARMLESS:
+                    yield name, function
+
+
+def _children(layer: nn.Module) -> list[nn.Module]:
+    """The layer's own modules, without those that lemo_fx added."""
+    return [child for name, child in layer.named_children() if not name.startswith("lemo_")]
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Callable], ...]:
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
 @dataclass
 class LayerSettings:
     """What a rewritten decoder layer asks before each forward.
@@ -42,6 +77,7 @@ class LayerSettings:
         attention: name of its attention, which knows the layer's place in a cache.
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
+        hooked: whether `look_for_hooks` found someone's hooks within it.
     """
 
     config: LemoConfig
@@ -52,6 +88,7 @@ class LayerSettings:
     step: Step
     floats: tuple[str, ...]
     presence: Mapping[str, bool]
+    hooked: bool = False
 
     def _holds_a_past(self, layer: nn.Module, cache: Any, length: int) -> bool:
         """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
@@ -86,7 +123,7 @@ class LayerSettings:
             return False
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
-        if not self._takes(layer, stream, given):
+        if not self._takes(layer, stream, given) or self.hooked:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 pass_by(layer)
             return False
@@ -96,6 +133,35 @@ class LayerSettings:
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def look_for_hooks(model: nn.Module, step: Step) -> None:
+    """Let layers with hooks of someone's run their original code.
+
+    Called where a step begins, since hooks may come after a transform. It looks again once torch has made a handle of
+    another hook, or while there are some that may be removed.
+    """
+    if torch.compiler.is_compiling() or (step.handles == RemovableHandle.next_id and not step.hooked):
+        return
+    step.handles = RemovableHandle.next_id
+    before, step.hooked = step.hooked, False
+    for layer in model.modules():
+        settings = settings_of(layer)
+        if isinstance(settings, LayerSettings):
+            found = next(own_hooks(layer), None)
+            settings.hooked = found is not None
+            if found is not None and not before and not step.hooked:
+                logger.warning("%s: %s", type(layer).__name__, hooks_note(*found))
+            step.hooked |= settings.hooked
+
+
+def hooks_note(name: str, hook: Any) -> str:
+    """For the report, of a hook within a layer."""
+    named = getattr(hook, "__qualname__", type(hook).__name__)
+    return (
+        f"{name} has a hook ({named}), which in a rewritten layer would see the kept tokens only, so the layer runs "
+        "its original code: hook the whole decoder layer instead, or remove the hook"
+    )
 
 
 def asks_for_cache(given: Mapping[str, Any]) -> bool:
@@ -135,6 +201,7 @@ class Teller:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before its forward: a step begins; tell the layers its labels, and whether this call asked for a cache."""
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        look_for_hooks(module, self.step)
         self.step.cache_asked = asks_for_cache(given)
         self.step.scores = None
         self.before.append(self.step.labels)

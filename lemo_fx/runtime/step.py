@@ -24,6 +24,8 @@ class Step:
         drawn: whether the running layer's `scores` were seen to before its forward.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
+        hooked: whether a layer has someone's hooks in it, see `look_for_hooks`.
+        handles: of hooks that torch had made when it looked.
         owner: the model whose layers share it.
     """
 
@@ -34,6 +36,8 @@ class Step:
     drawn: bool = False
     dense: bool = False
     switches: list[Float8Switch] = field(default_factory=list)
+    hooked: bool = False
+    handles: int = -1
     owner: weakref.ref[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
