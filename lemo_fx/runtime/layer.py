@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
+
+logger = logging.getLogger(__name__)
 
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
@@ -82,13 +85,23 @@ class LayerSettings:
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
-        if self.step.dense or not (layer.training or self.config.active == "always"):
+        if self.step.dense:
+            return False
+        records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not (layer.training or self.config.active == "always"):
+            if records and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+                warn_once("a model in eval mode runs its original layers: if this is training, call model.train()")
             return False
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
         if not self._takes(layer, stream, given):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if records:
                 pass_by(layer)
+                if stream.dim() == 3 and stream.shape[1] < self.config.block_size:
+                    warn_once(
+                        f"sequences under one block of {self.config.block_size} tokens run the original layers: "
+                        "nothing is eliminated; pack them, or choose a smaller block_size"
+                    )
             return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
@@ -96,6 +109,12 @@ class LayerSettings:
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+@functools.cache
+def warn_once(words: str) -> None:
+    """Say once that a rewritten layer trains as it was."""
+    logger.warning(words)
 
 
 def asks_for_cache(given: Mapping[str, Any]) -> bool:
