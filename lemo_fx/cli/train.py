@@ -147,9 +147,13 @@ def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
         say(str(prepared))
         settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
         run = dataclasses.replace(run, settings=settings)
+        recorded = _recorded(run, folder, documents, plan)
         if _first():
-            _agree_with_earlier(run, _recorded(run, folder, documents, plan), say)
+            _check_earlier(run, recorded, say)
         trainer = _trainer(run, model, prepared, _predictors(run, model, prepared.train, plan, say), plan)
+        if _first():
+            # Only now: a folder with a run in it wants --resume, and what does not even start is no run.
+            _write_started(run, recorded)
         picture = _graph_picture(trainer.model, plan)
         checkpoint = _last_checkpoint(run.out) if run.job.resume else None
         trainer.args.eval_on_start = checkpoint is None
@@ -284,8 +288,8 @@ LONGER = {"settings.steps", "settings.epochs"}
 """What may differ in a run that is resumed."""
 
 
-def _agree_with_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
-    """Write what a run was started with, or raise InputError where OUT has a run that was started otherwise."""
+def _check_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
+    """Raise InputError where OUT has a run that was started otherwise."""
     path = run.out / SETTINGS
     if path.exists():
         try:
@@ -302,9 +306,12 @@ def _agree_with_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
             raise InputError(f"{run.out} holds a run of {before} steps: resume it with as many, or more")
         if now > before:
             say(f"{now} steps instead of {before}: from here the learning rate is that of the longer run")
+
+
+def _write_started(run: Run, recorded: dict[str, Any]) -> None:
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        _write(path, recorded)
+        _write(run.out / SETTINGS, recorded)
         write_text(run.out / RUN_FILE, _run_file(run))
     except OSError as error:
         raise InputError(f"{run.out} cannot be written: {error}") from error

@@ -119,13 +119,23 @@ class LayerSettings:
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
-        if self.step.dense or not (layer.training or self.config.active == "always"):
+        if self.step.dense:
+            return False
+        records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not (layer.training or self.config.active == "always"):
+            if records and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+                warn_once("a model in eval mode runs its original layers: if this is training, call model.train()")
             return False
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = given[self.arguments[0]]
         if not self._takes(layer, stream, given) or self.hooked:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if records:
                 pass_by(layer)
+                if stream.dim() == 3 and stream.shape[1] < self.config.block_size:
+                    warn_once(
+                        f"sequences under one block of {self.config.block_size} tokens run the original layers: "
+                        "nothing is eliminated; pack them, or choose a smaller block_size"
+                    )
             return False
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
@@ -162,6 +172,12 @@ def hooks_note(name: str, hook: Any) -> str:
         f"{name} has a hook ({named}), which in a rewritten layer would see the kept tokens only, so the layer runs "
         "its original code: hook the whole decoder layer instead, or remove the hook"
     )
+
+
+@functools.cache
+def warn_once(words: str) -> None:
+    """Say once that a rewritten layer trains as it was."""
+    logger.warning(words)
 
 
 def asks_for_cache(given: Mapping[str, Any]) -> bool:
