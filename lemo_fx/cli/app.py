@@ -283,6 +283,36 @@ def train(
 
 
 @command(app)
+def compare(
+    job: options.Job,
+    settings: options.Settings,
+    plans: Annotated[
+        str | None,
+        typer.Option(
+            help="Of careful, balanced, fast, cut (sequences cut to half) and fewer (LoRA for the time of the fastest "
+            "plan), with commas; by default all that this machine computes well."
+        ),
+    ] = None,
+    same_time: Annotated[
+        bool, typer.Option("--same-time", help="Each plan once more, for as many steps as take LoRA's time.")
+    ] = False,
+) -> None:
+    """Train LoRA, plans and cheaper ways to save time on your data: held-out loss, time and memory, in a page."""
+    from lemo_fx.cli import compare as comparison
+
+    _no_bars_of_transformers()
+    _warn_of_other_load()
+    called = " ".join(["lemo-fx", *sys.argv[1:]])
+    found = comparison.compare(job, settings, comparison.kinds_of(plans), same_time, called, _say)
+    table = Table(*comparison.HEADINGS)
+    for row in comparison.rows(found):
+        table.add_row(*row)
+    console.print(table)
+    _say(comparison.verdict(found))
+    _print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
+
+
+@command(app)
 def bench(
     model: Shape,
     plan: PlanOptions,

@@ -98,12 +98,14 @@ class Run:
 
     Attributes:
         command: as it was typed, for the record.
+        cut: windows to train on are cut into so many; held-out ones stay whole.
     """
 
     job: Job
     options: PlanOptions
     settings: Settings
     command: str = ""
+    cut: int = 1
 
     @property
     def out(self) -> Path:
@@ -144,6 +146,8 @@ def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
     with _in_words(run.out):
         model = _loaded(run, folder)
         prepared = prepare.windows_of(documents, settings, keeps_documents_apart(model), say)
+        if run.cut > 1:
+            prepared = prepare.cut(prepared, run.cut)
         say(str(prepared))
         settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
         run = dataclasses.replace(run, settings=settings)
