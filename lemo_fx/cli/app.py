@@ -71,7 +71,7 @@ def _quiet(
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
     plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
@@ -373,6 +373,7 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
 
     from lemo_fx.cli import bench as benchmark
     from lemo_fx.cli import load
+    from lemo_fx.cli.estimate import advice
     from lemo_fx.cli.train import compiles
     from lemo_fx.files import check_folder
 
@@ -405,6 +406,8 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
         settings = benchmark.Settings(contexts, **named | {"targets": options.modules_of(given["targets"])})
         outcome = benchmark.bench(folder, plans, settings, predictors, progress, ended)
     console.print(benchmark.table(outcome))
+    for line in advice(outcome.parameters["all"], max(contexts), running_text=False):
+        _say(f"note: {line}")
     plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(
         f'"{benchmark.UNTOUCHED}": {plainly}. '

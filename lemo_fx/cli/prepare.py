@@ -145,6 +145,11 @@ class Prepared:
     heldout: Sequence[Window]
     context: int
 
+    @property
+    def is_running_text(self) -> bool:
+        """Whether every token is learnt."""
+        return all((piece.labels != data.IGNORED).all() for window in self.train for piece in window)
+
     def __str__(self) -> str:
         tokens = sum(len(piece) for window in self.train for piece in window)
         documents, together = sum(map(len, self.train)), max(map(len, self.train))

@@ -39,6 +39,7 @@ from lemo_fx.callback import LemoCallback
 from lemo_fx.cli import page, prepare
 from lemo_fx.cli.data import Window
 from lemo_fx.cli.demo import environment
+from lemo_fx.cli.estimate import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, load_tokenizer, read_config
 from lemo_fx.cli.options import Job, PlanOptions, Settings, Stopped, as_file, modules_of
 from lemo_fx.cli.prepare import Documents, Prepared, Say, Windows, check_context, keeps_documents_apart, one_window
@@ -149,6 +150,9 @@ def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
         if run.cut > 1:
             prepared = prepare.cut(prepared, run.cut)
         say(str(prepared))
+        if plan.eliminations:
+            for line in advice(model.num_parameters(), documents.context, prepared.is_running_text):
+                say(f"note: {line}")
         settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
         run = dataclasses.replace(run, settings=settings)
         if _first():
