@@ -191,3 +191,11 @@ def test_plans_of_another_kind_are_refused():
         estimate.peak(shape("llama3-8b"), 8192, LemoConfig(attention=Elimination(), mlp=Elimination()))
     with pytest.raises(InputError, match="does not describe a model"):
         estimate.shape_of(ROOT / "savings.json")
+
+
+def test_who_is_told_that_a_plan_will_not_pay():
+    assert estimate.advice(8e9, 32768, running_text=False) == []
+    small, short, text = estimate.advice(135e6, 1024, running_text=True)
+    assert "135 million parameters" in small
+    assert "At 1,024 tokens" in short
+    assert "cut to half" in text

@@ -71,7 +71,7 @@ def _quiet(
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
     plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
@@ -283,6 +283,36 @@ def train(
 
 
 @command(app)
+def compare(
+    job: options.Job,
+    settings: options.Settings,
+    plans: Annotated[
+        str | None,
+        typer.Option(
+            help="Of careful, balanced, fast, cut (sequences cut to half) and fewer (LoRA for the time of the fastest "
+            "plan), with commas; by default all that this machine computes well."
+        ),
+    ] = None,
+    same_time: Annotated[
+        bool, typer.Option("--same-time", help="Each plan once more, for as many steps as take LoRA's time.")
+    ] = False,
+) -> None:
+    """Train LoRA, plans and cheaper ways to save time on your data: held-out loss, time and memory, in a page."""
+    from lemo_fx.cli import compare as comparison
+
+    _no_bars_of_transformers()
+    _warn_of_other_load()
+    called = " ".join(["lemo-fx", *sys.argv[1:]])
+    found = comparison.compare(job, settings, comparison.kinds_of(plans), same_time, called, _say)
+    table = Table(*comparison.HEADINGS)
+    for row in comparison.rows(found):
+        table.add_row(*row)
+    console.print(table)
+    _say(comparison.verdict(found))
+    _print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
+
+
+@command(app)
 def bench(
     model: Shape,
     plan: PlanOptions,
@@ -343,6 +373,7 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
 
     from lemo_fx.cli import bench as benchmark
     from lemo_fx.cli import load
+    from lemo_fx.cli.estimate import advice
     from lemo_fx.cli.train import compiles
     from lemo_fx.files import check_folder
 
@@ -375,6 +406,8 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
         settings = benchmark.Settings(contexts, **named | {"targets": options.modules_of(given["targets"])})
         outcome = benchmark.bench(folder, plans, settings, predictors, progress, ended)
     console.print(benchmark.table(outcome))
+    for line in advice(outcome.parameters["all"], max(contexts), running_text=False):
+        _say(f"note: {line}")
     plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(
         f'"{benchmark.UNTOUCHED}": {plainly}. '

@@ -7,6 +7,7 @@ decoder layers compiled, the loss in segments, one sequence. Its parts were read
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -360,7 +361,7 @@ def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
     if not shape.gated:
         found.append("An MLP without a gate: its memory under adapters on every layer was not measured.")
     if min(contexts) < SHORT:
-        found.append(too_short(min(contexts)))
+        found += advice(math.inf, min(contexts), False)
     if shape.longest is not None and max(contexts) > shape.longest:
         found.append(f"The model reads up to {shape.longest:,} tokens; longer contexts need rope scaling.")
     return found
@@ -370,9 +371,26 @@ SHORT = 4096
 """Tokens under which no plan was ever seen to pay."""
 
 
-def too_short(context: int) -> str:
-    """Why a plan gains little at this length."""
-    return (
-        f"At {context:,} tokens a plan gains little: attention is cheap there, and what is left goes to adapters and "
-        "launches. Plans are for thousands of tokens."
-    )
+def advice(parameters: float, context: int, running_text: bool) -> list[str]:
+    """Where a plan will hardly pay, one line a reason.
+
+    Args:
+        running_text: every token is learnt.
+    """
+    found = []
+    if parameters < TIMED_FROM:
+        found.append(
+            f"With {parameters / 1e6:,.0f} million parameters a plan gains little or nothing: the host sets the pace. "
+            "lemo-fx bench measures it; --preset dense is plain LoRA."
+        )
+    if context < SHORT:
+        found.append(
+            f"At {context:,} tokens a plan gains little: attention is cheap there, and what is left goes to adapters "
+            "and launches. Plans are for thousands of tokens."
+        )
+    if running_text:
+        found.append(
+            "Every token is learnt: on such running text, sequences cut to half may be as good in as little time. "
+            "lemo-fx compare shows it on your data."
+        )
+    return found

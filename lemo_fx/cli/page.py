@@ -162,8 +162,7 @@ def html(
     if other is not None:
         parts += ["<h2>Beside another run</h2>", _comparison(summary, other)]
     for heading, (figure, caption) in figures.items():
-        image = f'<img src="{_inline(figure)}" alt="{escape(heading)}">'
-        parts.append(f"<h2>{escape(heading)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+        parts.append(shown_picture(heading, figure, caption))
     parts += ["<h2>Sites</h2>", _sites(summary["report"])]
     parts += [f'<p class="note">{escape(note)}</p>' for note in summary["report"]["notes"]]
     data = {f"data: {name}": value for name, value in summary["data"].items()}
@@ -173,10 +172,21 @@ def html(
         "Environment": summary["environment"],
     }
     for heading, facts in tables.items():
-        parts += [f"<h2>{heading}</h2>", _table(None, [(name, in_words(value)) for name, value in facts.items()])]
+        parts += [f"<h2>{heading}</h2>", table(None, [(name, in_words(value)) for name, value in facts.items()])]
+    return whole(title, parts)
+
+
+def whole(title: str, parts: Sequence[str]) -> str:
+    """A page of parts that are HTML already."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     head += f"<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def shown_picture(heading: str, figure: Figure, caption: str) -> str:
+    """A picture under a heading, as HTML."""
+    image = f'<img src="{_inline(figure)}" alt="{escape(heading)}">'
+    return f"<h2>{escape(heading)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def figures_of(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -211,7 +221,7 @@ def _comparison(summary: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     rows = plans + [(name, value, others.get(name, "")) for name, value in mine.items()]
     differ = differing(summary, other)
     note = f"Not the same besides: {', '.join(differ)}." if differ else "All but the plan is the same in both."
-    return _table(("", "this run", "compared with"), rows) + f'<p class="note">{escape(note)}</p>'
+    return table(("", "this run", "compared with"), rows) + f'<p class="note">{escape(note)}</p>'
 
 
 def _perplexity(loss: float) -> str:
@@ -224,10 +234,11 @@ def _sites(report: Mapping[str, Any]) -> str:
         share = "" if site["kept_share"] is None else f"{site['kept_share']:.0%}"
         rows.append([*(site[k] for k in ("module", "site", "eliminated", "score", "budget")), share, site["note"]])
     columns = ("layer", "site", "eliminated tokens", "score", "budget", "kept in the last step", "note")
-    return f"<details><summary>{len(rows)} sites</summary>{_table(columns, rows)}</details>"
+    return f"<details><summary>{len(rows)} sites</summary>{table(columns, rows)}</details>"
 
 
-def _table(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
+    """A table, as HTML."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns or ())
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'

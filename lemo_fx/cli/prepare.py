@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,11 @@ class Prepared:
     heldout: Sequence[Window]
     context: int
 
+    @property
+    def is_running_text(self) -> bool:
+        """Whether every token is learnt."""
+        return all((piece.labels != data.IGNORED).all() for window in self.train for piece in window)
+
     def __str__(self) -> str:
         tokens = sum(len(piece) for window in self.train for piece in window)
         documents, together = sum(map(len, self.train)), max(map(len, self.train))
@@ -181,6 +186,26 @@ def windows_of(documents: Documents, settings: Settings, apart: bool, say: Say) 
         say(f"{settings.eval_windows} of the {len(heldout):,} windows held out are used (--eval-windows)")
         heldout = [heldout[i] for i in sorted(drawn)]
     return Prepared(train, heldout, documents.context)
+
+
+def cut(prepared: Prepared, parts: int) -> Prepared:
+    """Windows to train on cut into `parts` of equal length, in the place of the whole; held-out ones as they are."""
+    most = -(-prepared.context // parts)
+    train = []
+    for window in prepared.train:
+        pieces: list[list[Document]] = [[]]
+        room = most
+        for document in window:
+            at = 0
+            while at < len(document):
+                if not room:
+                    pieces.append([])
+                    room = most
+                piece = document[at : at + room]
+                pieces[-1].append(piece)
+                at, room = at + len(piece), room - len(piece)
+        train += [piece for piece in pieces if any((d.labels[1:] != data.IGNORED).any() for d in piece)]
+    return replace(prepared, train=train)
 
 
 @torch.no_grad()

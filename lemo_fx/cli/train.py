@@ -39,6 +39,7 @@ from lemo_fx.callback import LemoCallback
 from lemo_fx.cli import page, prepare
 from lemo_fx.cli.data import Window
 from lemo_fx.cli.demo import environment
+from lemo_fx.cli.estimate import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, load_tokenizer, read_config
 from lemo_fx.cli.options import Job, PlanOptions, Settings, Stopped, as_file, modules_of
 from lemo_fx.cli.prepare import Documents, Prepared, Say, Windows, check_context, keeps_documents_apart, one_window
@@ -98,12 +99,14 @@ class Run:
 
     Attributes:
         command: as it was typed, for the record.
+        cut: windows to train on are cut into so many; held-out ones stay whole.
     """
 
     job: Job
     options: PlanOptions
     settings: Settings
     command: str = ""
+    cut: int = 1
 
     @property
     def out(self) -> Path:
@@ -144,7 +147,12 @@ def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
     with _in_words(run.out):
         model = _loaded(run, folder)
         prepared = prepare.windows_of(documents, settings, keeps_documents_apart(model), say)
+        if run.cut > 1:
+            prepared = prepare.cut(prepared, run.cut)
         say(str(prepared))
+        if plan.eliminations:
+            for line in advice(model.num_parameters(), documents.context, prepared.is_running_text):
+                say(f"note: {line}")
         settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
         run = dataclasses.replace(run, settings=settings)
         recorded = _recorded(run, folder, documents, plan)

@@ -1,0 +1,69 @@
+"""Figures on the pages are those of the committed result files, and of `lemo-fx estimate`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lemo_fx.cli import estimate
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "benchmarks" / "bench"
+ROWS = {"as it is": "as it is", "LoRA": "LoRA", "careful": '"careful"', "balanced": '"balanced"', "fast": '"fast"'}
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table after a text, its head left out, stars and quotes too."""
+    text = (ROOT / page).read_text()
+    table = re.search(r"(?:^\|.*\n)+", text[text.index(heading) :], re.MULTILINE)
+    lines = table.group().splitlines()[2:]
+    return [[cell.strip().replace("*", "") for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "## Measured"), ("docs/results.md", "## Whole Trainer")])
+def test_whole_steps_are_those_of_the_file(page, heading):
+    runs = {run["plan"]: run for run in json.loads((BENCH / "llama3-8b-32k.json").read_text())["runs"]}
+    lora = runs["LoRA"]
+    rows = rows_of(page, heading)
+    assert len(rows) == len(runs)
+    for row, (plan, run) in zip(rows, runs.items(), strict=True):
+        assert ROWS[plan] in row[0]
+        cells = " ".join(row[1:])
+        assert f"{1e3 * run['step_seconds']:,.0f} ms" in cells
+        assert f"{run['peak_bytes'] / 1e9:.1f} GB" in cells
+        if plan not in ("as it is", "LoRA"):
+            assert f"{lora['step_seconds'] / run['step_seconds']:.2f}x" in cells
+            assert f"{run['peak_bytes'] / lora['peak_bytes']:.2f}x" in cells
+
+
+def test_other_results_of_bench_on_their_page():
+    rows = iter(rows_of("docs/results.md", "## Whole Trainer steps, other lengths"))
+    for name in ("llama3-8b-8k", "llama3-8b-16k", "qwen3-4b-32k"):
+        runs = json.loads((BENCH / f"{name}.json").read_text())["runs"]
+        lora = next(run for run in runs if run["plan"] == "LoRA")
+        for run in runs:
+            row = " ".join(next(rows))
+            assert f"`{name}.json`" in row
+            assert run["plan"] in row
+            assert f"{1e3 * run['step_seconds']:,.0f} ms" in row
+            assert f"{run['peak_bytes'] / 1e9:.1f} GB" in row
+            if run is not lora:
+                assert f"{lora['step_seconds'] / run['step_seconds']:.2f}x" in row
+                assert f"{run['peak_bytes'] / lora['peak_bytes']:.2f}x" in row
+    assert next(rows, None) is None
+
+
+def test_the_longest_contexts_are_what_estimate_says():
+    shape = estimate.shape_of(BENCH / "config-llama3-8b.json")
+    names = ("LoRA", "careful", "QLoRA", "careful, QLoRA")
+    for row, name in zip(rows_of("README.md", "## Which GPU"), names, strict=True):
+        lengths = [estimate.longest(shape, name, size * 1e9, 8) for size in (24, 48, 80, 141)]
+        assert row[1:5] == [f"{length:,}" for length in lengths]
+
+
+def test_the_readme_is_short_and_opens_with_what_the_default_does():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) < 9000
+    assert "Every token is computed" in text[:300]
+    assert "It does not pay" in text[:2000]
