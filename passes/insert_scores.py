@@ -47,11 +47,8 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         name_of_rows = f"{planned.name}_candidate_rows"
         values[site.stream] = call(rewrite.graph, kept.take, (site.stream, tokens), name_of_rows, region)
     copies = clone(rewrite.graph, before_mixer, values, region, "scored")
-    if site.kind == "attention":
-        args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))
-        return call(rewrite.graph, target, args, name, region, kwargs)
-    source = site.mixer.all_input_nodes[0]
-    return call(rewrite.graph, target, (copies.get(source, source),), name, region)
+    args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))
+    return call(rewrite.graph, target, args, name, region, kwargs)
 
 
 def _feeds(node: fx.Node, mixer: fx.Node) -> bool:

@@ -224,7 +224,8 @@ def _mixer(graph: fx.Graph, region: tuple[fx.Node, ...]) -> fx.Node:
 
 def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
     """Why a branch must see every token; None if it may run on some of them."""
-    attentions = []
+    attentions: list[fx.Node] = []
+    mixing = None
     for node in site.nodes:
         if node.op == "call_module":
             module = module_of(graph, node)
@@ -235,17 +236,44 @@ def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
                 continue
             reason = why_not_token_wise(module, _width(graph))
             if reason:
-                return Refusal(node.name, f"{type(module).__name__} {reason}", site)
+                mixing = mixing or Refusal(node.name, f"{type(module).__name__} {reason}", site)
         elif reason := _why_not_elementwise(node, attentions):
-            return Refusal(node.name, reason, site)
+            mixing = mixing or Refusal(node.name, reason, site)
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch", site)
     if not any(node.op == "call_module" for node in site.nodes):
         return Refusal(site.branch.name, "holds no module to save work in", site)
+    if mixing is not None and (attentions or not _is_token_wise(graph, site)):
+        return mixing
     if site.read_outside:
         node, user = site.read_outside[0]
         return Refusal(node.name, f"is also read outside of its branch, by {user.name!r}", site)
     return None
+
+
+def _is_token_wise(graph: fx.Graph, site: Site) -> bool:
+    """Whether a branch as a whole is shown to treat each token alone, whatever its parts do (flat rows, say)."""
+    layer = graph.owning_module
+    assert isinstance(layer, nn.Module)
+    outside = {n for node in site.nodes for n in node.all_input_nodes} - {*site.nodes, site.stream}
+    if any(n.op not in ("placeholder", "get_attr") for n in outside):
+        return False
+    interpreter = fx.Interpreter(layer, garbage_collect_values=False, graph=graph)
+    given: dict[fx.Node, object] = {}
+    for node in outside:
+        if node.op == "get_attr":
+            given[node] = False if node.target == "training" else interpreter.fetch_attr(str(node.target))
+        else:
+            given[node] = {} if str(node.target).startswith("**") else None
+
+    def run(x: torch.Tensor) -> object:
+        interpreter.env = {**given, site.stream: x}
+        for node in site.nodes:
+            interpreter.env[node] = interpreter.run_node(node)
+        return interpreter.env[site.branch]
+
+    called = [module_of(graph, node) for node in site.nodes if node.op == "call_module"]
+    return _why_not_alone(run, nn.ModuleList(called), (2, 8, _width(graph))) is None
 
 
 def _is_heavy(graph: fx.Graph, node: fx.Node) -> bool:
@@ -272,8 +300,16 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     """None if the module treats each token alone, else why that is not shown.
 
     Shown by running it: eight random tokens give the same rows in another order and on their own. This covers norms,
-    dropouts (switched off here), dense and mixture-of-experts MLPs and adapters alike, without a list of names.
+    dropouts (switched off here), dense and mixture-of-experts MLPs and adapters alike, without a list of names. Of a
+    tuple, the first value counts.
     """
+    reason = _why_not_alone(module, module, (1, 8, width))
+    inner = _feeds_from_inner_width(module, width)
+    return _why_not_alone(module, module, (1, 8, inner)) if reason and inner else reason
+
+
+def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    """None if a function, which calls a module or several, gives the same rows in another order and on their own."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
         dtype, device = torch.float32, torch.device("cpu")
@@ -282,28 +318,30 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     else:
         dtype, device = parameter.dtype, parameter.device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, width, generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
     order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
     with modes_kept(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for submodule in module.modules():
             # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
             submodule.training = submodule.training and is_quantised(submodule)
         try:
-            whole = module(x)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            if _feeds_from_inner_width(module, width):
-                return why_not_token_wise(module, _feeds_from_inner_width(module, width))
-            return f"could not be tried on [1, 8, {width}] rows: {str(error).splitlines()[0]}"
-        if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
-            return "does not return one row per token"
-        permuted, alone = module(x[:, order]), module(x[:, 2:5])
+            whole = _first(run(x))
+            if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
+                return "does not return one row per token"
+            permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            return f"could not be tried on {list(shape)} rows: {[*str(error).splitlines(), ''][0]}"
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
-    same_reordered = torch.allclose(permuted, whole[:, order], rtol=rtol, atol=atol)
-    if same_reordered and torch.allclose(alone, whole[:, 2:5], rtol=rtol, atol=atol):
+    expected = ((permuted, whole[:, order]), (alone, whole[:, 2:5]))
+    if all(one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=atol) for one, other in expected):
         return None
     return "mixes tokens, but is not a softmax attention that transformers dispatches"
+
+
+def _first(out: object) -> object:
+    return out[0] if isinstance(out, tuple) and out else out
 
 
 def is_quantised(module: nn.Module) -> bool:

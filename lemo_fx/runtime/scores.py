@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.config import SiteKind
@@ -107,8 +107,8 @@ class AttentionScore(nn.Module):
 class ActivationScore(nn.Module):
     """Block informativeness for an MLP from the activations that enter its down projection (LeMo section 4.1).
 
-    Where the MLP cannot be captured (a mixture of experts has no single such activation), the magnitude of its output
-    stands in; `note` says so.
+    Where the MLP has no single such activation (a mixture of experts, a forward that cannot be captured), the magnitude
+    of its output stands in; `note` says so.
     """
 
     def __init__(self, mlp: nn.Module, block_size: int) -> None:
@@ -117,27 +117,59 @@ class ActivationScore(nn.Module):
         self.mlp = (mlp,)
         self.activation, self.note = _activation_of(mlp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP's input [B, S, H] (or, for a bare down projection, its own [B, S, F]) -> scores [B, n]."""
-        activation = _without_dropout(self.mlp[0], x, run=self.activation)
-        return scoring.activation_scores(activation, self.block_size)
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The MLP's input [B, S, H] (or, for a bare down projection, its own [B, S, F]) -> scores [B, n].
+
+        Args:
+            args, kwargs: what else the MLP is called with.
+        """
+        activation = _without_dropout(self.mlp[0], x, *args, run=self.activation, **kwargs)
+        # Experts work on flat rows [B S, F].
+        return scoring.activation_scores(activation.reshape(*x.shape[:2], -1), self.block_size)
 
 
-def _activation_of(mlp: nn.Module) -> tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], str]:
-    weight = getattr(mlp, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+def _activation_of(mlp: nn.Module) -> tuple[Callable[..., torch.Tensor], str]:
+    if _is_projection(mlp):
         return _own_input, ""
     try:
         graph = capture(mlp)
     except CaptureError:
+        graph = None
+    down = None if graph is None else _down_projection(graph)
+    if graph is None or down is None:
         return _output, "scored by the magnitude of its output: it has no single intermediate activation"
-    projections = [n for n in graph.nodes if n.op == "call_module" and holds_matrix(module_of(graph, n))]
     output = next(n for n in graph.nodes if n.op == "output")
-    output.args = (projections[-1].args[0],)
+    output.args = (down.args[0],)
     remove_dead_nodes(graph)
     built = build_module(mlp, graph, "Activation")
     # One function per distinct code: a compiler guards on it, and layers of one kind must not look different.
     return _activations.setdefault((type(mlp), built.code), type(built).forward), ""
+
+
+def _down_projection(graph: fx.Graph) -> fx.Node | None:
+    """The one projection through which all that an MLP computes goes to its output; None where there is none."""
+    projections = [n for n in graph.nodes if n.op == "call_module" and _is_projection(module_of(graph, n))]
+    if not projections or not isinstance(projections[-1].args[0] if projections[-1].args else None, fx.Node):
+        return None
+    down = projections[-1]
+    output = next(n for n in graph.nodes if n.op == "output")
+    reached, waiting = {down}, [output]
+    while waiting:
+        node = waiting.pop()
+        # Shapes are no way for values.
+        if node in reached or node.target in (getattr, "size"):
+            continue
+        if node.op == "placeholder" or (node.op == "call_module" and holds_matrix(module_of(graph, node))):
+            return None
+        reached.add(node)
+        waiting.extend(node.all_input_nodes)
+    return down
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """Whether a module is one weight matrix: a linear layer, plain, quantised or with adapters."""
+    weight = getattr(module, "weight", None)
+    return (isinstance(weight, torch.Tensor) and weight.dim() == 2) or hasattr(module, "in_features")
 
 
 _activations: dict[tuple[type[nn.Module], str], Callable] = {}
@@ -147,8 +179,9 @@ def _own_input(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _output(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return mlp(x)
+def _output(mlp: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out = mlp(*args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def measured_score(mixer: nn.Module, kind: SiteKind, block_size: int) -> AttentionScore | ActivationScore:

@@ -1,0 +1,344 @@
+"""Transform every causal-language-model type that the installed transformers has, tiny, and check what it computes.
+
+Each in a process of its own: it must train a step plainly, then by `lemo_fx.transform(model)` and by LeMo's own rule.
+`exact` must give the original's loss, keep 1.0 its loss and gradients, and `skip` those of a masked original written
+with module hooks, in which no graph takes part; with and without padding, and with activation checkpointing.
+
+    python tools/survey_architectures.py --out benchmarks/architectures/survey.json --page docs/architectures.md
+    python tools/survey_architectures.py --only llama,qwen3_next
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import inspect
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import VOCABULARY, model_types, tiny_model
+
+import lemo_fx
+from lemo_fx import Elimination, LemoConfig
+from lemo_fx.graph.anatomy import is_softmax_attention
+from lemo_fx.install import installed
+
+ROWS, LENGTH, BLOCK = 2, 48, 8
+PLANS = {
+    "default": LemoConfig(block_size=BLOCK),
+    "LeMo's rule": LemoConfig(Elimination(), Elimination(), block_size=BLOCK, dense_layers=()),
+}
+EVERYTHING = LemoConfig(Elimination(keep=1.0), Elimination(keep=1.0), block_size=BLOCK, dense_layers=())
+VALUE, GRADIENT, FLOOR = 1e-4, 5e-3, 1e-4
+"""Largest difference of losses (relative), of a gradient (of its largest entry), and of one that nearly cancels (of the
+largest of all)."""
+WARM = ("llama", "gemma3", "mixtral")
+"""Types whose imports the others share."""
+START, END = "<!-- survey -->", "<!-- end of survey -->"
+
+Step = tuple[float, dict[str, torch.Tensor]]
+
+
+class WrongError(Exception):
+    """A check failed: which, and by how much."""
+
+
+def batch(padded: bool) -> dict[str, torch.Tensor]:
+    """Token ids and labels; padding at the end of the second row."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY - 16, (ROWS, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, -11:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "labels": labels, **({"attention_mask": mask} if padded else {})}
+
+
+def step(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
+    """A forward and backward from clean gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(words: str, expected: Step, found: Step, gradients: bool = True) -> None:
+    """Raises: WrongError."""
+    if not abs(expected[0] - found[0]) <= VALUE * abs(expected[0]):
+        raise WrongError(f"{words}: loss {found[0]:.6f} instead of {expected[0]:.6f}")
+    if not gradients:
+        return
+    largest = max(float(g.abs().max()) for g in expected[1].values())
+    for name in expected[1].keys() | found[1].keys():
+        one, other = (s[1].get(name, torch.zeros(())) for s in (expected, found))
+        gap = float((one - other).abs().max())
+        if not gap <= GRADIENT * float(one.abs().max()) + FLOOR * largest:
+            raise WrongError(f"{words}: gradient of {name} off by {gap:.2g} (largest {float(one.abs().max()):.2g})")
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, tokens: dict[tuple[str, str], torch.Tensor]) -> Iterator[None]:
+    """While active, the tokens [B, K] that each (layer, site) of a transformed model keeps are noted."""
+    hooks = []
+    for name, module, record in installed(model):
+        for row in record.rows:
+            select = module._modules.get(f"lemo_{row['tokens_of']}_select")
+            if select is not None:
+                key = (name, row["site"])
+                hooks.append(select.register_forward_hook(lambda *a, key=key: tokens.__setitem__(key, a[2].clone())))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def masked_step(
+    original: nn.Module, model: nn.Module, tokens: Mapping[tuple[str, str], torch.Tensor], inputs: Mapping[str, Any]
+) -> Step:
+    """A step of the original in which attention sees kept keys alone and what branches add at other tokens is zeroed.
+
+    Args:
+        model: the original transformed, which says what modules a branch calls.
+        tokens: by (layer, site), see `recorded`.
+    """
+    turns: dict[nn.Module, list[torch.Tensor]] = defaultdict(list)
+    masks: dict[nn.Module, torch.Tensor] = {}
+    for name, _, record in installed(model):
+        for row in record.rows:
+            if row["eliminated"] == "dense":
+                continue
+            kept = torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, tokens[name, row["site"]], True)
+            called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
+            turns[called[-1]].append(kept)
+            masks.update({module: kept for module in called if is_softmax_attention(module)})
+    count: Counter[nn.Module] = Counter()
+
+    def zero(module: nn.Module, args: Any, out: Any) -> Any:
+        kept = turns[module][count[module] % len(turns[module])]
+        count[module] += 1
+        if isinstance(out, tuple):
+            return zero_rows(out[0], kept), *out[1:]
+        return zero_rows(out, kept)
+
+    def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        own = given.get("attention_mask")
+        lowest = torch.finfo(torch.float32).min
+        if not isinstance(own, torch.Tensor) or own.dim() != 4:
+            own = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+        if own.dtype == torch.bool:
+            own = torch.where(own, 0.0, lowest)
+        given["attention_mask"] = own.masked_fill(~masks[module][:, None, None, :], lowest)
+        return (), given
+
+    hooks = [module.register_forward_hook(zero) for module in turns]
+    hooks += [module.register_forward_pre_hook(mask, with_kwargs=True) for module in masks]
+    try:
+        return step(original, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def zero_rows(out: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """[B, S, H], or flat [B S, H], with zeros at the tokens that are not kept [B, S]."""
+    return (out.reshape(*kept.shape, -1) * kept[..., None]).reshape(out.shape)
+
+
+def survey_one(model_type: str) -> dict[str, Any]:
+    """What becomes of one model type, ready for JSON."""
+    names = model_types()[model_type]
+    row: dict[str, Any] = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
+    try:
+        model = tiny_model(model_type)
+        expected = {padded: step(model, batch(padded)) for padded in (False, True)}
+        same("the original twice", expected[False], step(model, batch(False)))
+    except Exception as error:
+        return {**row, "outcome": "does not train", "why": _line(error), "at": _place(error)}
+    try:
+        for name, plan in PLANS.items():
+            row[name] = _left(model, plan)
+            for padded, wanted in expected.items():
+                words = f"{name}, {'padded' if padded else 'not padded'}"
+                tokens: dict[tuple[str, str], torch.Tensor] = {}
+                with recorded(model, tokens):
+                    found = step(model, batch(padded))
+                if plan.attention and plan.attention.eliminated == "exact":
+                    same(f"{words}: values", wanted, found, gradients=False)
+                else:
+                    original = lemo_fx.revert(copy.deepcopy(model))
+                    original.set_attn_implementation("eager")
+                    same(f"{words}: masked original", masked_step(original, model, tokens, batch(padded)), found)
+            _checkpointed(model, name)
+            lemo_fx.revert(model)
+        _left(model, EVERYTHING)
+        for padded, wanted in expected.items():
+            same(f"keep 1.0, {'padded' if padded else 'not padded'}", wanted, step(model, batch(padded)))
+        same("reverted", expected[False], step(lemo_fx.revert(model), batch(False)))
+    except lemo_fx.UnsupportedModelError as error:
+        return {**row, "outcome": "refused", "why": str(error)}
+    except WrongError as error:
+        return {**row, "outcome": "wrong", "why": str(error)}
+    except Exception as error:
+        return {**row, "outcome": "crash", "why": _line(error), "at": _place(error)}
+    left = {**row["default"]["left"], **row["LeMo's rule"]["left"]}
+    return {**row, "outcome": "partly" if left else "works"}
+
+
+def _checkpointed(model: nn.Module, name: str) -> None:
+    """A plan with one choice of its own a step cannot be compared from step to step, but must run."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        with torch.random.fork_rng():
+            plain = step(model, batch(True))
+        if name != "default":
+            model.gradient_checkpointing_disable()
+            same(f"{name}: checkpointed", step(model, batch(True)), plain)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def _left(model: nn.Module, plan: LemoConfig) -> dict[str, Any]:
+    """Transform, and by branch, what was left dense and why; layers by their place."""
+    report = lemo_fx.report(lemo_fx.transform(model, plan))
+    left: dict[str, list[str]] = defaultdict(list)
+    for site in report.sites:
+        if site.eliminated == "dense" and "dense (" not in site.note:
+            left[f"{site.site}: {site.note.removeprefix('left dense: ')}"].append(site.module.rpartition(".")[2])
+    for note in report.notes:
+        layer, _, reason = note.partition(": ")
+        if "left as it is" in reason or "not proven" in note or "not segmented" in note:
+            left[reason if "left as" in reason else note].append(layer.rpartition(".")[2])
+    done = Counter(site.site for site in report.sites if site.eliminated != "dense")
+    return {"rewritten": dict(done), "left": {reason: ", ".join(layers) for reason, layers in left.items()}}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _place(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return "; ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-3:])
+
+
+def in_a_process(work: Callable[[str], dict[str, Any]], model_type: str, limit: float) -> dict[str, Any]:
+    """Run in a forked process, which shares what this one has imported; what it returned, or how it died."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            sender.send(work(model_type))
+
+    process = context.Process(target=run)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit):
+            return {"type": model_type, "outcome": "crash", "why": f"took more than {limit:g} s"}
+        return receiver.recv()
+    except EOFError:
+        return {"type": model_type, "outcome": "crash", "why": "its process died"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def main(
+    only: Annotated[str, typer.Option(help="model types, separated by commas; all if empty")] = "",
+    out: Annotated[Path | None, typer.Option(help="file for the JSON; what it has of other types stays")] = None,
+    page: Annotated[Path | None, typer.Option(help="page whose table is written from the JSON")] = None,
+    limit: Annotated[float, typer.Option(help="seconds a model type")] = 120.0,
+    again: Annotated[str, typer.Option(help="run those alone whose outcome in the file is one of these")] = "",
+) -> None:
+    """Survey, print a line a type, and write the file after each."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    known: dict[str, Any] = {}
+    if out is not None and out.exists():
+        known = {row["type"]: row for row in json.loads(out.read_text())["models"]}
+    chosen = only.split(",") if only else list(model_types())
+    if again:
+        chosen = [name for name in chosen if known.get(name, {"outcome": "new"})["outcome"] in again.split(",")]
+    for name in WARM if len(chosen) > len(WARM) else ():
+        tiny_model(name)
+    for name in chosen:
+        row = in_a_process(survey_one, name, limit)
+        known[name] = row
+        left = {**row.get("default", {}).get("left", {}), **row.get("LeMo's rule", {}).get("left", {})}
+        print(row["outcome"], name, row.get("why", ""), row.get("at", ""), *left, sep=" | ", flush=True)
+        if out is not None:
+            out.write_text(json.dumps(_document(known), indent=1) + "\n")
+    if page is not None:
+        text = page.read_text()
+        before, after = text.split(START)[0], text.split(END)[1]
+        page.write_text(f"{before}{START}\n{table(known)}\n{END}{after}")
+
+
+def _document(known: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "command": "python tools/survey_architectures.py",
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "versions": {"lemo_fx": lemo_fx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "models": [known[name] for name in sorted(known)],
+    }
+
+
+def table(known: Mapping[str, Any]) -> str:
+    """The survey as a page's section."""
+    by_outcome: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for name in sorted(known):
+        by_outcome[known[name]["outcome"]].append(known[name])
+    lines = [
+        f"{len(known)} model types of transformers {transformers.__version__}, torch {torch.__version__}; "
+        "`python tools/survey_architectures.py` makes this list from benchmarks/architectures/survey.json.",
+        "",
+        f"**Every branch is rewritten ({len(by_outcome['works'])}):** "
+        + ", ".join(f"`{row['type']}`" for row in by_outcome["works"])
+        + ".",
+        "",
+        f"**Rewritten but for some branches ({len(by_outcome['partly'])}):**",
+        "",
+        "| model type | left dense |",
+        "|---|---|",
+    ]
+    for row in by_outcome["partly"]:
+        left = {**row["default"]["left"], **row["LeMo's rule"]["left"]}
+        lines.append(f"| `{row['type']}` | {'; '.join(left).replace('|', '/')} |")
+    for outcome, words in (
+        ("refused", "Refused"),
+        ("wrong", "Wrong"),
+        ("crash", "Fails"),
+        ("does not train", "Does not train a step at this size, so nothing was tried"),
+    ):
+        if by_outcome[outcome]:
+            lines += ["", f"**{words} ({len(by_outcome[outcome])}):**", "", "| model type | why |", "|---|---|"]
+            lines += [f"| `{row['type']}` | {row['why'].replace('|', '/')} |" for row in by_outcome[outcome]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
