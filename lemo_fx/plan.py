@@ -27,6 +27,7 @@ from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.proof import Fault, Proofs
+from lemo_fx.proof_of_head import prove_head
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score
@@ -426,12 +427,13 @@ def _plan_head(
         if dump:
             _write_dump(dump, f"{name or 'model'}.loss_head", stage, head, graph, functions)
 
-    graph, functions, loss_function, slices_itself, reason = _segmented(head, config, observe)
+    presence: dict[str, bool] = {}
+    graph, functions, loss_function, slices_itself, reason = _segmented(anatomy, config, presence, observe)
     if reason:
         notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
         logger.info("loss not segmented: %s", reason)
     arguments = _argument_names(head)
-    settings = HeadSettings(config, step, arguments, loss_function, slices_itself, sparse_experts)
+    settings = HeadSettings(config, step, arguments, loss_function, slices_itself, sparse_experts, presence)
     return Plan(name, head, graph, functions, {}, settings)
 
 
@@ -440,10 +442,22 @@ def _argument_names(head: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD)
 
 
+GIVEN = ("attention_mask", "position_ids")
+"""Arguments of a causal model that a training step usually has; others, where their absence matters, it lacks."""
+
+
 def _segmented(
-    head: nn.Module, config: LemoConfig, observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None]
+    anatomy: Anatomy,
+    config: LemoConfig,
+    presence: dict[str, bool],
+    observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None],
 ) -> tuple[fx.Graph, dict[str, fx.Graph], Any, bool, str]:
-    """(graph, functions, loss function, whether the head slices integers itself, why nothing was done)."""
+    """(graph, functions, loss function, whether the head slices integers itself, why nothing was done).
+
+    Args:
+        presence: filled in: arguments whose absence changes the head -> whether the graph is for calls with them.
+    """
+    head: Any = anatomy.head
     pass_through = fx.Graph()
     pass_through.output(None)
     unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
@@ -455,13 +469,15 @@ def _segmented(
     with PATCHING:
         slicer = globals_of.get("slice_logits_to_keep")
     loss_function: Any = head.loss_function
+    constants: dict[str, Any] = {"output_router_logits": False}
+    leaves: dict[str, Any] = {"leaf_functions": (slicer,) if slicer else (), "properties": ("loss_function",)}
     try:
-        graph = capture(
-            head,
-            {"output_router_logits": False},
-            leaf_functions=(slicer,) if slicer else (),
-            properties=("loss_function",),
-        )
+        graph = capture(head, constants, **leaves)
+        names = matters_when_absent(head, graph, constants, **leaves)
+        presence |= {name: name in GIVEN for name in names if name not in ("input_ids", "labels")}
+        absent = {name: None for name, given in presence.items() if not given}
+        if absent:
+            graph = capture(head, {**constants, **absent}, **leaves)
     except CaptureError as error:
         return *unchanged, str(error)
     observe("0_captured", graph, {})
@@ -470,6 +486,9 @@ def _segmented(
         return *unchanged, result.reason
     functions = {"lemo_logits": result.logits}
     observe("1_segment_loss", result.graph, functions)
+    fault = prove_head(anatomy, result.graph, functions, slicer is not None, presence)
+    if fault:
+        return *unchanged, fault
     return result.graph, functions, loss_function, slicer is not None, ""
 
 

@@ -302,7 +302,11 @@ def _document(known: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "command": "python tools/survey_architectures.py",
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "versions": {"lemo_fx": lemo_fx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "lemo_fx": lemo_fx.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "models": [known[name] for name in sorted(known)],
     }
 

@@ -118,7 +118,9 @@ def _settings(default: Any) -> dict[str, Any]:
     for name in getattr(default, "attribute_map", {}):
         with contextlib.suppress(AttributeError):
             given.setdefault(name, getattr(default, name, None))
-    accepted = set(inspect.signature(type(default).__init__).parameters) | set(getattr(default, "__dataclass_fields__", ()))
+    accepted = set(inspect.signature(type(default).__init__).parameters) | set(
+        getattr(default, "__dataclass_fields__", ())
+    )
     found: dict[str, Any] = {}
     depths = [v for n, v in given.items() if isinstance(v, int) and _size(n) == LAYERS and v > 1]
     for name, value in given.items():
@@ -159,7 +161,9 @@ def _in_turn(kinds: list[Any] | tuple[Any, ...]) -> list[Any]:
 
 def _rope(value: dict[str, Any], config: Any) -> dict[str, Any]:
     """RoPE parameters of smaller heads: sections of the rotated half, one entry a channel."""
-    half = max(1, int(HEAD * (value.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0))) // 2)
+    half = max(
+        1, int(HEAD * (value.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0))) // 2
+    )
     # Where a config does not name the sections, the modelling code does, for its own sizes.
     found = {**value, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
     for name, entry in value.items():

@@ -13,7 +13,7 @@ from torch import nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
-from lemo_fx.graph.capture import modes_kept
+from lemo_fx.graph.capture import NO_CACHE, modes_kept
 from lemo_fx.graph.sites import is_quantised
 
 BATCH, LENGTH = 2, 23
@@ -91,7 +91,8 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
     calls: Calls = {}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(layer, {**dict(zip(_arguments(layer), args, strict=False)), **kwargs})
+        given = {**dict(zip(_arguments(layer), args, strict=False)), **kwargs}
+        calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
@@ -137,7 +138,8 @@ def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any
         "position_ids": torch.stack(rows),
         "use_cache": False,
     }
-    given = {name: value for name, value in inputs.items() if name in accepted}
+    more = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    given = {name: value for name, value in inputs.items() if name in accepted or more}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
 
 

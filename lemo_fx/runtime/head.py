@@ -32,7 +32,11 @@ def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
 
 @dataclass
 class HeadSettings:
-    """What a rewritten causal model asks before each forward."""
+    """What a rewritten causal model asks before each forward.
+
+    Attributes:
+        presence: arguments whose absence changes the head -> whether the graph is for calls with them.
+    """
 
     config: LemoConfig
     step: Step
@@ -40,6 +44,7 @@ class HeadSettings:
     loss_function: Callable | None
     slices_itself: bool
     sparse_experts: bool
+    presence: Mapping[str, bool]
     weights_checked: bool = False
 
     def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -78,6 +83,7 @@ class HeadSettings:
             and model.loss_function is self.loss_function
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
+            and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(model.get_output_embeddings())  # type: ignore[operator]
         )

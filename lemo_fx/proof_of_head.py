@@ -1,0 +1,210 @@
+"""Prove a segmented head by running it: its loss and gradients beside the original's, on hidden states made up here.
+
+The decoder is taken out for the time of it, so that only the head runs. Calls differ in the optional arguments that the
+loss may depend on; where a call with an argument (or without it) differs, such calls keep the original head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+
+from lemo_fx.graph.anatomy import Anatomy
+from lemo_fx.graph.probe import PADDED, in_a_line, probe_inputs, quiet
+from lemo_fx.install import graph_module
+
+LARGEST = 2**28
+"""Elements of the output projection up to which a head is proven in float32."""
+OPTIONAL = ("attention_mask", "position_ids", "num_items_in_batch")
+SHARE, ROUNDED = 2e-3, 3e-2
+"""How far loss and gradients may be apart, of the largest, in float32 and in half precision."""
+
+
+def prove_head(
+    anatomy: Anatomy, graph: fx.Graph, functions: dict[str, fx.Graph], slices_itself: bool, presence: Mapping[str, bool]
+) -> str:
+    """Why a segmented head must not take the original's place; empty where it may.
+
+    Args:
+        graph, functions: of the head, after `segment_loss`.
+        slices_itself: whether the graph takes `logits_to_keep` as the model's callers give it.
+        presence: arguments that calls of the graph have, or lack.
+    """
+    head = anatomy.head
+    assert head is not None
+    base = next(
+        (
+            str(n.target)
+            for n in graph.nodes
+            if n.op == "call_module" and any(m is anatomy.decoder for m in head.get_submodule(str(n.target)).modules())
+        ),
+        None,
+    )
+    if base is None:
+        return ""
+    key = _key(head, graph, functions, presence)
+    if key not in _known:
+        _known[key] = _fault(head, base, graph, functions, slices_itself, presence)
+    return _known[key]
+
+
+_known: dict[tuple[Any, ...], str] = {}
+"""What was proven in this process: models of one kind need it once."""
+
+
+def _key(
+    head: nn.Module, graph: fx.Graph, functions: Mapping[str, fx.Graph], presence: Mapping[str, bool]
+) -> tuple[Any, ...]:
+    projection: Any = head.get_output_embeddings()  # type: ignore[operator]
+    weights = [(name, p.shape, p.dtype, p.device.type, p.requires_grad) for name, p in projection.named_parameters()]
+    config: Any = head.config
+    called = [n.target for n in graph.nodes if n.op == "call_function"]
+    codes = [str(g) for g in (graph, *functions.values())]
+    forward = type(head).forward
+    return (
+        type(head),
+        forward,
+        config.to_json_string(),
+        type(projection),
+        *weights,
+        *called,
+        *codes,
+        *presence.items(),
+    )
+
+
+def _fault(
+    head: nn.Module,
+    base: str,
+    graph: fx.Graph,
+    functions: dict[str, fx.Graph],
+    slices_itself: bool,
+    presence: Mapping[str, bool],
+) -> str:
+    try:
+        trial = _Trial(head, base)
+    except Exception:
+        # The layers' proof says that the model does not run on plain token ids.
+        return ""
+    for optional in ((), *((name,) for name in OPTIONAL)):
+        given = trial.arguments(optional, presence)
+        if given is None:
+            continue
+        words = f"with {optional[0]} it" if optional else "it"
+        try:
+            expected = trial.run(lambda **call: type(head).forward(head, **call), given)
+        except Exception:
+            # Not a call that the original takes.
+            continue
+        every = {} if slices_itself or "logits_to_keep" not in trial.accepted else {"logits_to_keep": slice(0, None)}
+        try:
+            found = trial.run(lambda **call: graph_module(head, graph, functions)(**call), {**given, **every})
+        except Exception as error:
+            return f"{words} fails on a probe: {in_a_line(error)}"
+        for one, other in zip(expected, found, strict=True):
+            gap = float((one - other).abs().max()) / (float(one.abs().max()) or 1.0)
+            if not gap <= trial.share:
+                return f"{words} would change the loss or its gradients, on a probe by {gap:.2g} of the largest"
+    return ""
+
+
+class _Trial:
+    """A head's weights in float32 and made-up hidden states, the same for the original and the segmented head."""
+
+    def __init__(self, head: nn.Module, base: str) -> None:
+        self.head, self.base = head, base
+        self.accepted = inspect.signature(head.forward).parameters
+        self.inputs = probe_inputs(head, masked=True, padded=True)
+        outputs: list[Any] = []
+        hook = head.get_submodule(base).register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            with quiet(head), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                head(**self.inputs)
+        finally:
+            hook.remove()
+        self.output = outputs[0]
+        generator = torch.Generator().manual_seed(3)
+        ids = self.inputs["input_ids"]
+        labels = torch.randint(0, int(ids.max()) + 1, ids.shape, generator=generator).to(ids.device)
+        labels[0, :PADDED], labels[1, -PADDED:] = -100, -100
+        self.labels = labels
+        hidden = self.output[0]
+        self.hidden = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        within = {name for name, _ in head.get_submodule(base).named_parameters(f"{base}")}
+        own = {name: p for name, p in head.named_parameters() if name not in within}
+        plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in own.values())
+        small = sum(p.numel() for p in own.values()) <= LARGEST
+        dtype = torch.float32 if plain and small else hidden.dtype
+        self.share = SHARE if dtype == torch.float32 else ROUNDED
+        self.hidden = self.hidden.to(dtype)
+        self.weights = {
+            f"head.{name}": p.detach().to(dtype).requires_grad_(p.requires_grad) for name, p in own.items() if plain
+        }
+
+    def arguments(self, optional: tuple[str, ...], presence: Mapping[str, bool]) -> dict[str, Any] | None:
+        """A call with these optional arguments and no others; None where the graph is not for such calls."""
+        takes_more = any(p.kind is p.VAR_KEYWORD for p in self.accepted.values())
+        values = {**self.inputs, "num_items_in_batch": torch.tensor(7, device=self.labels.device)}
+        if any(name not in values or not (takes_more or name in self.accepted) for name in optional):
+            return None
+        given = {"input_ids": self.inputs["input_ids"], "labels": self.labels, **{n: values[n] for n in optional}}
+        return None if any((name in given) != wanted for name, wanted in presence.items()) else given
+
+    def run(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> list[torch.Tensor]:
+        """[loss, gradient of the hidden states, gradients of the head's trainable weights]."""
+        hidden = self.hidden.clone().requires_grad_()
+        weights = [weight for weight in self.weights.values() if weight.requires_grad]
+
+        def work() -> list[torch.Tensor]:
+            with torch.enable_grad():
+                loss = forward(**given).loss
+                gradients = torch.autograd.grad(loss, [hidden, *weights], allow_unused=True)
+            zero = hidden.new_zeros(())
+            return [loss.detach(), *(zero if gradient is None else gradient for gradient in gradients)]
+
+        with quiet(self.head), self._decoder_replaced(hidden), torch.compiler.set_stance("force_eager"):
+            return functional_call(_Within(self.head, work), self.weights, ())
+
+    @contextmanager
+    def _decoder_replaced(self, hidden: torch.Tensor) -> Iterator[None]:
+        path, _, name = self.base.rpartition(".")
+        parent = self.head.get_submodule(path)
+        decoder = parent._modules[name]
+        output = self.output
+        fields = {**output, next(iter(output)): hidden} if isinstance(output, Mapping) else None
+        parent._modules[name] = _Returns((hidden, *output[1:]) if fields is None else type(output)(**fields))
+        try:
+            yield
+        finally:
+            parent._modules[name] = decoder
+
+
+class _Returns(nn.Module):
+    """In the place of the decoder: the hidden states that were made up."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same for any call."""
+        return self.output
+
+
+class _Within(nn.Module):
+    """Calls a function while `functional_call` has swapped a head's weights."""
+
+    def __init__(self, head: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.head = head
+        self.function = function
+
+    def forward(self) -> Any:
+        """What the function returns."""
+        return self.function()
