@@ -250,7 +250,7 @@ class _Trial:
             if self.float32 and buffer.is_floating_point():
                 swapped[f"layer.{name}"] = buffer.float()
         self.parameters = [value for value in swapped.values() if value.requires_grad]
-        with quiet(layer), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        with quiet(layer):
             return functional_call(_Within(layer, self._compare), swapped, ())
 
     # Inside, the layer's own modules hold the swapped weights.

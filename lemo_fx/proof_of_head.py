@@ -124,7 +124,7 @@ class _Trial:
         outputs: list[Any] = []
         hook = head.get_submodule(base).register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            with quiet(head), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with quiet(head), torch.no_grad():
                 head(**self.inputs)
         finally:
             hook.remove()
@@ -168,7 +168,7 @@ class _Trial:
             zero = hidden.new_zeros(())
             return [loss.detach(), *(zero if gradient is None else gradient for gradient in gradients)]
 
-        with quiet(self.head), self._decoder_replaced(hidden), torch.compiler.set_stance("force_eager"):
+        with quiet(self.head), self._decoder_replaced(hidden):
             return functional_call(_Within(self.head, work), self.weights, ())
 
     @contextmanager

@@ -98,12 +98,7 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
     scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
     states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
     try:
-        with (
-            quiet(runner),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with quiet(runner), torch.no_grad():
             runner(**inputs)
     finally:
         for hook in hooks:
@@ -145,11 +140,19 @@ def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any
 
 @contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Dropouts off; quantised modules keep their mode, since bitsandbytes repacks a weight for good when evaluated."""
-    with modes_kept(module):
+    """Nothing random, compiled or rounded to TF32.
+
+    Quantised modules keep their training mode, since bitsandbytes repacks a weight for good when evaluated.
+    """
+    precision = torch.get_float32_matmul_precision()
+    with modes_kept(module), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         for part in module.modules():
             part.training = part.training and is_quantised(part)
-        yield
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _arguments(layer: nn.Module) -> tuple[str, ...]:
