@@ -20,7 +20,7 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
     adds = list(dict.fromkeys(planned.site.add for planned in rewrite.sites))
     for add in adds:
         planned = [p for p in rewrite.sites if p.site.add is add]
-        stream = planned[0].site.stream
+        stream = planned[0].site.carrier
         with rewrite.graph.inserting_before(add):
             for site in planned:
                 stream = _restore(rewrite, site, stream)
@@ -29,8 +29,8 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
                     stream = call(rewrite.graph, operator.add, (stream, addend), f"{addend.name}_added")
         add.replace_all_uses_with(stream)
         for later in rewrite.sites:
-            if later.site.stream is add:
-                later.site = dataclasses.replace(later.site, stream=stream)
+            places = {name: stream for name in ("stream", "carrier") if getattr(later.site, name) is add}
+            later.site = dataclasses.replace(later.site, **places)
     return len(adds)
 
 

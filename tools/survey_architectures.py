@@ -283,8 +283,10 @@ def main(
     chosen = only.split(",") if only else list(model_types())
     if again:
         chosen = [name for name in chosen if known.get(name, {"outcome": "new"})["outcome"] in again.split(",")]
-    for name in WARM if len(chosen) > len(WARM) else ():
-        tiny_model(name)
+    if len(chosen) > len(WARM):
+        survey_one(WARM[0])
+        for name in WARM[1:]:
+            tiny_model(name)
     for name in chosen:
         row = in_a_process(survey_one, name, limit)
         known[name] = row

@@ -66,11 +66,16 @@ OWN: dict[str, dict[str, Any]] = {
     "bert": {"is_decoder": True},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": INNER},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "dots3_note": {"adapter_in_dim": HIDDEN},
     "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": HEAD, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"global_head_dim": 16},
+    "glm5_next": {"index_kpool": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD, "num_experts": 4, "moe_topk": 2},
+    "hunyuan_vl": {"head_dim": HEAD},
+    "hunyuan_vl_text": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
@@ -145,7 +150,7 @@ def _settings(default: Any) -> dict[str, Any]:
             found[name] = HEADS
     found |= OWN.get(default.model_type, {})
     fixed = {name for name, entry in vars(type(default)).items() if isinstance(entry, property) and not entry.fset}
-    fixed |= {name for name, other in getattr(default, "attribute_map", {}).items() if other in fixed}
+    fixed |= {name for name, other in getattr(default, "attribute_map", {}).items() if other in fixed or other in found}
     return {name: value for name, value in found.items() if (name in accepted or name in given) and name not in fixed}
 
 
@@ -165,7 +170,9 @@ def _rope(value: dict[str, Any], config: Any) -> dict[str, Any]:
         1, int(HEAD * (value.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0))) // 2
     )
     # Where a config does not name the sections, the modelling code does, for its own sizes.
-    found = {**value, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
+    found = dict(value)
+    if "rope_type" in value:
+        found["mrope_section"] = [half // 4, half // 4, half - 2 * (half // 4)]
     for name, entry in value.items():
         if isinstance(entry, dict):
             found[name] = _rope(entry, config)

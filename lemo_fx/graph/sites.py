@@ -2,8 +2,8 @@
 
 The residual stream is the dominator chain of what the layer returns, of a tuple the first value: every path from the
 input to it runs through these nodes.
-A residual add is a node of that chain that adds its immediate dominator, the stream, to one or more other values: the
-branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all fall out of this.
+A residual add is a node of that chain that adds its immediate dominator, the stream, perhaps scaled, to one or more
+other values: the branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all fall out of this.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from lemo_fx.graph.capture import (
 )
 
 ADDS = (operator.add, operator.iadd, torch.add)
+
+SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to")
 
 ELEMENTWISE_FUNCTIONS = frozenset(
     {
@@ -66,6 +68,7 @@ class Site:
         stream: the value of the residual stream that the branch reads.
         add: the residual add that it returns to; parallel branches share one.
         branch: the value that is added.
+        carrier: what it is added to: the stream, or the stream times something (MiniMax-Text scales it first).
         mixer: the attention call, or the last module call of an MLP.
         nodes: every node of the branch, in graph order.
         addends: all that the add adds to the stream: this branch, parallel ones, and what is no site.
@@ -77,6 +80,7 @@ class Site:
     stream: fx.Node
     add: fx.Node
     branch: fx.Node
+    carrier: fx.Node
     mixer: fx.Node
     nodes: tuple[fx.Node, ...]
     addends: tuple[fx.Node, ...]
@@ -108,8 +112,10 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     """The sites of a captured decoder layer in the order in which they are computed, and what was refused.
 
     Nothing is changed, except that a flattening of [B, S, H] to [B * S, H] around an MLP (OPT) is removed once every
-    operation inside is known to treat tokens one by one.
+    operation inside is known to treat tokens one by one, and that attention weights which a layer returns beside its
+    stream (Bamba) are None, as they are under every implementation but eager.
     """
+    _return_no_weights(graph)
     sites, refusals = _analyse(graph)
     if not refusals and _remove_flattening(graph, sites):
         sites, refusals = _analyse(graph)
@@ -120,6 +126,25 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         refusals += [Refusal(flat[0].name, reason, site) for site in sites]
         sites = []
     return sites, refusals
+
+
+def _return_no_weights(graph: fx.Graph) -> None:
+    output = next(n for n in graph.nodes if n.op == "output")
+    if not isinstance(output.args[0], tuple | list):
+        return
+    stream, *others = output.args[0]
+    kept = tuple(None if _is_weights(graph, other) else other for other in others)
+    output.args = ((stream, *kept),)
+    remove_dead_nodes(graph)
+
+
+def _is_weights(graph: fx.Graph, node: object) -> bool:
+    """Whether this is the second thing that a softmax attention returns, and nobody else reads it."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem or len(node.users) != 1:
+        return False
+    attention, index = node.args
+    called = isinstance(attention, fx.Node) and attention.op == "call_module"
+    return called and index != 0 and is_softmax_attention(module_of(graph, attention))  # type: ignore[arg-type]
 
 
 def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
@@ -145,15 +170,16 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
         below = nx.descendants(flow, stream)
         attends = partial(_attends, graph, flow, below)
         leaves, opened = _leaves(add, stream, attends)
-        addends = tuple(sorted((leaf for leaf in leaves if leaf is not stream), key=order.__getitem__))
-        if len(addends) != len(leaves) - 1:
+        carrier = _carrier(leaves, stream, partial(_region, flow, below))
+        if carrier is None:
             continue
+        addends = tuple(sorted((leaf for leaf in leaves if leaf is not carrier), key=order.__getitem__))
         adds.update(opened)
         # As they are computed, which may not be as they are added: a dropout of one draws before a dropout of the next.
         for branch in (addend for addend in addends if addend in below):
-            region = tuple(sorted((nx.ancestors(flow, branch) | {branch}) & below, key=order.__getitem__))
+            region = tuple(sorted(_region(flow, below, branch), key=order.__getitem__))
             kind: SiteKind = "attention" if attends(branch) else "mlp"
-            branches.append(Site(kind, stream, add, branch, _mixer(graph, region), region, addends))
+            branches.append(Site(kind, stream, add, branch, carrier, _mixer(graph, region), region, addends))
     if not branches:
         return [], [Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule")]
 
@@ -184,9 +210,23 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     return sites, refusals
 
 
+def _region(flow: nx.DiGraph, below: set[fx.Node], node: fx.Node) -> set[fx.Node]:
+    """A value and all it is computed from below the stream."""
+    return (nx.ancestors(flow, node) | {node}) & below
+
+
 def _attends(graph: fx.Graph, flow: nx.DiGraph, below: set[fx.Node], node: fx.Node) -> bool:
-    region = (nx.ancestors(flow, node) | {node}) & below
+    region = _region(flow, below, node)
     return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
+
+
+def _carrier(
+    leaves: list[fx.Node], stream: fx.Node, region: Callable[[fx.Node], set[fx.Node]]
+) -> fx.Node | None:
+    """Of all that a residual add adds, the one that is the stream, or is the stream scaled; None where none or several."""
+    found = [leaf for leaf in leaves if leaf is stream]
+    found = found or [leaf for leaf in leaves if (own := region(leaf)) and all(n.target in SCALES for n in own)]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_add(node: fx.Node) -> bool:
