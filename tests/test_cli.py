@@ -82,7 +82,7 @@ def test_inspect_shows_what_transform_would_do(config, tmp_path):
 def test_inspect_reads_a_plan(config, tmp_path):
     plan = tmp_path / "lemo.json"
     plan.write_text(json.dumps({"attention": {"keep": 0.25}, "mlp": None, "dense_layers": []}))
-    result = runner.invoke(app, ["inspect", str(config), "--config", str(plan), "--out", str(tmp_path)])
+    result = runner.invoke(app, ["inspect", str(config), "--plan", str(plan), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "0.25" in result.output
     assert "dense (None in the config)" in result.output

@@ -73,7 +73,10 @@ CASES = [
     ("bench model --context 9999", "reads up to 512 tokens"),
     ("bench model --steps 0", "steps=0 must be greater than 0"),
     ("demo --steps 0", "--steps"),
-    ("demo --keep 2", "keep=2.0 must be a number in (0, 1]"),
+    ("demo --seed first", "--seed"),
+    ("estimate absent", "absent does not exist"),
+    ("estimate model --context 0", "--context '0': a sequence has at least one token"),
+    ("estimate model --rank 0", "--rank 0 must be at least 1"),
 ]
 
 

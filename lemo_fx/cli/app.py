@@ -374,13 +374,14 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
     from lemo_fx.cli import bench as benchmark
     from lemo_fx.cli import load
     from lemo_fx.cli.estimate import advice
-    from lemo_fx.cli.train import compiles
+    from lemo_fx.cli.train import check_attention, compiles
     from lemo_fx.files import check_folder
 
     check_folder(out)
     _no_bars_of_transformers()
-    folder = load.folder_of(model, weights=False)
+    check_attention(given["attention"])
     contexts = _contexts(context)
+    folder = load.folder_of(model, weights=False)
     if plans is None:
         plans = benchmark.PLANS
     else:

@@ -44,7 +44,6 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
 Offload = Annotated[
     bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
 ]
-Plan = Annotated[Path | None, typer.Option("--plan", "--config", help="A LemoConfig as JSON.")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
 Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
 Attention = Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")]
@@ -68,7 +67,7 @@ DataName = Annotated[str, typer.Argument(help=DATA_HELP)]
 class PlanOptions:
     """A plan: a preset, changed by what is given beside it, or a file."""
 
-    plan: Annotated[Path | None, typer.Option("--plan", help="A LemoConfig as JSON.")] = None
+    plan: Annotated[Path | None, typer.Option(help="A LemoConfig as JSON.")] = None
     preset: Preset = None
     keep: Keep = None
     slope: Slope = None
