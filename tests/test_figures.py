@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lemo_fx.cli import estimate
+from lemo_fx.cli import demo, estimate
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "benchmarks" / "bench"
@@ -52,6 +52,14 @@ def test_other_results_of_bench_on_their_page():
                 assert f"{lora['step_seconds'] / run['step_seconds']:.2f}x" in row
                 assert f"{run['peak_bytes'] / lora['peak_bytes']:.2f}x" in row
     assert next(rows, None) is None
+
+
+def test_the_demo():
+    runs = json.loads((ROOT / "benchmarks" / "demo" / "demo.json").read_text())["runs"]
+    for row, (name, (title, show)) in zip(rows_of("docs/results.md", "## The shipped"), demo.ROWS.items(), strict=True):
+        assert row[0] == title
+        for cell, run in zip(row[1:], runs.values(), strict=True):
+            assert cell.startswith(show(run[name]))
 
 
 def test_the_longest_contexts_are_what_estimate_says():

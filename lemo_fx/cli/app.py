@@ -71,7 +71,7 @@ def _quiet(
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
     plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")

@@ -66,7 +66,7 @@ class Settings:
     """
 
     steps: int = 4
-    context: int = 2048
+    context: int = 3072
     plans: tuple[str, ...] = ("careful", "fast", LEMO)
     predicted: bool = False
     windows: int = 2
