@@ -37,6 +37,8 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "with_kwargs",
+    "without_overrides",
+    "wrapper",
 ]
 
 _aten = torch.ops.aten
@@ -58,6 +60,12 @@ SCALED_PRODUCT = _aten._scaled_mm.default
 
 # `torch.nn.functional.scaled_mm` dispatches to an op that recompute policies and the FLOP counter do not know.
 scaled_product = torch._scaled_mm
+
+wrapper = torch.Tensor._make_wrapper_subclass
+"""A tensor of a class of one's own without data."""
+
+without_overrides = torch._C.DisableTorchFunctionSubclass
+"""Within it, functions called on such a tensor do not ask its class."""
 
 promise = torch._check
 """Tells a compiler what is true of a size."""

@@ -203,7 +203,7 @@ def peak(
     # The last layer's output, the head's input, its gradient.
     ends = 3 * hidden
     if plan is None:
-        saved = shape.layers * hidden
+        saved: float = shape.layers * hidden
         layer = 2 * kv + _wide(shape, adapters) * inner + _stream(adapters) * hidden
         if adapters.everywhere:
             layer += 2 * query

@@ -175,6 +175,20 @@ def test_a_traced_forward_carries_its_keyword_arguments():
     assert private.with_kwargs(forward, 3)(None, one, other) is one
 
 
+def test_a_tensor_of_a_class_of_its_own_without_data():
+    class Late(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return "asked"
+
+        __torch_dispatch__ = __torch_function__
+
+    late = private.wrapper(Late, (2, 3), dtype=torch.float32)
+    assert late.size() == "asked"
+    with private.without_overrides():
+        assert late.size() == (2, 3)
+
+
 def test_leaves_of_nested_arguments():
     assert private.tree_leaves([1, {"a": (2, None)}]) == [1, 2, None]
     assert private.tree_map(str, [1, {"a": (2,)}]) == ["1", {"a": ("2",)}]
