@@ -23,6 +23,7 @@ __all__ = [
     "GROUPED_PRODUCT",
     "SCALED_PRODUCT",
     "CheckpointWrapper",
+    "as_it_is",
     "assert_on_device",
     "compiled_call",
     "guard_or_false",
@@ -37,6 +38,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "with_kwargs",
+    "without_data",
 ]
 
 _aten = torch.ops.aten
@@ -94,3 +96,12 @@ def compiled_call(module: torch.nn.Module) -> Callable | None:
 def set_compiled_call(module: torch.nn.Module, call: Callable | None) -> None:
     """Put `compiled_call` back, or with None undo `module.compile()`, for which torch has no method."""
     module._compiled_call_impl = call
+
+
+as_it_is = torch._C.DisableTorchFunctionSubclass
+"""With block in which a tensor of a class of one's own is handled as a plain one."""
+
+
+def without_data(kind: type[torch.Tensor], shape: Any, **like: Any) -> Any:
+    """A tensor of a class of one's own that has a shape, a dtype and a device, and takes no memory."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, **like)

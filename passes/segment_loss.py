@@ -1,7 +1,8 @@
 """Compute the head and the loss segment by segment (LeMo section 4.3, segment-based peak cutting).
 
 before:  logits = softcap(lm_head(hidden));  loss = loss_function(logits, labels)
-after:   loss = segmented_loss(self.lemo_logits, self.lm_head, hidden, labels)     # full logits never exist
+after:   loss = segmented_loss(self.lemo_logits, self.lm_head, hidden, labels)     # full logits do not exist
+         logits = late_logits(self.lemo_logits, self.lm_head, hidden)               # unless someone uses them
          lemo_logits(part): return softcap(lm_head(part))
 Works on the graph of the whole causal model, not of a layer.
 """
@@ -18,6 +19,7 @@ from torch import fx
 from lemo_fx.graph.capture import SPLAT, remove_dead_nodes
 from lemo_fx.passes.rewrite import call
 from lemo_fx.runtime import loss as segmented
+from lemo_fx.runtime.logits import late_logits
 
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 
@@ -63,12 +65,14 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
         if mapping is not None:
             kwargs[SPLAT] = mapping
         new = call(graph, segmented.segmented_loss, (function, module, head.args[0]), "loss", kwargs=kwargs)
+        upcast = any((n.op, n.target) == ("call_method", "float") for n in after)
+        late = call(graph, late_logits, (function, module, head.args[0], upcast), "logits")
     loss.replace_all_uses_with(new)
     output = next(n for n in graph.nodes if n.op == "output")
     result = output.args[0]
     if isinstance(result, fx.Node):
-        result.kwargs = {k: None if v is chain[-1] else v for k, v in result.kwargs.items()}
-        result.args = tuple(None if v is chain[-1] else v for v in result.args)
+        result.kwargs = {k: late if v is chain[-1] else v for k, v in result.kwargs.items()}
+        result.args = tuple(late if v is chain[-1] else v for v in result.args)
     remove_dead_nodes(graph)
     return SegmentedHead(graph, body)
 

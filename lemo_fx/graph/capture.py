@@ -173,7 +173,8 @@ def capture(
     try:
         with PATCHING, tracer.recorded_leaves(module):
             graph = tracer.trace(module)
-    except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+    # Anything may come of a forward that is given proxies: fx itself raises NameError for a module made within it.
+    except Exception as error:
         if isinstance(error, CaptureError):
             raise
         raise CaptureError(f"the forward of {type(module).__name__} cannot be captured as a graph: {error}") from error

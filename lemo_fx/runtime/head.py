@@ -70,9 +70,9 @@ class HeadSettings:
             )
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether this call computes the loss in segments and returns no logits."""
+        """Whether this call computes the loss in segments, and logits only once they are used."""
         return (
-            model.training
+            (model.training or not torch.compiler.is_compiling())
             and labels is not None
             and self.loss_function is not None
             and model.loss_function is self.loss_function

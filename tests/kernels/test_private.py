@@ -188,3 +188,22 @@ def test_the_wrapper_that_is_refused_is_the_one_that_torch_wraps_with():
 
 def test_whether_there_is_triton_is_a_plain_answer():
     assert private.has_triton() in (True, False)
+
+
+def test_a_tensor_without_data():
+    """Logits that nobody uses take no memory, and can be asked for their shape."""
+
+    class Late(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+        __torch_dispatch__ = __torch_function__
+
+    late = private.without_data(Late, (3, 5), dtype=torch.bfloat16, device=torch.device("cpu"), requires_grad=True)
+    with private.as_it_is():
+        assert (late.shape, late.dtype, late.requires_grad) == ((3, 5), torch.bfloat16, True)
+        with pytest.raises(RuntimeError, match="storage"):
+            late.untyped_storage().data_ptr()
+    with pytest.raises(AssertionError):
+        late.sum()
