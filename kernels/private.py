@@ -23,6 +23,7 @@ __all__ = [
     "GROUPED_PRODUCT",
     "SCALED_PRODUCT",
     "CheckpointWrapper",
+    "as_it_is",
     "assert_on_device",
     "compiled_call",
     "guard_or_false",
@@ -37,8 +38,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "with_kwargs",
-    "without_overrides",
-    "wrapper",
+    "without_data",
 ]
 
 _aten = torch.ops.aten
@@ -60,12 +60,6 @@ SCALED_PRODUCT = _aten._scaled_mm.default
 
 # `torch.nn.functional.scaled_mm` dispatches to an op that recompute policies and the FLOP counter do not know.
 scaled_product = torch._scaled_mm
-
-wrapper = torch.Tensor._make_wrapper_subclass
-"""A tensor of a class of one's own without data."""
-
-without_overrides = torch._C.DisableTorchFunctionSubclass
-"""Within it, functions called on such a tensor do not ask its class."""
 
 promise = torch._check
 """Tells a compiler what is true of a size."""
@@ -102,3 +96,12 @@ def compiled_call(module: torch.nn.Module) -> Callable | None:
 def set_compiled_call(module: torch.nn.Module, call: Callable | None) -> None:
     """Put `compiled_call` back, or with None undo `module.compile()`, for which torch has no method."""
     module._compiled_call_impl = call
+
+
+as_it_is = torch._C.DisableTorchFunctionSubclass
+"""With block in which a tensor of a class of one's own is handled as a plain one."""
+
+
+def without_data(kind: type[torch.Tensor], shape: Any, **like: Any) -> Any:
+    """A tensor of a class of one's own that has a shape, a dtype and a device, and takes no memory."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, **like)

@@ -1,6 +1,6 @@
 """The invariants of passes/README.md, checked after every pass and tested on graphs broken on purpose."""
 
-from torch import fx
+from torch import fx, nn
 
 from lemo_fx.errors import GraphCheckError
 from lemo_fx.kernels.eliminate.op import eliminate_op
@@ -54,9 +54,18 @@ def _check_target(rewrite: LayerRewrite, node: fx.Node, after: str) -> None:
         node.op == "get_attr"
         and str(node.target) not in rewrite.functions
         and str(node.target) not in rewrite.modules
-        and not hasattr(rewrite.layer, str(node.target))
+        and not _has(rewrite.layer, str(node.target))
     ):
         raise GraphCheckError(f"after {after}: {node} reads {node.target}, which the layer lacks")
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has an attribute of this dotted name ("norm.weight")."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(layer.get_submodule(owner), attribute)
+    except AttributeError:
+        return False
 
 
 def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:

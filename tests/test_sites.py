@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import ARCHITECTURES, TOLERANCE, anatomy, assert_same_step, batch, saved_bytes, step, tiny, with_lora
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -280,3 +281,30 @@ def test_trying_a_module_leaves_random_state_and_modes_alone():
 def test_what_counts_as_attention():
     assert is_softmax_attention(Attention())
     assert not is_softmax_attention(nn.MultiheadAttention(8, 2))
+
+
+def test_a_hybrid_of_state_space_attention_and_mlp_layers():
+    """Its norm is handed the stream cast to `norm.weight`'s dtype; its mixer's first vector is not hidden-sized."""
+    kinds = ["mamba", "attention", "mlp", "attention"]
+    config = transformers.NemotronHConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        layers_block_type=kinds,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.NemotronHForCausalLM(config).train()
+    expected = step(model, batch(2, 64))[0]
+    site = Elimination(keep=0.5, eliminated="exact", score="random")
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8, dense_layers=()))
+    torch.testing.assert_close(step(model, batch(2, 64))[0], expected, **TOLERANCE["fp32"])
+    kept = [(s.module, s.kept_share) for s in lemo_fx.report(model).sites if s.eliminated == "exact"]
+    assert kept == [(f"model.layers.{index}", 0.5) for index in (1, 2, 3)]

@@ -326,14 +326,21 @@ def holds_matrix(module: nn.Module) -> bool:
 
 
 def _width(graph: fx.Graph) -> int:
-    """Hidden size of the layer: the length of its first norm's weight, or the first matrix's columns."""
+    """Hidden size of the layer: what it says itself, else what the first module that reads the stream takes."""
     layer = graph.owning_module
     assert isinstance(layer, nn.Module)
     size = getattr(layer, "hidden_size", None) or getattr(layer, "embed_dim", None)
-    if size is None:
-        vectors = [p for m in layer.children() for p in m.parameters(recurse=False) if p.dim() == 1]
-        size = vectors[0].numel() if vectors else next(p for p in layer.parameters() if p.dim() == 2).shape[-1]
-    return int(size)
+    seen = [next(iter(graph.nodes))]
+    for node in seen if size is None else ():
+        if node.op == "call_module":
+            module = module_of(graph, node)
+            weight = getattr(module, "weight", None)
+            norm = weight.numel() if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
+            size = norm or getattr(module, "in_features", None)
+            if size is not None:
+                break
+        seen.extend(user for user in node.users if user not in seen)
+    return int(size or next(p for p in layer.parameters() if p.dim() == 2).shape[-1])
 
 
 def why_not_token_wise(module: nn.Module, width: int) -> str | None:

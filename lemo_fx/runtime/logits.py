@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lemo_fx.errors import InputError
-from lemo_fx.kernels.private import tree_map, without_overrides, wrapper
+from lemo_fx.kernels.private import as_it_is, tree_map, without_data
 
 INSTEAD = "call the model with return_logits=True where its logits are needed"
 
@@ -44,22 +44,22 @@ class LateLogits(torch.Tensor):
         cls, compute: Callable[[], torch.Tensor], shape: Any, dtype: torch.dtype, device: Any, requires_grad: bool
     ) -> LateLogits:
         """A tensor without data."""
-        late = wrapper(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
-        late.compute, late.done = compute, None  # type: ignore[attr-defined]
+        late = without_data(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        late.compute, late.done = compute, None
         if requires_grad:
             late.register_hook(_no_gradient)
-        return late  # type: ignore[return-value]
+        return late
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         """Compute, unless it is only looked at."""
         kwargs = kwargs or {}
         if func in LOOKS:
-            with without_overrides():
+            with as_it_is():
                 return func(*args, **kwargs)
         if func in PUT_OFF and len(args) == 1 and not kwargs and isinstance(args[0], LateLogits):
             (late,) = args
-            with without_overrides():
+            with as_it_is():
                 gradient = late.requires_grad and func is not _Tensor.detach
                 place = late.shape, PUT_OFF[func] or late.dtype, late.device, gradient
             return LateLogits(lambda: func(late.computed()), *place)
@@ -76,7 +76,7 @@ class LateLogits(torch.Tensor):
         done = self.done
         if done is None:
             done = self.compute()
-            with without_overrides():
+            with as_it_is():
                 # Without a gradient they are no use to a loss that comes later.
                 self.done = done if torch.is_grad_enabled() or not self.requires_grad else None
         return done
