@@ -286,11 +286,11 @@ class _Trial:
         return self._fault(site, self._expected(), self._run(module, checkpointed=True), "with some tokens dropped")
 
     def _located(self, module: nn.Module, fault: Fault) -> Fault:
-        """The fault of the first site that shows it while all others keep nearly every token."""
+        """The fault of the first site that shows it while all others keep every token."""
         for planned in self.rewrite.sites:
             if not planned.treatment:
                 continue
-            counts = {s.name: LENGTH - PADDED for s in self.rewrite.sites} | {planned.name: KEPT[planned.site.kind]}
+            counts = {s.name: LENGTH for s in self.rewrite.sites} | {planned.name: KEPT[planned.site.kind]}
             alone = self._with_dropped(module, planned.name, counts)
             if alone is not None:
                 return alone

@@ -1,8 +1,10 @@
 """Predictor folders that are damaged, swapped or made to harm: a PredictorError before anything large is read."""
 
 import json
+import resource
 import shutil
-import tracemalloc
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,14 +44,28 @@ def replace_tensors(folder, change):
     edit(folder, tensors=listed, sha256=None)
 
 
-def refused(folder, match=None):
-    tracemalloc.start()
+@contextmanager
+def little_memory(more=1 << 28):
+    """Whatever asks for more memory than this fails, tensors included; not a file that is mapped, however large."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + more, before[1]))
     try:
-        with pytest.raises(PredictorError, match=match):
-            Predictors.load(folder)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        yield
     finally:
-        tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def refused(folder, match=None):
+    with little_memory(), pytest.raises(PredictorError, match=match):
+        Predictors.load(folder)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.ones(10**8), lambda: bytearray(4 * 10**8)], ids=["tensor", "bytes"])
+def test_little_memory_is_too_little_for_400_megabytes(make):
+    with little_memory(), pytest.raises((RuntimeError, MemoryError)):
+        make()
+    make()
 
 
 FIRST = "layers.0.attention.predictor.first"
