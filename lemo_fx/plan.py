@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from lemo_fx import distributed
@@ -18,7 +19,9 @@ from lemo_fx.errors import CaptureError, ConfigError, PredictorError, Unsupporte
 from lemo_fx.files import writing
 from lemo_fx.graph.anatomy import Anatomy, longest_context
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
+from lemo_fx.graph.counting import counts_rows
 from lemo_fx.graph.oracle import snapshot
+from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -234,7 +237,7 @@ def _rewrite_layer(
         dense = "None in the config" if elimination is None else dense
         refused = reasons.get(site.name)
         if refused is None and not dense:
-            refused = _why_dense(rewrite, site, elimination)
+            refused = _why_dense(planning, rewrite, site, elimination)
         if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in _called(site)]
             site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
@@ -382,7 +385,9 @@ def _window(attention: nn.Module) -> int | None:
     return getattr(getattr(attention, "config", None), "sliding_window", None)
 
 
-def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None) -> str | None:
+def _why_dense(
+    planning: Planning, rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None
+) -> str | None:
     """Why a branch that may run on some tokens cannot be told which, or cannot know what they are; None if it can."""
     site = planned.site
     for node in site.nodes:
@@ -390,12 +395,19 @@ def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimina
             target = str(argument.target)
             # Every layer argument that a branch reads must be one whose shortening to the kept tokens is known.
             known = argument is rewrite.entry or compacting(argument) is not None or target in PASSED_THROUGH
-            if argument.op == "placeholder" and not known:
+            if argument.op != "placeholder" or known:
+                continue
+            if node is not site.mixer or not _follows(planning.proofs.usual(rewrite.layer), target):
                 return (
                     f"node {node.name!r} reads the layer argument {target!r}, and how that follows the kept tokens is "
                     "not known"
                 )
     if site.kind == "attention":
+        if counts_rows(rewrite.layer, str(site.mixer.target), planning.proofs.usual(rewrite.layer)):
+            return (
+                f"{site.mixer.name} numbers the rows that it is given by itself (torch.arange), so it would take kept "
+                "tokens for consecutive ones"
+            )
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
         implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
         if implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
@@ -408,6 +420,12 @@ def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimina
         if not any(p.site.kind == "attention" and p.treatment for p in before):
             return SHARED
     return None
+
+
+def _follows(usual: Mapping[str, Any], name: str) -> bool:
+    """Whether a layer argument is one entry a token, or no tensor, in the calls that the model makes."""
+    value = usual.get(name)
+    return name in usual and (not isinstance(value, torch.Tensor) or kept.runs_along(value, BATCH, LENGTH))
 
 
 def _plan_head(

@@ -370,7 +370,8 @@ def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, sha
                 return "does not return one row per token"
             permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return f"could not be tried on {list(shape)} rows: {[*str(error).splitlines(), ''][0]}"
+            problem = [*str(error).splitlines(), ""][0]
+            return f"is no softmax attention that transformers dispatches, and could not be tried on rows: {problem}"
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
@@ -428,7 +429,8 @@ def _flattenings(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
-    pairs = _flattenings(graph)
+    inside = {node for site in sites for node in site.nodes}
+    pairs = [(node, source) for node, source in _flattenings(graph) if node not in inside]
     if not pairs or not sites:
         return False
     for node, source in pairs:
