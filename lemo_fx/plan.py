@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from lemo_fx.errors import CaptureError, ConfigError, PredictorError, Unsupporte
 from lemo_fx.files import writing
 from lemo_fx.graph.anatomy import Anatomy, longest_context
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
-from lemo_fx.graph.counting import counts_rows
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
+from lemo_fx.graph.watch import why_every_row
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import compacting
@@ -403,11 +403,9 @@ def _why_dense(
                     "not known"
                 )
     if site.kind == "attention":
-        if counts_rows(rewrite.layer, str(site.mixer.target), planning.proofs.usual(rewrite.layer)):
-            return (
-                f"{site.mixer.name} numbers the rows that it is given by itself (torch.arange), so it would take kept "
-                "tokens for consecutive ones"
-            )
+        seen = why_every_row(rewrite.layer, str(site.mixer.target), planning.proofs.usual(rewrite.layer))
+        if seen:
+            return f"{site.mixer.name} {seen}"
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
         implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
         if implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
@@ -423,9 +421,13 @@ def _why_dense(
 
 
 def _follows(usual: Mapping[str, Any], name: str) -> bool:
-    """Whether a layer argument is one entry a token, or no tensor, in the calls that the model makes."""
+    """Whether in the calls that the model makes, a layer argument has one entry a token or holds no tensor.
+
+    A mapping may: whether the attention takes anything from it is watched.
+    """
     value = usual.get(name)
-    return name in usual and (not isinstance(value, torch.Tensor) or kept.runs_along(value, BATCH, LENGTH))
+    harmless = isinstance(value, bool | int | float | str | MutableMapping | None)
+    return name in usual and (harmless or kept.runs_along(value, BATCH, LENGTH))
 
 
 def _plan_head(
