@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx, nn
 
 from lemo_fx import distributed
 from lemo_fx.config import Elimination, LemoConfig, SiteKind
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
-from lemo_fx.graph.anatomy import Anatomy, longest_context
+from lemo_fx.graph.anatomy import Anatomy, longest_context, why_no_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.probe import BATCH, LENGTH
-from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
+from lemo_fx.graph.sites import Site, find_sites, holds_matrix, scored_module, site_name
 from lemo_fx.graph.watch import why_every_row
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -61,8 +60,8 @@ def make_plans(
     distributed.refuse_cut_weights(model)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
-            "transformers layers with causal softmax attention (encoders and state-space models have none)"
+            f"{type(anatomy.base).__name__} has no causal decoder layers that lemo_fx can rewrite: "
+            f"{why_no_layers(anatomy)}"
         )
     _check_model(anatomy, config)
     if predictors is not None:
@@ -308,7 +307,7 @@ def _plan_site(
 ) -> dict[str, Any]:
     """Decide one site and add its parts to the rewrite; returns its row of the report."""
     config, predictors, step, count = planning.config, planning.predictors, planning.step, planning.count
-    mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
+    mixer = scored_module(rewrite.layer, planned.site)
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":

@@ -126,7 +126,10 @@ def masked_step(
                 continue
             kept = torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, tokens[name, row["site"]], True)
             called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
-            turns[called[-1]].append(kept)
+            # Of zeros, a norm that comes after makes zeros; a projection may add its bias, and is one of those below.
+            for module in called:
+                if module is called[-1] or any(p.dim() > 1 for p in module.parameters()):
+                    turns[module].append(kept)
             masks.update({module: kept for module in called if is_softmax_attention(module)})
     count: Counter[nn.Module] = Counter()
 

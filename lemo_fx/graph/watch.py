@@ -1,8 +1,8 @@
 """Watch an attention at work for what no comparison of values on a small probe can show.
 
 Llama 4's layers without RoPE scale queries by `torch.arange(length)`, in steps of thousands of tokens: on kept tokens
-alone they would number others than the model does. Gemma 4's later layers take keys and values from earlier ones, of all
-tokens or of the kept ones as it happens.
+alone they would number others than the model does. Gemma 4's later layers take keys and values from earlier ones, which
+would be those of kept tokens alone.
 """
 
 from __future__ import annotations
