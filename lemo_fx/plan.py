@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from lemo_fx import distributed
 from lemo_fx.config import Elimination, LemoConfig, SiteKind
 from lemo_fx.errors import CaptureError, ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import writing
-from lemo_fx.graph.anatomy import Anatomy, longest_context
+from lemo_fx.graph.anatomy import Anatomy, longest_context, why_no_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters_when_absent, readable
 from lemo_fx.graph.oracle import snapshot
-from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
+from lemo_fx.graph.probe import BATCH, LENGTH
+from lemo_fx.graph.sites import Site, find_sites, holds_matrix, scored_module, site_name
+from lemo_fx.graph.watch import why_every_row
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import compacting
@@ -58,8 +60,8 @@ def make_plans(
     distributed.refuse_cut_weights(model)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no causal decoder layers that lemo_fx knows: it looks for a list of "
-            "transformers layers with causal softmax attention (encoders and state-space models have none)"
+            f"{type(anatomy.base).__name__} has no causal decoder layers that lemo_fx can rewrite: "
+            f"{why_no_layers(anatomy)}"
         )
     _check_model(anatomy, config)
     if predictors is not None:
@@ -234,7 +236,7 @@ def _rewrite_layer(
         dense = "None in the config" if elimination is None else dense
         refused = reasons.get(site.name)
         if refused is None and not dense:
-            refused = _why_dense(rewrite, site, elimination)
+            refused = _why_dense(planning, rewrite, site, elimination)
         if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in _called(site)]
             site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
@@ -305,7 +307,7 @@ def _plan_site(
 ) -> dict[str, Any]:
     """Decide one site and add its parts to the rewrite; returns its row of the report."""
     config, predictors, step, count = planning.config, planning.predictors, planning.step, planning.count
-    mixer = rewrite.layer.get_submodule(str(planned.site.mixer.target))
+    mixer = scored_module(rewrite.layer, planned.site)
     planned.treatment = elimination.eliminated
     score = elimination.score
     if score == "auto":
@@ -382,7 +384,9 @@ def _window(attention: nn.Module) -> int | None:
     return getattr(getattr(attention, "config", None), "sliding_window", None)
 
 
-def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None) -> str | None:
+def _why_dense(
+    planning: Planning, rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None
+) -> str | None:
     """Why a branch that may run on some tokens cannot be told which, or cannot know what they are; None if it can."""
     site = planned.site
     for node in site.nodes:
@@ -390,12 +394,17 @@ def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimina
             target = str(argument.target)
             # Every layer argument that a branch reads must be one whose shortening to the kept tokens is known.
             known = argument is rewrite.entry or compacting(argument) is not None or target in PASSED_THROUGH
-            if argument.op == "placeholder" and not known:
+            if argument.op != "placeholder" or known:
+                continue
+            if node is not site.mixer or not _follows(planning.proofs.usual(rewrite.layer), target):
                 return (
                     f"node {node.name!r} reads the layer argument {target!r}, and how that follows the kept tokens is "
                     "not known"
                 )
     if site.kind == "attention":
+        seen = why_every_row(rewrite.layer, str(site.mixer.target), planning.proofs.usual(rewrite.layer))
+        if seen:
+            return f"{site.mixer.name} {seen}"
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
         implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
         if implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
@@ -408,6 +417,16 @@ def _why_dense(rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimina
         if not any(p.site.kind == "attention" and p.treatment for p in before):
             return SHARED
     return None
+
+
+def _follows(usual: Mapping[str, Any], name: str) -> bool:
+    """Whether in the calls that the model makes, a layer argument has one entry a token or holds no tensor.
+
+    A mapping may: whether the attention takes anything from it is watched.
+    """
+    value = usual.get(name)
+    harmless = isinstance(value, bool | int | float | str | MutableMapping | None)
+    return name in usual and (harmless or kept.runs_along(value, BATCH, LENGTH))
 
 
 def _plan_head(

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lemo_fx.distributed import gathered
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
-from lemo_fx.graph.sites import find_sites, site_name
+from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.install import targets_of
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
@@ -88,7 +88,7 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
     predicted = [PlannedSite(f"predicted_{name}", by_name[name], "skip", score="predicted") for name in names]
     rewrite = LayerRewrite(layer, graph, measured + predicted)
     for planned in measured:
-        mixer = layer.get_submodule(str(planned.site.mixer.target))
+        mixer = scored_module(layer, planned.site)
         block_size = layer.get_submodule(f"lemo_{planned.name}_select").block_size
         score = measured_score(mixer, planned.site.kind, block_size)  # type: ignore[arg-type]
         rewrite.modules[f"lemo_{planned.name}_score"] = score

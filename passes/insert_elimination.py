@@ -26,7 +26,7 @@ COMPACT: dict[str, Callable] = {
 
 
 def compacting(argument: fx.Node) -> Callable | None:
-    """How a layer argument follows the kept tokens; None where that is not known."""
+    """How a layer argument follows the kept tokens by its name; None where that is not known."""
     if argument.op != "placeholder":
         return None
     return kept.compact_kwargs if str(argument.target).startswith("**") else COMPACT.get(str(argument.target))
@@ -76,6 +76,9 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
     length = rewrite.length()
     for argument in planned.site.mixer.all_input_nodes:
         function = compacting(argument)
+        if function is None and argument.op == "placeholder" and argument is not rewrite.entry:
+            # Planned only where it was seen to run along the sequence, or not to be a tensor.
+            function = kept.compact_along
         if function is not None:
             name = f"{argument.name.strip('_')}_kept"
             args: tuple = (argument, planned.tokens, length)

@@ -39,7 +39,11 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         if kept.numbers_documents(site.mixer, rewrite.graph):
             args += (rewrite.argument("position_ids"), rewrite.others)
         return call(rewrite.graph, target, args, name)
-    before_mixer = [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
+    before_mixer = (
+        list(site.nodes)
+        if site.whole
+        else [n for n in site.nodes[: site.nodes.index(site.mixer)] if _feeds(n, site.mixer)]
+    )
     values = {}
     if planned.score == "predicted":
         args = (site.stream, rewrite.argument("attention_mask"))
@@ -47,6 +51,8 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         name_of_rows = f"{planned.name}_candidate_rows"
         values[site.stream] = call(rewrite.graph, kept.take, (site.stream, tokens), name_of_rows, region)
     copies = clone(rewrite.graph, before_mixer, values, region, "scored")
+    if site.whole:
+        return call(rewrite.graph, target, (copies[site.branch],), name, region)
     args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: copies.get(n, n))
     return call(rewrite.graph, target, args, name, region, kwargs)
 

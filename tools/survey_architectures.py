@@ -126,7 +126,10 @@ def masked_step(
                 continue
             kept = torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, tokens[name, row["site"]], True)
             called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
-            turns[called[-1]].append(kept)
+            # Of zeros, a norm that comes after makes zeros; a projection may add its bias, and is one of those below.
+            for module in called:
+                if module is called[-1] or any(p.dim() > 1 for p in module.parameters()):
+                    turns[module].append(kept)
             masks.update({module: kept for module in called if is_softmax_attention(module)})
     count: Counter[nn.Module] = Counter()
 
@@ -225,12 +228,16 @@ def _left(model: nn.Module, plan: LemoConfig) -> dict[str, Any]:
     for site in report.sites:
         if site.eliminated == "dense" and "dense (" not in site.note:
             left[f"{site.site}: {site.note.removeprefix('left dense: ')}"].append(site.module.rpartition(".")[2])
+    notes = []
     for note in report.notes:
         layer, _, reason = note.partition(": ")
-        if "left as it is" in reason or "not proven" in note or "not segmented" in note:
-            left[reason if "left as" in reason else note].append(layer.rpartition(".")[2])
+        if "left as it is" in reason:
+            left[reason.replace(f"{layer}: ", "")].append(layer.rpartition(".")[2])
+        elif "not proven" in note or "not segmented" in note:
+            notes.append(note)
     done = Counter(site.site for site in report.sites if site.eliminated != "dense")
-    return {"rewritten": dict(done), "left": {reason: ", ".join(layers) for reason, layers in left.items()}}
+    reasons = {reason: ", ".join(layers) for reason, layers in left.items()}
+    return {"rewritten": dict(done), "left": reasons, "notes": notes}
 
 
 def _line(error: Exception) -> str:

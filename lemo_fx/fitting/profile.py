@@ -13,7 +13,7 @@ from lemo_fx.api import suspended
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, modes_kept
-from lemo_fx.graph.sites import find_sites, site_name
+from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
@@ -62,7 +62,7 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
             planned.append(PlannedSite(own, site, None))
             modules[f"lemo_{own}_probe"], per_score = chosen
             if per_score is not None:
-                mixer = layer.get_submodule(str(site.mixer.target))
+                mixer = scored_module(layer, site)
                 modules[f"lemo_{own}_score"] = measured_score(mixer, site.kind, per_score)
                 planned[-1].treatment, planned[-1].score = "skip", "measured"
         rewrite = LayerRewrite(layer, graph, planned, modules=modules)

@@ -89,6 +89,26 @@ def _layer_list(decoder: nn.Module) -> list[nn.ModuleList]:
     return [min(found, key=lambda entry: entry[:2])[2]] if found else []
 
 
+def why_no_layers(anatomy: Anatomy) -> str:
+    """Why a model has no decoder layers that lemo_fx knows, in words that name what it has instead."""
+    lists = [m for m in anatomy.decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [layers for layers in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)]
+    if not lists:
+        return "it has no list of transformers' decoder layers (GradientCheckpointingLayer)"
+    layers = max(lists, key=len)
+    layer = type(layers[0]).__name__
+    for module in layers.modules():
+        if is_softmax_attention(module):
+            return f"the attention of its layers, {type(module).__name__} in {layer}, is not causal"
+    own = [type(m).__name__ for m in layers.modules() if "attention" in type(m).__name__.lower()]
+    if own:
+        return (
+            f"{own[0]} in its layers ({layer}) computes attention by itself, not through transformers' attention "
+            "interface, so kept tokens cannot be told what they may attend to"
+        )
+    return f"its layers ({layer}) have no softmax attention"
+
+
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The causal decoder layers of a model by name, in order."""
     return anatomy_of(model).layers

@@ -3,7 +3,8 @@
 The residual stream is the dominator chain of what the layer returns, of a tuple the first value: every path from the
 input to it runs through these nodes.
 A residual add is a node of that chain that adds its immediate dominator, the stream, perhaps scaled, to one or more
-other values: the branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all fall out of this.
+other values: the branches. Sequential, sandwich-norm, parallel-residual, dropout-before-add and post-norm layers all
+fall out of this.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Site:
         addends: all that the add adds to the stream: this branch, parallel ones, and what is no site.
         read_outside: (node of the branch, its user elsewhere in the layer), beside the branch's own value.
         token_wise: whether every node of the branch treats each token alone.
+        whole: whether that is known of the branch alone, not of its parts, which may work on flat rows, say.
     """
 
     kind: SiteKind
@@ -86,6 +88,7 @@ class Site:
     addends: tuple[fx.Node, ...]
     read_outside: tuple[tuple[fx.Node, fx.Node], ...] = ()
     token_wise: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     sites: list[Site] = []
     refusals: list[Refusal] = []
     regions = [set(site.nodes) for site in branches]
-    for site in branches:
+    for number, site in enumerate(branches):
         outside = tuple(
             (node, user)
             for node in site.nodes
@@ -194,14 +197,18 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
             if not (node is site.branch and user in adds)
             and not any(node in region and user in region for region in regions)
         )
-        refusal = _why_not(graph, replace(site, read_outside=outside))
-        others = set().union(*(region for other, region in zip(branches, regions, strict=True) if other is not site))
+        site = replace(site, read_outside=outside)
+        refusal = _why_not(graph, site)
+        whole = refusal is not None and site.kind == "mlp" and not outside and _is_token_wise(graph, site)
+        if whole:
+            refusal = None
+        others = set().union(*(region for other, region in enumerate(regions) if other != number))
         shared = next((n for n in site.nodes if n in others and _is_heavy(graph, n)), None)
         if shared is not None:
             # Each branch becomes a function of its own, and would compute it again.
             refusals.append(Refusal(shared.name, "is shared by two branches"))
         elif refusal is None:
-            sites.append(replace(site, token_wise=site.kind == "mlp"))
+            sites.append(replace(site, read_outside=(), token_wise=site.kind == "mlp", whole=whole))
         elif all(order[user] > order[site.add] for _, user in outside):
             refusals.append(refusal)
         else:
@@ -220,10 +227,8 @@ def _attends(graph: fx.Graph, flow: nx.DiGraph, below: set[fx.Node], node: fx.No
     return any(n.op == "call_module" and is_softmax_attention(module_of(graph, n)) for n in region)
 
 
-def _carrier(
-    leaves: list[fx.Node], stream: fx.Node, region: Callable[[fx.Node], set[fx.Node]]
-) -> fx.Node | None:
-    """Of all that a residual add adds, the one that is the stream, or is the stream scaled; None where none or several."""
+def _carrier(leaves: list[fx.Node], stream: fx.Node, region: Callable[[fx.Node], set[fx.Node]]) -> fx.Node | None:
+    """Of all that a residual add adds, the one that is the stream or the stream scaled; None where none or several."""
     found = [leaf for leaf in leaves if leaf is stream]
     found = found or [leaf for leaf in leaves if (own := region(leaf)) and all(n.target in SCALES for n in own)]
     return found[0] if len(found) == 1 else None
@@ -265,7 +270,6 @@ def _mixer(graph: fx.Graph, region: tuple[fx.Node, ...]) -> fx.Node:
 def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
     """Why a branch must see every token; None if it may run on some of them."""
     attentions: list[fx.Node] = []
-    mixing = None
     for node in site.nodes:
         if node.op == "call_module":
             module = module_of(graph, node)
@@ -276,15 +280,13 @@ def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
                 continue
             reason = why_not_token_wise(module, _width(graph))
             if reason:
-                mixing = mixing or Refusal(node.name, f"{type(module).__name__} {reason}", site)
+                return Refusal(node.name, f"{type(module).__name__} {reason}", site)
         elif reason := _why_not_elementwise(node, attentions):
-            mixing = mixing or Refusal(node.name, reason, site)
+            return Refusal(node.name, reason, site)
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch", site)
     if not any(node.op == "call_module" for node in site.nodes):
         return Refusal(site.branch.name, "holds no module to save work in", site)
-    if mixing is not None and (attentions or not _is_token_wise(graph, site)):
-        return mixing
     if site.read_outside:
         node, user = site.read_outside[0]
         return Refusal(node.name, f"is also read outside of its branch, by {user.name!r}", site)
@@ -295,8 +297,9 @@ def _is_token_wise(graph: fx.Graph, site: Site) -> bool:
     """Whether a branch as a whole is shown to treat each token alone, whatever its parts do (flat rows, say)."""
     layer = graph.owning_module
     assert isinstance(layer, nn.Module)
+    called = [module_of(graph, node) for node in site.nodes if node.op == "call_module"]
     outside = {n for node in site.nodes for n in node.all_input_nodes} - {*site.nodes, site.stream}
-    if any(n.op not in ("placeholder", "get_attr") for n in outside):
+    if not called or any(n.op not in ("placeholder", "get_attr") for n in outside):
         return False
     interpreter = fx.Interpreter(layer, garbage_collect_values=False, graph=graph)
     given: dict[fx.Node, object] = {}
@@ -312,7 +315,6 @@ def _is_token_wise(graph: fx.Graph, site: Site) -> bool:
             interpreter.env[node] = interpreter.run_node(node)
         return interpreter.env[site.branch]
 
-    called = [module_of(graph, node) for node in site.nodes if node.op == "call_module"]
     return _why_not_alone(run, nn.ModuleList(called), (2, 8, _width(graph))) is None
 
 
@@ -326,21 +328,15 @@ def holds_matrix(module: nn.Module) -> bool:
 
 
 def _width(graph: fx.Graph) -> int:
-    """Hidden size of the layer: what it says itself, else what the first module that reads the stream takes."""
+    """Hidden size of the layer: the length of the first norm's weight that it calls, or the first matrix's columns."""
     layer = graph.owning_module
     assert isinstance(layer, nn.Module)
     size = getattr(layer, "hidden_size", None) or getattr(layer, "embed_dim", None)
-    seen = [next(iter(graph.nodes))]
-    for node in seen if size is None else ():
-        if node.op == "call_module":
-            module = module_of(graph, node)
-            weight = getattr(module, "weight", None)
-            norm = weight.numel() if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
-            size = norm or getattr(module, "in_features", None)
-            if size is not None:
-                break
-        seen.extend(user for user in node.users if user not in seen)
-    return int(size or next(p for p in layer.parameters() if p.dim() == 2).shape[-1])
+    if size is None:
+        called = [getattr(module_of(graph, n), "weight", None) for n in graph.nodes if n.op == "call_module"]
+        vectors = [w for w in called if isinstance(w, torch.Tensor) and w.dim() == 1]
+        size = vectors[0].numel() if vectors else next(p for p in layer.parameters() if p.dim() == 2).shape[-1]
+    return int(size)
 
 
 def why_not_token_wise(module: nn.Module, width: int) -> str | None:
@@ -377,7 +373,8 @@ def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, sha
                 return "does not return one row per token"
             permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return f"could not be tried on {list(shape)} rows: {[*str(error).splitlines(), ''][0]}"
+            problem = [*str(error).splitlines(), ""][0]
+            return f"is no softmax attention that transformers dispatches, and could not be tried on rows: {problem}"
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
@@ -435,7 +432,8 @@ def _flattenings(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
-    pairs = _flattenings(graph)
+    inside = {node for site in sites for node in site.nodes}
+    pairs = [(node, source) for node, source in _flattenings(graph) if node not in inside]
     if not pairs or not sites:
         return False
     for node, source in pairs:
@@ -444,6 +442,11 @@ def _remove_flattening(graph: fx.Graph, sites: list[Site]) -> bool:
     remove_dead_nodes(graph)
     graph.lint()
     return True
+
+
+def scored_module(layer: nn.Module, site: Site) -> nn.Module:
+    """What a site is scored at: its attention or MLP; where only the whole branch is known, what the branch adds."""
+    return nn.Identity() if site.whole else layer.get_submodule(str(site.mixer.target))
 
 
 def site_name(site: Site, sites: list[Site]) -> str:

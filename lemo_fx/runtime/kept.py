@@ -34,6 +34,11 @@ def compact_rows(value: Any, tokens: torch.Tensor, length: int) -> Any:
     return take(value, tokens) if isinstance(value, torch.Tensor) else value
 
 
+def compact_along(value: Any, tokens: torch.Tensor, length: int) -> Any:
+    """An argument that may run along the sequence, [1 or B, S, ...]; everything else passes through."""
+    return take(value, tokens) if runs_along(value, tokens.shape[0], length) else value
+
+
 def compact_mask(mask: Any, tokens: torch.Tensor, length: int) -> Any:
     """The attention mask between kept tokens. Padding, documents and sliding windows stay as they were.
 
@@ -92,13 +97,15 @@ def numbers_documents(mixer: fx.Node, graph: fx.Graph) -> bool:
 
 
 def compact_positions(position_ids: Any, tokens: torch.Tensor, length: int, renumber: bool) -> Any:
-    """position_ids [1 or B, S] at the kept tokens.
+    """position_ids [1 or B, S], or [A, 1 or B, S] with A axes (GLM-4.5V), at the kept tokens.
 
     With `renumber`, counted anew within each document: an attention that finds documents where position_ids restart
     would take every gap for a new document.
     """
     if not isinstance(position_ids, torch.Tensor):
         return position_ids
+    if position_ids.dim() == 3:
+        return torch.stack([compact_positions(axis, tokens, length, renumber) for axis in position_ids])
     if not renumber:
         return take(position_ids, tokens)
     return _count_within(take(document_ids(position_ids), tokens))
@@ -113,7 +120,9 @@ def _count_within(documents: torch.Tensor) -> torch.Tensor:
 
 
 def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """[B, S] -> [B, S]: a new document starts wherever a position is not its predecessor plus one."""
+    """[B, S], or [A, B, S] of which the first axis counts, -> [B, S]: a new document starts wherever a position is not
+    its predecessor plus one."""
+    position_ids = position_ids[0] if position_ids.dim() == 3 else position_ids
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
@@ -173,14 +182,13 @@ def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int,
             compact[name] = compact_rows(value, tokens, length)
         elif name.startswith("cu_seq_lens") and isinstance(value, torch.Tensor):
             compact[name] = torch.searchsorted(tokens[0].contiguous(), value.long().contiguous()).to(value.dtype)
-        elif _runs_along(value, tokens.shape[0], length):
-            compact[name] = take(value, tokens)
         else:
-            compact[name] = value
+            compact[name] = compact_along(value, tokens, length)
     return compact
 
 
-def _runs_along(value: Any, batch: int, length: int) -> bool:
+def runs_along(value: Any, batch: int, length: int) -> bool:
+    """Whether a value is a tensor of one entry a token: [1 or B, S, ...]."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() >= 2
