@@ -69,6 +69,7 @@ class LemoCallback(TrainerCallback):
         def told(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             found, ids = inputs.get("labels"), inputs.get("input_ids")
             of_tokens = isinstance(found, torch.Tensor) and isinstance(ids, torch.Tensor) and found.shape == ids.shape
+            assert self.trainer.model is not None
             with labels(self.trainer.model, found if of_tokens else None):
                 return compute_loss(model, inputs, *args, **kwargs)
 

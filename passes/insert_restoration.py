@@ -8,6 +8,7 @@ Parallel branches are restored one after the other.
 
 import dataclasses
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -29,7 +30,9 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
                     stream = call(rewrite.graph, operator.add, (stream, addend), f"{addend.name}_added")
         add.replace_all_uses_with(stream)
         for later in rewrite.sites:
-            places = {name: stream for name in ("stream", "carrier") if getattr(later.site, name) is add}
+            places: dict[str, Any] = {
+                name: stream for name in ("stream", "carrier") if getattr(later.site, name) is add
+            }
             later.site = dataclasses.replace(later.site, **places)
     return len(adds)
 

@@ -67,7 +67,7 @@ class LateLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Reached only past `__torch_function__`, from compiled code."""
         raise InputError(f"logits that are not computed yet reached {func}: {INSTEAD}")
 
@@ -120,7 +120,7 @@ def late_logits(logits_of: Callable, head: nn.Module, hidden: torch.Tensor, upca
     if torch.compiler.is_compiling():
         return NO_LOGITS
     kind = hidden.device.type
-    autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+    enabled, half = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     used = [hidden, *(p for p in head.parameters() if not isinstance(p, DTensor))]
     versions = [tensor._version for tensor in used]
 
@@ -130,10 +130,10 @@ def late_logits(logits_of: Callable, head: nn.Module, hidden: torch.Tensor, upca
                 "the model's weights have changed since the call whose logits are used now; use them before the "
                 f"optimizer's step, or {INSTEAD}"
             )
-        with torch.autocast(kind, **autocast):
+        with torch.autocast(kind, half, enabled):
             return logits_of(hidden)
 
-    dtype = torch.float32 if upcast else autocast["dtype"] if autocast["enabled"] else hidden.dtype
+    dtype = torch.float32 if upcast else half if enabled else hidden.dtype
     width = getattr(head, "out_features", None) or head.get_parameter("weight").shape[0]
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
     return LateLogits(compute, (*hidden.shape[:-1], width), dtype, hidden.device, gradient)
