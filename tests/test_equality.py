@@ -1,4 +1,4 @@
-"""keep=1.0 is the original model: logits, loss, all gradients; `exact` at 0.5 has its values, a reference's gradients."""
+"""keep=1.0 is the original model: loss and gradients; `exact` at 0.5 has its values and a reference's gradients."""
 
 import copy
 
