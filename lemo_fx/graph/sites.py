@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import networkx as nx
 import torch
@@ -379,13 +380,13 @@ def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, sha
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
     atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
-    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ((permuted, whole[:, order]), (alone, whole[:, 2:5]))
+    pairs = ((permuted, whole[:, order]), (alone, whole[:, 2:5]))
     if all(one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=atol) for one, other in pairs):
         return None
     return "mixes tokens, but is not a softmax attention that transformers dispatches"
 
 
-def _first(out: object) -> torch.Tensor:
+def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) and out else out
 
 
