@@ -492,8 +492,9 @@ def _segmented(
     leaves: dict[str, Any] = {"leaf_functions": (slicer,) if slicer else (), "properties": ("loss_function",)}
     try:
         graph = capture(head, constants, **leaves)
-        names = matters_when_absent(head, graph, constants, **leaves)
-        presence |= {name: name in GIVEN for name in names if name not in ("input_ids", "labels")}
+        # Segments are for calls with labels, and a call without token ids or embeddings is none.
+        names = matters_when_absent(head, graph, constants, besides=("input_ids", "labels"), **leaves)
+        presence |= {name: name in GIVEN for name in names}
         absent = {name: None for name, given in presence.items() if not given}
         if absent:
             graph = capture(head, {**constants, **absent}, **leaves)

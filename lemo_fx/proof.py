@@ -166,6 +166,7 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
         captured: the graph of that layer's forward before any pass, and `sites` in it, in the order of `rewrite.sites`;
             see `snapshot`.
     """
+    built: list[fx.GraphModule] = []
     for probe in probes:
         call = probe.calls[rewrite.layer]
         if any((call.get(name) is not None) != given for name, given in rewrite.presence.items()):
@@ -173,7 +174,7 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
         # Kernels for half precision refuse float32, and some have no backward (flex_attention on the CPU).
         for float32, gradients in itertools.product((True, False), (True, False) if probe.padded else (False,)):
             try:
-                fault = _Trial(rewrite, captured, sites, probe, float32, gradients).run()
+                fault = _Trial(rewrite, captured, sites, probe, float32, gradients, built).run()
                 break
             except OriginalFails as error:
                 reason = error
@@ -199,7 +200,9 @@ class _Trial:
         probe: Probe,
         float32: bool,
         gradients: bool,
+        built: list[fx.GraphModule],
     ) -> None:
+        self.built = built
         self.rewrite, self.captured, self.sites = rewrite, captured, sites
         layer = rewrite.layer
         plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in layer.parameters())
@@ -297,8 +300,16 @@ class _Trial:
         return fault
 
     def _rewritten(self) -> fx.GraphModule:
-        """The rewritten graph as a module, its selections replaced by fixed ones."""
+        """The rewritten graph as a module, its selections replaced by fixed ones.
+
+        Built once for all probes, unless it holds weights itself, which are others in every trial.
+        """
         rewrite = self.rewrite
+        if self.built:
+            for part in self.built[0].modules():
+                if isinstance(part, _Fixed):
+                    part.trial = (self,)
+            return self.built[0]
         parts: dict[str, nn.Module] = {}
         for name, part in rewrite.modules.items():
             if isinstance(part, SelectBlocks):
@@ -325,6 +336,8 @@ class _Trial:
             function.training = False
         module = build_module({**of(rewrite.graph), **outlined}, rewrite.graph, type(rewrite.layer).__name__)
         module.training = False
+        if not any(part._parameters or part._buffers for part in (module, *outlined.values())):
+            self.built.append(module)
         return module
 
     def _keep(self, counts: Mapping[str, int]) -> None:

@@ -92,19 +92,32 @@ def _fault(
     except Exception:
         # The layers' proof says that the model does not run on plain token ids.
         return ""
+    return trial.inside(lambda hidden: _differs(trial, graph, functions, slices_itself, presence, hidden))
+
+
+def _differs(
+    trial: _Trial,
+    graph: fx.Graph,
+    functions: dict[str, fx.Graph],
+    slices_itself: bool,
+    presence: Mapping[str, bool],
+    hidden: torch.Tensor,
+) -> str:
+    head = trial.head
+    module = graph_module(head, graph, functions)
+    every = {} if slices_itself or "logits_to_keep" not in trial.accepted else {"logits_to_keep": slice(0, None)}
     for optional in ((), *((name,) for name in OPTIONAL)):
         given = trial.arguments(optional, presence)
         if given is None:
             continue
         words = f"with {optional[0]} it" if optional else "it"
         try:
-            expected = trial.run(lambda **call: type(head).forward(head, **call), given)
+            expected = trial.run(lambda **call: type(head).forward(head, **call), given, hidden)
         except Exception:
             # Not a call that the original takes.
             continue
-        every = {} if slices_itself or "logits_to_keep" not in trial.accepted else {"logits_to_keep": slice(0, None)}
         try:
-            found = trial.run(lambda **call: graph_module(head, graph, functions)(**call), {**given, **every})
+            found = trial.run(module, {**given, **every}, hidden)
         except Exception as error:
             return f"{words} fails on a probe: {in_a_line(error)}"
         for one, other in zip(expected, found, strict=True):
@@ -156,20 +169,20 @@ class _Trial:
         given = {"input_ids": self.inputs["input_ids"], "labels": self.labels, **{n: values[n] for n in optional}}
         return None if any((name in given) != wanted for name, wanted in presence.items()) else given
 
-    def run(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> list[torch.Tensor]:
-        """[loss, gradient of the hidden states, gradients of the head's trainable weights]."""
+    def inside(self, function: Callable[[torch.Tensor], str]) -> str:
+        """`function(hidden states)` while the head's weights are swapped and its decoder returns these."""
         hidden = self.hidden.clone().requires_grad_()
-        weights = [weight for weight in self.weights.values() if weight.requires_grad]
-
-        def work() -> list[torch.Tensor]:
-            with torch.enable_grad():
-                loss = forward(**given).loss
-                gradients = torch.autograd.grad(loss, [hidden, *weights], allow_unused=True)
-            zero = hidden.new_zeros(())
-            return [loss.detach(), *(zero if gradient is None else gradient for gradient in gradients)]
-
         with quiet(self.head), self._decoder_replaced(hidden):
-            return functional_call(_Within(self.head, work), self.weights, ())
+            return functional_call(_Within(self.head, lambda: function(hidden)), self.weights, ())
+
+    def run(self, forward: Callable[..., Any], given: Mapping[str, Any], hidden: torch.Tensor) -> list[torch.Tensor]:
+        """[loss, gradient of the hidden states, gradients of the head's trainable weights]."""
+        weights = [weight for weight in self.weights.values() if weight.requires_grad]
+        with torch.enable_grad():
+            loss = forward(**given).loss
+            gradients = torch.autograd.grad(loss, [hidden, *weights], allow_unused=True)
+        zero = hidden.new_zeros(())
+        return [loss.detach(), *(zero if gradient is None else gradient for gradient in gradients)]
 
     @contextmanager
     def _decoder_replaced(self, hidden: torch.Tensor) -> Iterator[None]:

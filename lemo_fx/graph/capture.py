@@ -189,7 +189,11 @@ def capture(
 
 
 def matters_when_absent(
-    module: nn.Module, graph: fx.Graph, constants: Mapping[str, Any] | None = None, **options: Any
+    module: nn.Module,
+    graph: fx.Graph,
+    constants: Mapping[str, Any] | None = None,
+    besides: tuple[str, ...] = (),
+    **options: Any,
 ) -> tuple[str, ...]:
     """The optional arguments whose absence changes what a captured forward does, beyond being handed on.
 
@@ -198,18 +202,20 @@ def matters_when_absent(
 
     Args:
         graph: `capture(module, constants, **options)`.
+        besides: arguments not to ask about.
     """
     constants = constants or {}
     function = inspect.unwrap(type(module).forward)
     try:
-        if not re.search(r"\bis (not )?None\b", inspect.getsource(function)):
-            return ()
+        source = inspect.getsource(function)
     except OSError:
-        pass
+        source = ""
     optional = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is None and name not in constants
+        if parameter.default is None
+        and name not in (*constants, *besides)
+        and (not source or re.search(rf"\b{name} is (not )?None\b", source))
     ]
     found = []
     for name in optional:
