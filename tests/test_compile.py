@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from tiny import ARCHITECTURES, assert_same_step, batch, selections, step, tiny, with_lora
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -230,6 +231,28 @@ def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
     values = [n.meta["val"] for n in saved if isinstance(n.meta["val"], torch.Tensor)]
     # No result of a float8 product: the rows that each branch reads; a dense attention's are the layer's input.
     assert sum(v.is_floating_point() and {40, 80} & {*v.shape} != set() for v in values) == rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
+def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing):
+    """`exact` rounds each weight for its values and again for its kept rows; rounded once, it would be kept between."""
+    model = with_lora(tiny("llama", 1))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    lemo_fx.transform(model, LemoConfig(HALF, HALF, block_size=8, dense_layers=(), forward="float8", backward="float8"))
+    backwards = []
+    collect = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=lambda graph, _: backwards.append(graph) or make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    model.get_decoder().layers[0].compile(fullgraph=True, backend=collect)
+    step(model, batch(1, 80))
+    torch.compiler.reset()
+    (graph,) = backwards
+    saved = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder" and not n.name.startswith("primals")]
+    assert [v for v in saved if isinstance(v, torch.Tensor) and v.dtype is torch.float8_e4m3fn] == []
 
 
 # Gemma 3 has Gemma 2's masks and norms.

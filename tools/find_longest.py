@@ -62,7 +62,8 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = plans.each(variants, Variant.named)
     out.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(device), "shape": shape, "gate": gate(shape, device, adapters), "probes": []}
+    gated = gate(shape, device, adapters, chosen)
+    result = {"environment": environment(device), "shape": shape, "gate": gated, "probes": []}
     if device.type == "cuda":
         result["memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
     model = build(shape, device, adapters)

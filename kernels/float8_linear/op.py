@@ -23,7 +23,7 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) ->
         again: as in `reference.quantise`, of the weight.
     """
     if not x.is_cuda:
-        return reference.float8_linear(x, weight)
+        return reference.float8_linear(x, weight, again)
     rows, row_scale = reference.quantise(x.flatten(0, -2))
     columns, column_scale = reference.quantise(weight, again)
     # The product wants columns that lie one after the other; those of a transposed weight do not.

@@ -17,9 +17,13 @@ def quantise(rows: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, tor
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def float8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., K], weight [N, K] -> [..., N] in x's dtype."""
+def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
+    """x [..., K], weight [N, K] -> [..., N] in x's dtype.
+
+    Args:
+        again: as in `quantise`, of the weight.
+    """
     rows, row_scale = quantise(x.flatten(0, -2))
-    columns, column_scale = quantise(weight)
+    columns, column_scale = quantise(weight, again)
     out = (rows.float() @ columns.float().T) * row_scale * column_scale.T
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
