@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import fx, nn
 
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
-from lemo_fx.graph.anatomy import anatomy_of, require_model
+from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
 from lemo_fx.install import TRANSFORMATION, Plan, graph_module, install, installed, plans_of, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
@@ -53,7 +53,7 @@ class Transformation:
 
 def transform(
     model: Model,
-    config: LemoConfig | None = None,
+    config: LemoConfig | str | None = None,
     *,
     predictors: Predictors | None = None,
     dump: str | Path | None = None,
@@ -72,7 +72,7 @@ def transform(
 
     Args:
         model: a transformers causal language model, with or without PEFT adapters.
-        config: what to eliminate; `LemoConfig()` if None.
+        config: what to eliminate, or the name of a preset ("careful", "balanced", "fast"); `LemoConfig()` if None.
         predictors: from `lemo_fx.fit`; where a score is "auto", they choose (see `Elimination`).
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
 
@@ -86,11 +86,9 @@ def transform(
         PredictorError: `stand_in` or `predicted` without what they need.
         StorageError: `dump` cannot be written to.
     """
-    config = LemoConfig() if config is None else config
-    if not isinstance(config, LemoConfig):
-        raise ConfigError(f"config must be a LemoConfig, not {type(config).__name__}")
+    config = as_config(config)
     require_model(model, "transform")
-    if predictors is not None and not hasattr(predictors, "check_fits"):
+    if predictors is not None and (isinstance(predictors, type) or not hasattr(predictors, "check_fits")):
         raise PredictorError(
             f"predictors must be what lemo_fx.fit returns, not {type(predictors).__name__}; a folder is loaded by "
             "lemo_fx.Predictors.load(folder)"
@@ -178,8 +176,8 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
         InputError: `recall_on` is no batch.
     """
     done = _transformation(model)
-    if recall_on is not None and not isinstance(recall_on, Mapping):
-        raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(recall_on).__name__}")
+    if recall_on is not None:
+        _check_batch(model, recall_on)
     layers = {name: module for name, module, _ in installed(model)}
     recalls = {} if recall_on is None else measure_recall(model, layers, recall_on)
     rows = []
@@ -212,6 +210,20 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
     unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
     notes = [*done.notes, *([UNLABELLED] if unlabelled else []), *_lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=dense)
+
+
+def _check_batch(model: nn.Module, batch: object) -> None:
+    """Raise InputError where `recall_on` is not what the model can be called with."""
+    if not isinstance(batch, Mapping):
+        raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(batch).__name__}")
+    ids = batch.get("input_ids")
+    if not isinstance(batch.get("inputs_embeds") if ids is None else ids, torch.Tensor):
+        raise InputError("recall_on takes a batch with input_ids [B, S], a tensor of token ids")
+    head = causal_model(model)
+    embedding: Any = None if head is None or ids is None else head.get_input_embeddings()  # type: ignore[operator]
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise InputError(f"recall_on: token ids go from {ids.min()} to {ids.max()}; the model has {size} tokens")
 
 
 def _float8(module: nn.Module, row: dict[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lemo_fx.errors import ConfigError
 
@@ -45,6 +47,46 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
+Plan = TypeVar("Plan", bound=type)
+
+
+def _checked_names(cls: Plan) -> Plan:
+    """A dataclass whose wrong argument names are ConfigErrors that say what was meant."""
+    given_names = cls.__init__
+
+    @functools.wraps(given_names)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_names(cls, kwargs)
+        names = [field.name for field in fields(cls)]
+        twice = [name for name in names[: len(args)] if name in kwargs]
+        if len(args) > len(names) or twice:
+            raise ConfigError(
+                f"{cls.__name__} has {len(names)} fields, each given once, by position or by name: {', '.join(names)}"
+            )
+        given_names(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def check_names(cls: type, given: Iterable[str]) -> None:
+    """Raise ConfigError where a name is none of a dataclass's fields, with the one that was probably meant."""
+    names = [field.name for field in fields(cls)]
+    for name in given:
+        if name in names:
+            continue
+        if cls is LemoConfig and name in (field.name for field in fields(Elimination)):
+            meant = f"it belongs to a site: LemoConfig(attention=Elimination({name}=...), mlp=Elimination({name}=...))"
+        elif cls is Elimination and name in (field.name for field in fields(LemoConfig)):
+            meant = f"it belongs to the whole plan: LemoConfig({name}=...)"
+        else:
+            close = difflib.get_close_matches(str(name), names, 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            meant += f"Its fields are {', '.join(names)}"
+        raise ConfigError(f"{name} is no field of {cls.__name__}: {meant}")
+
+
+@_checked_names
 @dataclass(frozen=True)
 class Elimination:
     """How one kind of site (attention or MLP) drops its uninformative token blocks.
@@ -135,6 +177,7 @@ DEFAULT_SITE = Elimination(keep=0.4375, eliminated="exact", slope=0.5)
 1 / 1.8 of LoRA's time (docs/accuracy.md). LeMo's own rule is `Elimination()`."""
 
 
+@_checked_names
 @dataclass(frozen=True)
 class LemoConfig:
     """The whole plan of a transform.
@@ -228,12 +271,26 @@ class LemoConfig:
             ConfigError: there is no preset of this name, or no such field.
         """
         _choice("preset", name, tuple(PRESETS))
-        unknown = sorted(set(changes) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ConfigError(
-                f"{unknown[0]} is no field of LemoConfig: give a site as attention= or mlp=Elimination(...)"
-            )
+        check_names(cls, changes)
         return replace(PRESETS[name], **changes)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> LemoConfig:
+        """The plan that `dataclasses.asdict` or a JSON file wrote down; what is left out keeps its default.
+
+        Raises:
+            ConfigError: a name is no field, or a value is not one of its field's.
+        """
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"a plan is an object with the fields of LemoConfig, not {type(given).__name__}")
+        check_names(cls, given)
+        sites = {}
+        for kind in ("attention", "mlp"):
+            site = given.get(kind)
+            if isinstance(site, Mapping):
+                check_names(Elimination, site)
+                sites[kind] = Elimination(**site)
+        return cls(**{**given, **sites})
 
     def site(self, kind: SiteKind) -> Elimination | None:
         """The elimination of one kind of site."""
@@ -286,3 +343,20 @@ PRESETS = {
 }
 """Plans whose speed, memory and loss in quality were measured (docs/presets.md); "dense" eliminates nothing: plain
 training with the loss in segments."""
+
+
+def as_config(config: LemoConfig | str | None) -> LemoConfig:
+    """A plan, the preset of this name, or the default.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if config is None:
+        return LemoConfig()
+    if isinstance(config, str):
+        return LemoConfig.preset(config)
+    if not isinstance(config, LemoConfig):
+        raise ConfigError(
+            f"config must be a LemoConfig or the name of a preset ({', '.join(PRESETS)}), not {type(config).__name__}"
+        )
+    return config

@@ -283,7 +283,9 @@ class Predictors:
                 raise PredictorError(f"{folder} is neither a folder nor found on the hub: {error}") from error
         folder = Path(folder)
         if not folder.is_dir():
-            raise PredictorError(f"there is no folder {folder}: Predictors.save makes one")
+            raise PredictorError(
+                f"there is no folder {folder} of predictors: lemo-fx fit, or Predictors.save, makes one"
+            )
         try:
             if (folder / RECORD).stat().st_size > LARGEST_RECORD:
                 raise ValueError(f"larger than {LARGEST_RECORD} bytes")

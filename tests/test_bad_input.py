@@ -1,6 +1,8 @@
 """Bad input gets a typed, helpful error, and the model is left exactly as it was."""
 
+import dataclasses
 import importlib
+import json
 import logging
 
 import numpy
@@ -61,7 +63,8 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
         (lambda model: lemo_fx.fit(model, IDS.float()), InputError, "must be token ids"),
         (lambda model: lemo_fx.fit(model, IDS + 90), InputError, "from 90 to 105; the model has 97 tokens"),
         (lambda model: lemo_fx.fit(model, IDS - 1), InputError, "from -1 to 14"),
-        (lambda model: lemo_fx.fit(model, IDS, "fast"), ConfigError, "config must be a LemoConfig, not str"),
+        (lambda model: lemo_fx.fit(model, IDS, "fastest"), ConfigError, "'fastest' is not one of 'careful'"),
+        (lambda model: lemo_fx.fit(model, IDS, 3), ConfigError, "config must be a LemoConfig or the name of a preset"),
         (lambda model: lemo_fx.fit(model, IDS, recipe={}), ConfigError, "recipe must be a Recipe"),
         (lambda model: lemo_fx.fit(model, IDS, rank="8"), ConfigError, "rank='8'"),
         (lambda model: lemo_fx.fit(model, IDS, ridge=0), ConfigError, "ridge=0"),
@@ -94,6 +97,70 @@ IDS = torch.arange(4 * 16).reshape(4, 16)
         (lambda model: lemo_fx.report("model"), UnsupportedModelError, "takes a loaded model"),
         (lambda model: lemo_fx.report(lemo_fx.transform(model), recall_on=IDS), InputError, "recall_on takes a batch"),
         (lambda model: lemo_fx.DenseFinish("0.1"), ConfigError, "share='0.1'"),
+        (lambda model: lemo_fx.DenseFinish(2), ConfigError, "share=2 must be in"),
+        (lambda model: lemo_fx.DenseFinish(None), ConfigError, "share=None"),
+        (lambda model: lemo_fx.LemoCallback(None, 0), ConfigError, "recall_every=0"),
+        (lambda model: LemoConfig(keep=0.5), ConfigError, "keep is no field of LemoConfig: it belongs to a site"),
+        (lambda model: LemoConfig(blok_size=8), ConfigError, "did you mean block_size"),
+        (lambda model: Elimination(block_size=8), ConfigError, "belongs to the whole plan"),
+        (lambda model: Elimination(keap=0.5), ConfigError, "did you mean keep"),
+        (lambda model: Elimination(0.5, None, "skip", "auto", False, 0.0, 1), ConfigError, "each given once"),
+        (lambda model: Elimination(0.5, keep=0.5), ConfigError, "each given once"),
+        (lambda model: LemoConfig(attention=0.5), ConfigError, "attention=0.5 must be an Elimination"),
+        (lambda model: LemoConfig(dense_layers="1"), ConfigError, "dense_layers='1'"),
+        (lambda model: LemoConfig(dense_layers=5), ConfigError, "dense_layers=5"),
+        (lambda model: LemoConfig(dense_layers=(1.5,)), ConfigError, "must hold layer indices"),
+        (lambda model: LemoConfig(loss_segments=0), ConfigError, "loss_segments=0"),
+        (lambda model: LemoConfig(recompute="none"), ConfigError, "recompute='none'"),
+        (lambda model: LemoConfig(offload=1), ConfigError, "offload=1"),
+        (lambda model: LemoConfig(forward="fp8"), ConfigError, "forward='fp8'"),
+        (lambda model: LemoConfig(active="eval"), ConfigError, "active='eval'"),
+        (lambda model: LemoConfig.from_dict([1]), ConfigError, "a plan is an object with the fields of LemoConfig"),
+        (lambda model: LemoConfig.from_dict({"attention": {"keap": 0.5}}), ConfigError, "did you mean keep"),
+        (lambda model: LemoConfig.from_dict({"mlp": 0.5}), ConfigError, "mlp=0.5 must be an Elimination"),
+        (lambda model: LemoConfig.from_dict({1: 0.5}), ConfigError, "1 is no field"),
+        (lambda model: LemoConfig.preset("fastest"), ConfigError, "'fastest' is not one of"),
+        (lambda model: LemoConfig.preset(None), ConfigError, "preset=None"),
+        (lambda model: LemoConfig.preset("fast", keep=0.2), ConfigError, "belongs to a site"),
+        (lambda model: Elimination(slope="x"), ConfigError, "slope='x'"),
+        (lambda model: Elimination(keep=0.9, slope=0.9), ConfigError, "every share must be in"),
+        (lambda model: Elimination(keep=[0.5, 0.5], slope=0.1), ConfigError, "give keep as one number"),
+        (lambda model: Elimination(threshold=1.0, balance=True), ConfigError, "needs keep instead of a threshold"),
+        (lambda model: Elimination(threshold=float("nan")), ConfigError, "threshold=nan"),
+        (lambda model: Elimination(eliminated="drop"), ConfigError, "eliminated='drop'"),
+        (lambda model: Elimination(score="best"), ConfigError, "score='best'"),
+        (lambda model: LemoConfig(attention=Elimination(score="shared")), ConfigError, "is for the MLP"),
+        (lambda model: lemo_fx.transform(model, "fastest"), ConfigError, "'fastest' is not one of"),
+        (lambda model: lemo_fx.transform([model]), UnsupportedModelError, "takes a loaded model, not list"),
+        (lambda model: lemo_fx.transform(type(model)), UnsupportedModelError, "takes a loaded model, not type"),
+        (lambda model: lemo_fx.transform(model, predictors=lemo_fx.Predictors), PredictorError, "not type"),
+        (lambda model: lemo_fx.transform(model, dump=__file__), StorageError, "cannot write"),
+        (lambda model: lemo_fx.set_dense("model"), UnsupportedModelError, "takes a loaded model"),
+        (lambda model: lemo_fx.set_dense(model), lemo_fx.NotTransformedError, "call lemo_fx.transform"),
+        (lambda model: lemo_fx.graphs("model"), UnsupportedModelError, "takes a loaded model"),
+        (lambda model: lemo_fx.labels("model", IDS).__enter__(), UnsupportedModelError, "takes a loaded model"),
+        (lambda model: lemo_fx.report(lemo_fx.transform(model), recall_on={}), InputError, "with input_ids"),
+        (
+            lambda model: lemo_fx.report(lemo_fx.transform(model), recall_on={"input_ids": "text"}),
+            InputError,
+            "a tensor of token ids",
+        ),
+        (
+            lambda model: lemo_fx.report(lemo_fx.transform(model), recall_on={"input_ids": IDS + 90}),
+            InputError,
+            "from 90 to 153; the model has 97 tokens",
+        ),
+        (lambda model: lemo_fx.Predictors.load(__file__), PredictorError, "there is no folder"),
+        (lambda model: lemo_fx.Predictors.load(b"folder"), PredictorError, "takes a folder"),
+        (lambda model: lemo_fx.Predictors({}, {}).save(__file__), StorageError, "cannot write"),
+        (lambda model: lemo_fx.fit(model, []), InputError, "at least one sequence"),
+        (lambda model: lemo_fx.fit(model, IDS[None]), InputError, "must be token ids"),
+        (lambda model: lemo_fx.fit(model, 5), InputError, "must be token ids"),
+        (
+            lambda model: lemo_fx.fit(model, IDS, LemoConfig(block_size=8), folder=__file__),
+            InputError,
+            "is not a folder",
+        ),
     ],
 )
 def test_the_wrong_kind_of_argument(call, error, match):
@@ -179,6 +246,13 @@ def test_layers_that_do_not_exist_and_lists_of_another_length():
     refused(tiny("llama"), LemoConfig(dense_layers=(7,)), ConfigError, "dense_layers")
     config = LemoConfig(Elimination(keep=[0.5] * 3), block_size=8, dense_layers=())
     refused(tiny("llama"), config, ConfigError, "3 values")
+
+
+def test_the_name_of_a_preset_is_a_plan():
+    model = lemo_fx.transform(tiny("llama"), "fast")
+    assert lemo_fx.report(model).config == LemoConfig.preset("fast")
+    plan = LemoConfig(Elimination(keep=[0.5, 0.25]), None, 8, (1,), offload=True)
+    assert LemoConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(plan)))) == plan
 
 
 @pytest.mark.parametrize("config", [{"keep": 0.5}, 0.5, Elimination()])

@@ -113,21 +113,17 @@ def plan_from(path: Path) -> LemoConfig:
     """The plan in a file.
 
     Raises:
-        InputError: it is no plan.
+        InputError: it cannot be read.
+        ConfigError: it is no plan.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"{path} must hold a JSON object")
     try:
-        sites = {kind: Elimination(**given[kind]) for kind in ("attention", "mlp") if isinstance(given.get(kind), dict)}
-        return LemoConfig(**{**given, **sites})
-    except TypeError as error:
-        raise InputError(
-            f"{path}: {error}; it takes the arguments of LemoConfig, and of Elimination per site"
-        ) from error
+        return LemoConfig.from_dict(given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

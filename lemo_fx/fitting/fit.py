@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lemo_fx import distributed
-from lemo_fx.config import LemoConfig, SiteKind, is_count, is_number
+from lemo_fx.config import LemoConfig, SiteKind, as_config, is_count, is_number
 from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
-from lemo_fx.files import write_tensors, write_text, writing
+from lemo_fx.files import check_folder, write_tensors, write_text, writing
 from lemo_fx.fitting.profile import probe
 from lemo_fx.fitting.thresholds import tune
 from lemo_fx.fitting.training import Blocks, Recipe, predict, recall, train
@@ -130,7 +130,7 @@ def _append(path: Path, values: torch.Tensor, rows: int) -> None:
 def fit(
     model: nn.Module,
     sequences: Any,
-    config: LemoConfig | None = None,
+    config: LemoConfig | str | None = None,
     *,
     rank: int | None = None,
     ridge: float = 1e-3,
@@ -168,12 +168,11 @@ def fit(
         ConfigError: a rank other than 0 was given a folder.
         StorageError: the disk is full; with a folder, a run with the same arguments goes on from what was finished.
     """
-    config = LemoConfig() if config is None else config
+    config = as_config(config)
     recipe = Recipe() if recipe is None else recipe
     require_model(model, "fit")
-    for name, value, kind in (("config", config, LemoConfig), ("recipe", recipe, Recipe)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe must be a Recipe, not {type(recipe).__name__}")
     distributed.refuse_wrapped(model)
     distributed.refuse_collective(model, "lemo_fx.fit")
     distributed.refuse_process(model)
@@ -275,6 +274,7 @@ def _prepare(work: Path, key: str) -> None:
     note = work / "key"
     if note.exists() and note.read_text() == key:
         return
+    check_folder(work)
     _discard(work)
     with writing(work):
         work.mkdir(parents=True)
