@@ -220,9 +220,9 @@ def _check_batch(model: nn.Module, batch: object) -> None:
     if not isinstance(batch.get("inputs_embeds") if ids is None else ids, torch.Tensor):
         raise InputError("recall_on takes a batch with input_ids [B, S], a tensor of token ids")
     head = causal_model(model)
-    embedding: Any = None if head is None or ids is None else head.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = None if head is None else head.get_input_embeddings()  # type: ignore[operator]
     size = getattr(embedding, "num_embeddings", None)
-    if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+    if size is not None and ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise InputError(f"recall_on: token ids go from {ids.min()} to {ids.max()}; the model has {size} tokens")
 
 

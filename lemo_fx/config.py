@@ -52,7 +52,8 @@ Plan = TypeVar("Plan", bound=type)
 
 def _checked_names(cls: Plan) -> Plan:
     """A dataclass whose wrong argument names are ConfigErrors that say what was meant."""
-    given_names = cls.__init__
+    made: Any = cls
+    given_names = made.__init__
 
     @functools.wraps(given_names)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +66,7 @@ def _checked_names(cls: Plan) -> Plan:
             )
         given_names(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    made.__init__ = __init__
     return cls
 
 
