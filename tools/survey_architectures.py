@@ -30,6 +30,7 @@ import torch
 import transformers
 import typer
 from torch import nn
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import VOCABULARY, model_types, tiny_model
@@ -53,6 +54,8 @@ WARM = ("llama", "gemma3", "mixtral")
 START, END = "<!-- survey -->", "<!-- end of survey -->"
 
 Step = tuple[float, dict[str, torch.Tensor]]
+Kept = dict[tuple[str, str], list[torch.Tensor]]
+"""By (layer, site), the tokens [B, K] that it kept, call by call: some models call a layer several times."""
 
 
 class WrongError(Exception):
@@ -93,15 +96,16 @@ def same(words: str, expected: Step, found: Step, gradients: bool = True) -> Non
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, tokens: dict[tuple[str, str], torch.Tensor]) -> Iterator[None]:
-    """While active, the tokens [B, K] that each (layer, site) of a transformed model keeps are noted."""
+def recorded(model: nn.Module, tokens: Kept) -> Iterator[None]:
+    """While active, the tokens that each site of a transformed model keeps are noted."""
     hooks = []
     for name, module, record in installed(model):
         for row in record.rows:
             select = module._modules.get(f"lemo_{row['tokens_of']}_select")
             if select is not None:
                 key = (name, row["site"])
-                hooks.append(select.register_forward_hook(lambda *a, key=key: tokens.__setitem__(key, a[2].clone())))
+                calls = tokens.setdefault(key, [])
+                hooks.append(select.register_forward_hook(lambda *a, calls=calls: calls.append(a[2].clone())))
     try:
         yield
     finally:
@@ -109,22 +113,24 @@ def recorded(model: nn.Module, tokens: dict[tuple[str, str], torch.Tensor]) -> I
             hook.remove()
 
 
-def masked_step(
-    original: nn.Module, model: nn.Module, tokens: Mapping[tuple[str, str], torch.Tensor], inputs: Mapping[str, Any]
-) -> Step:
+def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Mapping[str, Any]) -> Step:
     """A step of the original in which attention sees kept keys alone and what branches add at other tokens is zeroed.
 
     Args:
         model: the original transformed, which says what modules a branch calls.
-        tokens: by (layer, site), see `recorded`.
+        tokens: see `recorded`.
     """
-    turns: dict[nn.Module, list[torch.Tensor]] = defaultdict(list)
-    masks: dict[nn.Module, torch.Tensor] = {}
+    # Modules may serve several sites, and layers may be called several times.
+    turns: dict[nn.Module, list[list[torch.Tensor]]] = defaultdict(list)
+    masks: dict[nn.Module, list[torch.Tensor]] = {}
     for name, _, record in installed(model):
         for row in record.rows:
             if row["eliminated"] == "dense":
                 continue
-            kept = torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, tokens[name, row["site"]], True)
+            kept = [
+                torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, call, True)
+                for call in tokens[name, row["site"]]
+            ]
             called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
             # Of zeros, a norm that comes after makes zeros; a projection may add its bias, and is one of those below.
             for module in called:
@@ -132,9 +138,11 @@ def masked_step(
                     turns[module].append(kept)
             masks.update({module: kept for module in called if is_softmax_attention(module)})
     count: Counter[nn.Module] = Counter()
+    masked: Counter[nn.Module] = Counter()
 
     def zero(module: nn.Module, args: Any, out: Any) -> Any:
-        kept = turns[module][count[module] % len(turns[module])]
+        call, site = divmod(count[module], len(turns[module]))
+        kept = turns[module][site][call]
         count[module] += 1
         if isinstance(out, tuple):
             return zero_rows(out[0], kept), *out[1:]
@@ -149,7 +157,9 @@ def masked_step(
             own = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
         if own.dtype == torch.bool:
             own = torch.where(own, 0.0, lowest)
-        given["attention_mask"] = own.masked_fill(~masks[module][:, None, None, :], lowest)
+        kept = masks[module][masked[module]]
+        masked[module] += 1
+        given["attention_mask"] = own.masked_fill(~kept[:, None, None, :], lowest)
         return (), given
 
     hooks = [module.register_forward_hook(zero) for module in turns]
@@ -172,6 +182,9 @@ def survey_one(model_type: str) -> dict[str, Any]:
     row: dict[str, Any] = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
     try:
         model = tiny_model(model_type)
+        if hasattr(model.config.get_text_config(), "index_topk"):
+            # Sparse indexers rank keys by sums of ReLUs, many of them 0, and the largest of equals are arbitrary.
+            functional.relu = functional.softplus
         expected = {padded: step(model, batch(padded)) for padded in (False, True)}
         same("the original twice", expected[False], step(model, batch(False)))
     except Exception as error:
@@ -181,7 +194,7 @@ def survey_one(model_type: str) -> dict[str, Any]:
             row[name] = _left(model, plan)
             for padded, wanted in expected.items():
                 words = f"{name}, {'padded' if padded else 'not padded'}"
-                tokens: dict[tuple[str, str], torch.Tensor] = {}
+                tokens: Kept = {}
                 with recorded(model, tokens):
                     found = step(model, batch(padded))
                 if plan.attention and plan.attention.eliminated == "exact":

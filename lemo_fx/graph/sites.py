@@ -120,6 +120,7 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     stream (Bamba) are None, as they are under every implementation but eager.
     """
     _return_no_weights(graph)
+    _read_late(graph)
     sites, refusals = _analyse(graph)
     if not refusals and _remove_flattening(graph, sites):
         sites, refusals = _analyse(graph)
@@ -142,6 +143,14 @@ def _return_no_weights(graph: fx.Graph) -> None:
     remove_dead_nodes(graph)
 
 
+def _read_late(graph: fx.Graph) -> None:
+    """Take values out of what modules return only where they are needed: a branch may then end before."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and node.users:
+            min(node.users, key=order.__getitem__).prepend(node)
+
+
 def _is_weights(graph: fx.Graph, node: object) -> bool:
     """Whether this is the second thing that a softmax attention returns, and nobody else reads it."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem or len(node.users) != 1:
@@ -149,7 +158,7 @@ def _is_weights(graph: fx.Graph, node: object) -> bool:
     attention, index = node.args
     if not isinstance(attention, fx.Node) or attention.op != "call_module":
         return False
-    return bool(index != 0 and is_softmax_attention(module_of(graph, attention)))
+    return bool(index == 1 and is_softmax_attention(module_of(graph, attention)))
 
 
 def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:

@@ -3,32 +3,28 @@
 import pytest
 import torch
 import transformers
-from survey_architectures import EVERYTHING, batch, survey_one
+from survey_architectures import EVERYTHING, batch, same, survey_one
 from tiny import TOLERANCE, step, with_lora
 from tiny_models import HEAD, tiny_model
 
 import lemo_fx
 from lemo_fx import LemoConfig
 
-NUMBERS = "numbers the rows"
 FAMILIES = {
     "qwen3_next": {"linear_attn": "mixes tokens"},
-    "qwen3_5_text": {"linear_attn": "mixes tokens"},
     "granitemoehybrid": {"mamba": "mixes tokens"},
-    "falcon_h1": None,
-    "nemotron_h": None,
+    "falcon_h1": {"mamba": "mixes tokens"},
+    "nemotron_h": {"mixer": "mixes tokens"},
     "lfm2": {"conv": "mixes tokens"},
     "bamba": {"mamba": "mixes tokens"},
-    "jamba": {"mamba": "mixes tokens"},
     "qwen3_moe": {},
-    "granitemoe": {},
     "deepseek_v3": {},
     "gpt_oss": {},
     "gemma4_text": {"attention": "shares its keys and values", "mlp_1": "'per_layer_input'"},
-    "llama4_text": {"attention": NUMBERS},
+    "llama4_text": {"attention": "numbers the rows"},
     "minimax": {"self_attn": "MiniMaxLightningAttention"},
 }
-"""Model type -> by branch, why it is left dense in some layers; None where that is not asked."""
+"""Model type -> by branch, why it is left dense in some layers."""
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -51,14 +47,12 @@ def test_lora(model_type):
     results = []
     for plan in (None, EVERYTHING, LemoConfig(block_size=8)):
         torch.manual_seed(0)
-        model = with_lora(tiny_model(model_type), targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+        model = with_lora(tiny_model(model_type), targets=["q_proj", "v_proj", "o_proj"])
         results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch(padded=True)))
-    original, everything, default = results
-    for found in (everything, default):
-        torch.testing.assert_close(found[0], original[0], **TOLERANCE["fp32"])
-    for name, gradient in original[1].items():
-        torch.testing.assert_close(everything[1][name], gradient, **TOLERANCE["fp32"])
-        assert default[1][name].isfinite().all()
+    original, everything, default = ((float(loss), gradients) for loss, gradients in results)
+    same("keep 1.0", original, everything)
+    same("exact", original, default, gradients=False)
+    assert all(gradient.isfinite().all() for gradient in default[1].values())
 
 
 def refusal(model):
@@ -86,6 +80,6 @@ def test_experts_that_work_on_flat_rows_beside_a_dense_mlp():
     model = transformers.Gemma4ForCausalLM(type(config)(**settings)).train()
     expected = step(model, batch(padded=True))
     lemo_fx.transform(model, EVERYTHING)
-    assert {site.eliminated for site in lemo_fx.report(model).sites} == {"skip"}
+    assert {site.eliminated for site in lemo_fx.report(model).sites if site.site == "mlp"} == {"skip"}
     found = step(model, batch(padded=True))
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE["fp32"])
