@@ -94,7 +94,7 @@ def test_padding_is_left_out(side):
 
 
 def fit_function_module():
-    return importlib.import_module("lemo_fx.fit")
+    return importlib.import_module("lemo_fx.fitting.fit")
 
 
 def stop(*args, **kwargs):

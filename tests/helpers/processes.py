@@ -149,7 +149,7 @@ def fit_and_kill(folder):
 def fit_and_die_in(victim, calls, folder, sequences, config, recipe):
     """kill -9 instead of a further call of one of lemo_fx.fit's functions after so many."""
     torch.set_num_threads(1)
-    module, left = importlib.import_module("lemo_fx.fit"), [calls]
+    module, left = importlib.import_module("lemo_fx.fitting.fit"), [calls]
     real = getattr(module, victim)
 
     def dying(*args, **kwargs):
