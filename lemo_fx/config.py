@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -52,9 +52,9 @@ Plan = TypeVar("Plan", bound=type)
 
 def _checked_names(cls: Plan) -> Plan:
     """A dataclass whose wrong argument names are ConfigErrors that say what was meant."""
-    given_names = cls.__init__
+    original: Callable = cls.__init__  # type: ignore[misc]
 
-    @functools.wraps(given_names)
+    @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         check_names(cls, kwargs)
         names = [field.name for field in fields(cls)]
@@ -63,9 +63,9 @@ def _checked_names(cls: Plan) -> Plan:
             raise ConfigError(
                 f"{cls.__name__} has {len(names)} fields, each given once, by position or by name: {', '.join(names)}"
             )
-        given_names(self, *args, **kwargs)
+        original(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[misc]
     return cls
 
 
