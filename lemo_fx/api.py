@@ -216,7 +216,7 @@ def _check_batch(model: nn.Module, batch: object) -> None:
     """Raise InputError where `recall_on` is not what the model can be called with."""
     if not isinstance(batch, Mapping):
         raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(batch).__name__}")
-    ids = batch.get("input_ids")
+    ids: Any = batch.get("input_ids")
     if not isinstance(batch.get("inputs_embeds") if ids is None else ids, torch.Tensor):
         raise InputError("recall_on takes a batch with input_ids [B, S], a tensor of token ids")
     head = causal_model(model)
