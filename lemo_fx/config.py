@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -55,7 +55,7 @@ def _checked_names(cls: Plan) -> Plan:
     made: Any = cls
     given_names = made.__init__
 
-    @functools.wraps(original)
+    @functools.wraps(given_names)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         check_names(cls, kwargs)
         names = [field.name for field in fields(cls)]
@@ -64,7 +64,7 @@ def _checked_names(cls: Plan) -> Plan:
             raise ConfigError(
                 f"{cls.__name__} has {len(names)} fields, each given once, by position or by name: {', '.join(names)}"
             )
-        original(self, *args, **kwargs)
+        given_names(self, *args, **kwargs)
 
     made.__init__ = __init__
     return cls
