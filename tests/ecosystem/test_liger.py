@@ -95,5 +95,5 @@ def test_before_and_after(liger, when, lora):
 def test_without_a_gpu_it_is_refused():
     model = tiny("llama")
     liger_transformers.apply_liger_kernel_to_llama(model=model)
-    with pytest.raises(lemo_fx.UnsupportedModelError, match=r"'input_layernorm' \w+ could not be tried"):
+    with pytest.raises(lemo_fx.UnsupportedModelError, match="could not be tried on rows"):
         lemo_fx.transform(model, plan())
