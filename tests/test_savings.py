@@ -18,12 +18,26 @@ def cost(model, inputs):
         held.append(tensor)
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = model(**inputs).loss
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         loss.backward()
     return sum(n for p, n in sizes.items() if p not in weights), counter.get_total_flops()
+
+
+class NoModules:
+    """In the place of the counter's hooks on modules, which use the logits of every output."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ CASES = [
     ("train model data.json --block-size 0", "block_size=0 must be a positive number of tokens"),
     ("train model data.json --plan absent.json", "absent.json cannot be read as JSON"),
     ("train model data.json --plan notes.txt", "notes.txt cannot be read as JSON"),
-    ("train model data.json --plan wrong.json", "it takes the arguments of LemoConfig"),
+    ("train model data.json --plan wrong.json", "kep is no field of LemoConfig"),
     ("train model data.json --config absent.yaml", "absent.yaml cannot be read as YAML"),
     ("train model data.json --config wrong.json", "there is no option 'kep'"),
     ("train absent data.json", "absent does not exist: give a local model folder"),

@@ -719,7 +719,7 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
         figure.colorbar(image, ax=list(row), label="block score")
     for axis in grid[-1]:
         axis.set_xlabel("token block")
-    figure.savefig(folder / "network.png", dpi=110)
+    figure.savefig(folder / "prediction.png", dpi=110)
 
 
 STAGES = {
