@@ -9,6 +9,8 @@ from torch import nn
 from lemo_fx.kernels.restore import op, reference
 from lemo_fx.proof import Proofs
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TIMED = ("step-0.5-slope-0.6-both-float8-checkpointed", "skip-0.5-shared-eager")
 

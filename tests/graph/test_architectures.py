@@ -10,6 +10,8 @@ from tiny_models import HEAD, tiny_model
 import lemo_fx
 from lemo_fx import LemoConfig
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "qwen3_next": {"linear_attn": "mixes tokens"},
     "granitemoehybrid": {"mamba": "mixes tokens"},
