@@ -8,7 +8,7 @@ import torch
 torch.set_num_threads(1)
 
 
-MOST_CASES, ONE_IN = 4, 8
+MOST_CASES, ONE_IN = 3, 10
 """A test with more cases than this runs one in so many of them, unless --all-cases is given."""
 
 
