@@ -251,7 +251,7 @@ def _lowerings(model: nn.Module, block_size: int) -> list[str]:
             known = ops.setdefault(lowering.explain(op, device, block_size=block_size), [])
             if op not in known:
                 known.append(op)
-    return [f"{', '.join(names)}: {what}" for what, names in ops.items()]
+    return [f"{', '.join(sorted(names))}: {what}" for what, names in ops.items()]
 
 
 def set_dense(model: Model, dense: bool = True) -> Model:

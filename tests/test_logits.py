@@ -85,13 +85,31 @@ def test_autocast_counts_where_the_call_was():
     assert torch.equal(late, expected)
 
 
+class Passes(torch.autograd.Function):
+    """What DDP passes a model's outputs through where parameters may be unused."""
+
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
 def test_what_wrappers_do_to_every_output_computes_nothing():
     model, inputs = lemo_fx.transform(tiny("llama", vocab_size=2003), HEAD), batch(2, 64)
     with Largest() as seen:
         out = ConvertOutputsToFp32(lambda: model(**inputs))()
         assert isinstance(out.logits, LateLogits)
         assert isinstance(out.logits.float().clone().detach(), LateLogits)
+        # FSDP2 and DDP.
+        assert out.logits._base is None
+        loss, out.logits = Passes.apply(out.loss, out.logits)
+        loss.backward()
     assert seen.numel < 2 * 64 * 2003
+    out = model(**inputs)
     assert out.logits.bfloat16().float().shape == (2, 64, 2003)
     assert not out.logits.detach().sum().requires_grad
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,11 +9,11 @@ def quantise(rows: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, tor
     """[N, K] -> (float8 [N, K], float32 scales [N, 1]); the largest magnitude of a row becomes float8's largest.
 
     Args:
-        again: the same in other operations. A compiler that meets equal operations in forward and recompute does them
-            once and keeps the result, here a copy of the weights, from the one to the other.
+        again: the same numbers from other operations (a factor of two is exact). A compiler that meets equal operations
+            in forward and recompute does them once and keeps the result, here a copy of the weights, between them.
     """
     largest = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12)
-    scale = largest * (1 / LARGEST) if again else largest / LARGEST
+    scale = largest / (2 * LARGEST) * 2 if again else largest / LARGEST
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 

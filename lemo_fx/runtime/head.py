@@ -77,8 +77,7 @@ class HeadSettings:
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments, and logits only once they are used."""
         return (
-            # Ranks that evaluate beside others that train must gather a sharded head as often as they do.
-            (model.training or not (torch.compiler.is_compiling() or torch.distributed.is_initialized()))
+            (model.training or not torch.compiler.is_compiling())
             and labels is not None
             and self.loss_function is not None
             and model.loss_function is self.loss_function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ INSTEAD = "call the model with return_logits=True where its logits are needed"
 
 _Tensor = torch.Tensor
 
+MAKES_TENSORS = {"data", "T", "mT", "H", "mH", "real", "imag"}
+
 LOOKS = frozenset(
-    {getattr(_Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_leaf", "is_sparse")}
-    | {getattr(_Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_cuda", "is_meta")}
+    {
+        attribute.__get__
+        for name, attribute in vars(_Tensor.__base__).items()
+        if isinstance(attribute, GetSetDescriptorType) and name not in MAKES_TENSORS
+    }
     | {_Tensor.size, _Tensor.dim, _Tensor.numel, _Tensor.is_floating_point, _Tensor.register_hook, torch.is_tensor}
 )
-"""What can be asked of logits that are not computed."""
+"""What can be asked of logits that are not computed: methods, and every attribute but those that are tensors."""
 
 PUT_OFF = {_Tensor.float: torch.float32, _Tensor.clone: None, _Tensor.detach: None}
 """What wrappers do to every output of a model, whether someone uses it or not (accelerate, DDP, the Trainer's
@@ -82,7 +88,9 @@ class LateLogits(torch.Tensor):
         return done
 
 
-def _no_gradient(gradient: torch.Tensor) -> None:
+def _no_gradient(gradient: torch.Tensor | None) -> None:
+    if gradient is None:  # They passed through a function that torch does not see into and were not used (DDP).
+        return
     raise InputError(
         "a gradient reached the logits of a call that computed its loss in segments, by a function that torch does not "
         f"see into (torch.autograd.Function): {INSTEAD}"

@@ -49,4 +49,4 @@ def test_an_op_asks_the_table(monkeypatch):
 def test_the_report_says_what_runs():
     site = Elimination(eliminated="skip", score="measured")
     notes = lemo_fx.report(lemo_fx.transform(tiny("llama"), LemoConfig(site, site, block_size=8))).notes
-    assert "eliminate, restore, block_scores, segmented_cross_entropy: reference (tensors on cpu, not cuda)" in notes
+    assert "block_scores, eliminate, restore, segmented_cross_entropy: reference (tensors on cpu, not cuda)" in notes
