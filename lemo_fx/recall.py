@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.distributed import gathered
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes, uncompiled
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.install import targets_of
 from lemo_fx.passes.insert_scores import insert_scores
@@ -63,7 +63,7 @@ def measure_recall(
                 modes_kept(model),
                 torch.no_grad(),
                 torch.random.fork_rng(devices),
-                torch.compiler.set_stance("force_eager"),
+                uncompiled(),
             ):
                 model.train()
                 model(**{"use_cache": False, **batch})

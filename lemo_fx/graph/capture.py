@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 from transformers.utils import ModelOutput
 
@@ -142,8 +143,15 @@ class Tracer(fx.Tracer):
 
 
 PATCHING = threading.RLock()
-"""Held while fx has patched `nn.Module`: two threads would undo each other's patches in the wrong order, and a class
-that is made meanwhile would keep them for good."""
+"""Held while something of the whole process is changed: `nn.Module`, which fx patches, and the compiler's stance. Two
+threads would undo each other's changes in the wrong order, and a class made meanwhile would keep fx's patches."""
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run their original code."""
+    with PATCHING, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
-from lemo_fx.graph.capture import NO_CACHE, modes_kept
+from lemo_fx.graph.capture import NO_CACHE, modes_kept, uncompiled
 from lemo_fx.graph.sites import is_quantised
 
 BATCH, LENGTH = 2, 23
@@ -144,8 +144,8 @@ def quiet(module: nn.Module) -> Iterator[None]:
 
     Quantised modules keep their training mode, since bitsandbytes repacks a weight for good when evaluated.
     """
-    precision = torch.get_float32_matmul_precision()
-    with modes_kept(module), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+    with modes_kept(module), torch.random.fork_rng(devices=[]), uncompiled():
+        precision = torch.get_float32_matmul_precision()
         for part in module.modules():
             part.training = part.training and is_quantised(part)
         torch.set_float32_matmul_precision("highest")

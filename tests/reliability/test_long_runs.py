@@ -12,6 +12,7 @@ from tiny import assert_same_step, batch, selections, step, tiny
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, install
+from lemo_fx.graph.probe import quiet
 from lemo_fx.kernels.select_blocks import op
 
 MEASURED, BY_THRESHOLD = Elimination(keep=0.5), Elimination(threshold=2.0)
@@ -142,6 +143,27 @@ def test_two_models_in_two_threads(restless):
         found = in_threads(*(functools.partial(threaded, *which) for which in zip(runs, models, strict=True)))
         for one, other in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_compiler_works_after_two_threads_have_tried_layers_out():
+    models, entered = [tiny("llama"), tiny("llama")], threading.Event()
+
+    def first():
+        with quiet(models[0]):
+            entered.set()
+            # Time for the other to enter too, if it could.
+            threading.Event().wait(0.2)
+
+    def second():
+        entered.wait()
+        with quiet(models[1]):
+            threading.Event().wait(0.4)
+
+    in_threads(first, second)
+    compiled = []
+    function = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    function(torch.ones(2))
+    assert len(compiled) == 1
 
 
 def test_transforming_in_one_thread_while_another_trains(restless):
