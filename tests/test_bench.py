@@ -49,6 +49,7 @@ def invoke(config, tmp_path, *options):
     return runner.invoke(app, ["bench", str(config), "--out", str(tmp_path / "out"), "--steps", "2", *options])
 
 
+@pytest.mark.slow
 def test_every_plan_at_every_length(config, tmp_path):
     result = invoke(config, tmp_path, "--context", "256,320", "--steps", "1")
     assert result.exit_code == 0, result.output

@@ -191,6 +191,7 @@ def test_demo_refuses_a_plan_before_it_trains(tmp_path, monkeypatch, options, sa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     arguments = ["demo", "--steps", "2", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
     result = runner.invoke(app, [*arguments, "--graph", "--predicted", "--plans", "fast,lemo"])

@@ -36,6 +36,7 @@ def run(monkeypatch, folder, stage, *options):
     return json.loads(name.read_text()) if name.exists() else None
 
 
+@pytest.mark.slow
 def test_every_stage(folder, monkeypatch):
     run(monkeypatch, folder, "profile", "--sequences", "5", "--heldout", "4")
     ids = torch.load(folder / "work" / "train.pt")

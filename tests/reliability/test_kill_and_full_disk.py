@@ -103,6 +103,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path, generations):
         generations[0].save(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_training_that_was_killed_twice_goes_on_as_if_it_were_not(tmp_path):
     in_clean_process(processes.train_and_kill, tmp_path)
     whole, killed = (json.loads((tmp_path / name / "done.json").read_text()) for name in ("whole", "killed"))
@@ -117,6 +118,7 @@ def same_predictors(folder, other):
     assert all(torch.equal(two.tensors[name], tensor) for name, tensor in one.tensors.items())
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_killed_again_and_again_ends_with_the_same_predictors(tmp_path):
     in_clean_process(processes.fit_and_kill, tmp_path)
     ends = [folder for folder in tmp_path.iterdir() if folder.name.startswith(("killed", "again"))]

@@ -77,7 +77,8 @@ def keeps_everything(plan):
     return all(s is None or (s.keep == 1 and not s.slope) for s in sites(plan)) and not plan.float8_everywhere
 
 
-def test_random_configs():
+def test_random_configs(request):
+    trials = 500 if request.config.getoption("--all-cases") else 150
     models = {name: make() for name, make in MODELS.items()}
     for model in models.values():
         # Leaves attributes behind.
@@ -91,7 +92,7 @@ def test_random_configs():
     }
     given["opt"].append(given["llama"][-1])
     counts = {"refused": 0, "right": 0, "equal": 0}
-    for number in range(500):
+    for number in range(trials):
         draw = random.Random(number)
         name, which = draw.choice(list(models)), draw.randrange(len(BATCHES))
         model, inputs = models[name], BATCHES[which]
@@ -126,4 +127,4 @@ def test_random_configs():
     for name, model in models.items():
         for inputs, expected in zip(BATCHES, dense[name], strict=True):
             assert_same_step(step(model, inputs), expected, "same")
-    assert min(counts.values()) > 25, counts
+    assert min(counts.values()) > trials / 20, counts
