@@ -15,6 +15,7 @@ from training import arguments, losses
 
 import lemo_fx
 from lemo_fx import InputError, LemoConfig
+from lemo_fx.runtime import loss as in_segments
 from lemo_fx.runtime.logits import LateLogits
 
 HEAD = LemoConfig(attention=None, mlp=None)
@@ -28,7 +29,8 @@ def own_loss(outputs, labels):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi", "gpt2", "opt"])
-def test_values_shape_and_dtype(architecture, training):
+def test_values_shape_and_dtype(architecture, training, monkeypatch):
+    monkeypatch.setattr(in_segments, "MOST_LOGITS", 2**10)
     model, inputs = tiny(architecture).train(training), batch(2, 43)
     expected = model(**inputs).logits
     lemo_fx.transform(model, HEAD)
@@ -169,9 +171,18 @@ def test_a_trainer_that_computes_its_loss_from_the_logits(bf16, tmp_path):
     assert run(True) == pytest.approx(run(False), rel=2e-2 if bf16 else 1e-4)
 
 
+def test_a_short_evaluation_has_the_very_bits_of_the_original():
+    model = tiny("llama", vocab_size=2003).eval()
+    inputs = [batch(1, 64, seed=seed) for seed in range(8)]
+    expected = [model(**one).loss for one in inputs]
+    lemo_fx.transform(model, HEAD)
+    assert [model(**one).loss for one in inputs] == expected
+
+
 @pytest.mark.parametrize("only_loss", [True, False])
-def test_an_evaluation_by_the_trainer(only_loss, tmp_path):
+def test_an_evaluation_by_the_trainer(only_loss, tmp_path, monkeypatch):
     """Of the loss alone, full logits are never made; metrics get them."""
+    monkeypatch.setattr(in_segments, "MOST_LOGITS", 2**14)
     rows = [{"input_ids": row, "labels": row} for row in batch(2, 64)["input_ids"]]
     seen, found = [], []
     for transformed in (False, True):

@@ -18,7 +18,7 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES
 from lemo_fx.runtime.layer import STATE, asks_for_cache, look_for_hooks, settings_of, without_default_cache
-from lemo_fx.runtime.loss import segmentable
+from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.step import Step
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class HeadSettings:
             and not kwargs.get("return_logits")
             and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
-            and segmentable(model.get_output_embeddings())  # type: ignore[operator]
+            and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
+            and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments or "auto"))
         )
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.private import as_it_is, tree_map, without_data
+from lemo_fx.runtime.loss import rows_of
 
 INSTEAD = "call the model with return_logits=True where its logits are needed"
 
@@ -142,6 +143,5 @@ def late_logits(logits_of: Callable, head: nn.Module, hidden: torch.Tensor, upca
             return logits_of(hidden)
 
     dtype = torch.float32 if upcast else half if enabled else hidden.dtype
-    width = getattr(head, "out_features", None) or head.get_parameter("weight").shape[0]
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
-    return LateLogits(compute, (*hidden.shape[:-1], width), dtype, hidden.device, gradient)
+    return LateLogits(compute, (*hidden.shape[:-1], rows_of(head)), dtype, hidden.device, gradient)

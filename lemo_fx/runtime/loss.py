@@ -27,6 +27,16 @@ def segment_rows(tokens: int, vocabulary: int, segments: int | str) -> int:
     return max(1, -(-tokens // int(segments)))
 
 
+def rows_of(head: nn.Module) -> int:
+    """V of an output projection, under an adapter too."""
+    return getattr(head, "out_features", None) or head.get_parameter("weight").shape[0]
+
+
+def saves_memory(tokens: int, vocabulary: int, segments: int | str) -> bool:
+    """Whether an evaluation in segments holds less than one with full logits, whose last bit may differ."""
+    return segments != "auto" or tokens * vocabulary > MOST_LOGITS
+
+
 def segmented_loss(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     head: nn.Module,
