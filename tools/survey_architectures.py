@@ -2,7 +2,8 @@
 
 Each in a process of its own: it must train a step plainly, then by `lemo_fx.transform(model)` and by LeMo's own rule.
 `exact` must give the original's loss, keep 1.0 its loss and gradients, and `skip` those of a masked original written
-with module hooks, in which no graph takes part; with and without padding, and with activation checkpointing.
+with module hooks, in which no graph takes part; without padding, with it and, on request, with packed documents; and
+with activation checkpointing.
 
     python tools/survey_architectures.py --out benchmarks/architectures/survey.json --page docs/architectures.md
     python tools/survey_architectures.py --only llama,qwen3_next
@@ -11,7 +12,6 @@ with module hooks, in which no graph takes part; with and without padding, and w
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import inspect
 import json
@@ -40,7 +40,7 @@ from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.install import installed
 
-ROWS, LENGTH, BLOCK = 2, 48, 8
+ROWS, LENGTH, BLOCK, DOCUMENT = 2, 48, 8, 29
 PLANS = {
     "default": LemoConfig(block_size=BLOCK),
     "LeMo's rule": LemoConfig(Elimination(), Elimination(), block_size=BLOCK, dense_layers=()),
@@ -62,15 +62,24 @@ class WrongError(Exception):
     """A check failed: which, and by how much."""
 
 
-def batch(padded: bool) -> dict[str, torch.Tensor]:
-    """Token ids and labels; padding at the end of the second row."""
+def batch(kind: str) -> dict[str, Any]:
+    """Token ids and labels [ROWS, LENGTH].
+
+    Args:
+        kind: "plain"; "padded" has padding at the end of the second row; "packed" has two documents a row, with
+            positions that restart.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, VOCABULARY - 16, (ROWS, LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    if padded:
+    if kind == "padded":
+        mask = torch.ones_like(ids)
         mask[1, -11:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    return {"input_ids": ids, "labels": labels, **({"attention_mask": mask} if padded else {})}
+        return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    if kind == "packed":
+        positions = torch.cat([torch.arange(DOCUMENT), torch.arange(LENGTH - DOCUMENT)]).expand(ROWS, -1)
+        # transformers looks for documents only where there is no cache.
+        return {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
+    return {"input_ids": ids, "labels": ids}
 
 
 def step(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
@@ -120,6 +129,7 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
         model: the original transformed, which says what modules a branch calls.
         tokens: see `recorded`.
     """
+    shape = inputs["input_ids"].shape
     # Modules may serve several sites, and layers may be called several times.
     turns: dict[nn.Module, list[list[torch.Tensor]]] = defaultdict(list)
     masks: dict[nn.Module, list[torch.Tensor]] = {}
@@ -127,10 +137,8 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
         for row in record.rows:
             if row["eliminated"] == "dense":
                 continue
-            kept = [
-                torch.zeros(ROWS, LENGTH, dtype=torch.bool).scatter_(1, call, True)
-                for call in tokens[name, row["site"]]
-            ]
+            calls = tokens[name, row["site"]]
+            kept = [torch.zeros(shape, dtype=torch.bool).scatter_(1, call, True) for call in calls]
             called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
             # Of zeros, a norm that comes after makes zeros; a projection may add its bias, and is one of those below.
             for module in called:
@@ -154,7 +162,7 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
         own = given.get("attention_mask")
         lowest = torch.finfo(torch.float32).min
         if not isinstance(own, torch.Tensor) or own.dim() != 4:
-            own = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+            own = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool).tril()
         if own.dtype == torch.bool:
             own = torch.where(own, 0.0, lowest)
         kept = masks[module][masked[module]]
@@ -176,11 +184,11 @@ def zero_rows(out: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return (out.reshape(*kept.shape, -1) * kept[..., None]).reshape(out.shape)
 
 
-def survey_one(model_type: str, paddings: tuple[bool, ...] = (False, True)) -> dict[str, Any]:
+def survey_one(model_type: str, kinds: tuple[str, ...] = ("plain", "padded")) -> dict[str, Any]:
     """What becomes of one model type, ready for JSON.
 
     Args:
-        paddings: whether the batches that are tried have padding.
+        kinds: of the batches that are tried.
     """
     names = model_types()[model_type]
     row: dict[str, Any] = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
@@ -189,31 +197,30 @@ def survey_one(model_type: str, paddings: tuple[bool, ...] = (False, True)) -> d
         if hasattr(model.config.get_text_config(), "index_topk"):
             # Sparse indexers rank keys by sums of ReLUs, many of them 0, and the largest of equals are arbitrary.
             functional.relu = functional.softplus
-        expected = {padded: step(model, batch(padded)) for padded in paddings}
-        again = batch(paddings[0])
-        same("the original twice", expected[paddings[0]], step(model, again))
+        expected = {kind: step(model, batch(kind)) for kind in kinds}
+        again = batch(kinds[0])
+        same("the original twice", expected[kinds[0]], step(model, again))
     except Exception as error:
         return {**row, "outcome": "does not train", "why": _line(error), "at": _place(error)}
     try:
         for name, plan in PLANS.items():
             row[name] = _left(model, plan)
-            for padded, wanted in expected.items():
-                words = f"{name}, {'padded' if padded else 'not padded'}"
+            for kind, wanted in expected.items():
+                words = f"{name}, {kind}"
                 tokens: Kept = {}
                 with recorded(model, tokens):
-                    found = step(model, batch(padded))
+                    found = step(model, batch(kind))
                 if plan.attention and plan.attention.eliminated == "exact":
                     same(f"{words}: values", wanted, found, gradients=False)
                 else:
-                    original = lemo_fx.revert(copy.deepcopy(model))
-                    original.set_attn_implementation("eager")
-                    same(f"{words}: masked original", masked_step(original, model, tokens, batch(padded)), found)
+                    original = tiny_model(model_type, attention="eager")
+                    same(f"{words}: masked original", masked_step(original, model, tokens, batch(kind)), found)
             _checkpointed(model, name)
             lemo_fx.revert(model)
         _left(model, EVERYTHING)
-        for padded, wanted in expected.items():
-            same(f"keep 1.0, {'padded' if padded else 'not padded'}", wanted, step(model, batch(padded)))
-        same("reverted", expected[paddings[0]], step(lemo_fx.revert(model), again))
+        for kind, wanted in expected.items():
+            same(f"keep 1.0, {kind}", wanted, step(model, batch(kind)))
+        same("reverted", expected[kinds[0]], step(lemo_fx.revert(model), again))
     except lemo_fx.UnsupportedModelError as error:
         return {**row, "outcome": "refused", "why": str(error)}
     except WrongError as error:
@@ -231,10 +238,10 @@ def _checkpointed(model: nn.Module, name: str) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         with torch.random.fork_rng():
-            plain = step(model, batch(True))
+            plain = step(model, batch("padded"))
         if name != "default":
             model.gradient_checkpointing_disable()
-            same(f"{name}: checkpointed", step(model, batch(True)), plain)
+            same(f"{name}: checkpointed", step(model, batch("padded")), plain)
     finally:
         model.gradient_checkpointing_disable()
 

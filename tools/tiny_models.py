@@ -61,16 +61,39 @@ SIZES: tuple[tuple[str, Any], ...] = (
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "decoder_start_token_id": 1}
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
 OWN: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 96, "audio_token_offset": 104},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bert": {"is_decoder": True},
+    "chameleon": {"vocabulary_map": {"<image>": 120, "IMGIMGAZ": 121, "IMGIMGBZ": 122}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [1, 1, 2]}}},
+    "dbrx": {"attn_config": {"kv_n_heads": KEY_HEADS, "rope_theta": 1e4, "clip_qkv": 8}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": INNER},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": INNER},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 2},
-    "dots3_note": {"adapter_in_dim": HIDDEN},
+    "dory": {
+        "num_hidden_layers": LAYERS,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "<|visual token 000000|>": 122}},
     "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": HEAD, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"global_head_dim": 16},
-    "glm5_next": {"index_kpool": 4},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "blip_2_qformer": {"cross_attention_frequency": 1},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1, 2, 3, 4],
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD, "num_experts": 4, "moe_topk": 2},
@@ -79,9 +102,30 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
+    "longcat_flash": {"qk_head_dim": 2 * HEAD},
+    "mamba2": {"num_heads": 2 * HIDDEN // HEAD},
+    "ministral": {"head_dim": HEAD},
+    "mistral4": {"head_dim": 2 * HEAD},
+    "molmo2_adapter": {"vision_feature_layer": [3, 1]},
+    "nemotron": {"head_dim": HEAD, "num_key_value_heads": KEY_HEADS},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
+    "qwen4_exp_text": {
+        "indexer_n_heads": HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": VOCABULARY,
+    },
+    "radio": {"video_temporal_patch_size": 2},
+    "reformer": {"is_decoder": True},
+    "step3p5": {"sliding_window": WINDOW},
+    "wavtokenizer_encoder": {"codebook_dim": HIDDEN, "codebook_size": 8},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What single types need besides, by the model type of a config or of one of its parts."""
 
@@ -142,7 +186,7 @@ def _settings(default: Any) -> dict[str, Any]:
             found[name] = _rope(value, default)
         elif value is not None and not isinstance(value, bool | dict | list | str):
             size = _size(name)
-            if size is not ...:
+            if size is not ... and size != value:
                 found[name] = size
     for name in ("num_key_value_heads", "num_kv_heads"):
         heads = given.get("num_attention_heads")
@@ -151,7 +195,8 @@ def _settings(default: Any) -> dict[str, Any]:
     found |= OWN.get(default.model_type, {})
     fixed = {name for name, entry in vars(type(default)).items() if isinstance(entry, property) and not entry.fset}
     fixed |= {name for name, other in getattr(default, "attribute_map", {}).items() if other in fixed or other in found}
-    return {name: value for name, value in found.items() if (name in accepted or name in given) and name not in fixed}
+    known = accepted | given.keys() | OWN.get(default.model_type, {}).keys()
+    return {name: value for name, value in found.items() if name in known and name not in fixed}
 
 
 def _size(name: str) -> Any:

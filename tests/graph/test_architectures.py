@@ -31,7 +31,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_values_gradients_checkpointing_and_padding(model_type):
-    row = survey_one(model_type, paddings=(True,))
+    row = survey_one(model_type, kinds=("padded",))
     assert row["outcome"] in ("works", "partly"), row
     done = row["LeMo's rule"]["rewritten"]
     assert any(site.startswith("attention") for site in done), row
@@ -50,7 +50,7 @@ def test_lora(model_type):
     for plan in (None, EVERYTHING, LemoConfig(block_size=8)):
         torch.manual_seed(0)
         model = with_lora(tiny_model(model_type), targets=["q_proj", "v_proj", "o_proj"])
-        results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch(padded=True)))
+        results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch("padded")))
     original, everything, default = ((float(loss), gradients) for loss, gradients in results)
     same("keep 1.0", original, everything)
     same("exact", original, default, gradients=False)
@@ -80,8 +80,8 @@ def test_experts_that_work_on_flat_rows_beside_a_dense_mlp():
     settings = config.to_dict() | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
     settings |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 4 * HEAD}
     model = transformers.Gemma4ForCausalLM(type(config)(**settings)).train()
-    expected = step(model, batch(padded=True))
+    expected = step(model, batch("padded"))
     lemo_fx.transform(model, EVERYTHING)
     assert {site.eliminated for site in lemo_fx.report(model).sites if site.site == "mlp"} == {"skip"}
-    found = step(model, batch(padded=True))
+    found = step(model, batch("padded"))
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE["fp32"])
