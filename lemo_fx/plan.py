@@ -21,7 +21,7 @@ from lemo_fx.graph.capture import ABSENT_IN_TRAINING, PATCHING, capture, matters
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, scored_module, site_name
-from lemo_fx.graph.watch import why_every_row
+from lemo_fx.graph.watch import why_every_row, why_no_stream
 from lemo_fx.install import Plan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import compacting
@@ -212,11 +212,13 @@ def _rewrite_layer(
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
     except CaptureError as error:
-        raise UnsupportedModelError(f"{name}: {error}") from error
+        reason = why_no_stream(layer, planning.proofs.usual(layer)) or error
+        raise UnsupportedModelError(f"{name}: {reason}") from error
     sites, refusals = find_sites(graph)
     for refusal in refusals:
         if refusal.site is None:
-            raise UnsupportedModelError(f"{name}: node {refusal.node!r} {refusal.reason}")
+            reason = why_no_stream(layer, planning.proofs.usual(layer))
+            raise UnsupportedModelError(f"{name}: {reason or f'node {refusal.node!r} {refusal.reason}'}")
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     reasons = dict(faults)
     for refusal in refusals:

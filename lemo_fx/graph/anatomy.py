@@ -65,11 +65,17 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The text decoder by transformers' own account; the model where there is none."""
+    """The text decoder by transformers' own account; the model where there is none.
+
+    What is merely called so is no decoder: ModernBERT's output projection.
+    """
     for module in model.modules():
         if callable(getattr(module, "get_decoder", None)):
             decoder = module.get_decoder()  # type: ignore[operator]
-            return decoder if isinstance(decoder, nn.Module) else module
+            holds_layers = isinstance(decoder, nn.Module) and any(
+                isinstance(m, nn.ModuleList) for m in decoder.modules()
+            )
+            return decoder if holds_layers else module
     return model
 
 
@@ -99,7 +105,7 @@ def why_no_layers(anatomy: Anatomy) -> str:
     layer = type(layers[0]).__name__
     for module in layers.modules():
         if is_softmax_attention(module):
-            return f"the attention of its layers, {type(module).__name__} in {layer}, is not causal"
+            return f"the attention of its layers, {type(module).__name__} in {layer}, is not causal (is_causal)"
     own = [type(m).__name__ for m in layers.modules() if "attention" in type(m).__name__.lower()]
     if own:
         return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -52,6 +53,22 @@ def why_every_row(layer: nn.Module, attention: str, given: Mapping[str, Any]) ->
     if touched:
         return f"shares its keys and values with other layers through {', '.join(sorted(touched))}"
     return None
+
+
+def why_no_stream(layer: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """What a layer is handed in the place of one residual stream; None where it is one, or nothing is known.
+
+    Args:
+        given: the layer's arguments by name, recorded on a few tokens.
+    """
+    name = list(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1]
+    stream = given.get(name)
+    if not isinstance(stream, torch.Tensor) or stream.dim() == 3:
+        return None
+    return (
+        f"its {name!r} have {stream.dim()} axes: several residual streams side by side (hyper-connections, alternating "
+        "updates), not one of [B, S, H]"
+    )
 
 
 class _Numbers(TorchFunctionMode):
