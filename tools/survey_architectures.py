@@ -2,8 +2,8 @@
 
 Each in a process of its own: it must train a step plainly, then by `lemo_fx.transform(model)` and by LeMo's own rule.
 `exact` must give the original's loss, keep 1.0 its loss and gradients, and `skip` those of a masked original written
-with module hooks, in which no graph takes part; without padding, with it and, on request, with packed documents; and
-with activation checkpointing.
+with module hooks, in which no graph takes part; without padding, with it and with packed documents; and with activation
+checkpointing.
 
     python tools/survey_architectures.py --out benchmarks/architectures/survey.json --page docs/architectures.md
     python tools/survey_architectures.py --only llama,qwen3_next
@@ -41,6 +41,7 @@ from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.install import installed
 
 ROWS, LENGTH, BLOCK, DOCUMENT = 2, 48, 8, 29
+KINDS = ("plain", "padded", "packed")
 PLANS = {
     "default": LemoConfig(block_size=BLOCK),
     "LeMo's rule": LemoConfig(Elimination(), Elimination(), block_size=BLOCK, dense_layers=()),
@@ -51,6 +52,8 @@ VALUE, GRADIENT, FLOOR = 1e-4, 5e-3, 1e-4
 largest of all)."""
 WARM = ("llama", "gemma3", "mixtral")
 """Types whose imports the others share."""
+INTERPOLATING = ("dory",)
+"""Types whose branches add a share of the difference between what their modules make and the stream."""
 START, END = "<!-- survey -->", "<!-- end of survey -->"
 
 Step = tuple[float, dict[str, torch.Tensor]]
@@ -122,16 +125,21 @@ def recorded(model: nn.Module, tokens: Kept) -> Iterator[None]:
             hook.remove()
 
 
-def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Mapping[str, Any]) -> Step:
+def masked_step(
+    original: nn.Module, model: nn.Module, tokens: Kept, inputs: Mapping[str, Any], interpolates: bool = False
+) -> Step:
     """A step of the original in which attention sees kept keys alone and what branches add at other tokens is zeroed.
 
     Args:
         model: the original transformed, which says what modules a branch calls.
         tokens: see `recorded`.
+        interpolates: whether nothing is added where a branch's modules make what they read, not zeros.
     """
     shape = inputs["input_ids"].shape
     # Modules may serve several sites, and layers may be called several times.
     turns: dict[nn.Module, list[list[torch.Tensor]]] = defaultdict(list)
+    firsts: dict[nn.Module, nn.Module] = {}
+    read: dict[nn.Module, torch.Tensor] = {}
     masks: dict[nn.Module, list[torch.Tensor]] = {}
     for name, _, record in installed(model):
         for row in record.rows:
@@ -144,6 +152,7 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
             for module in called:
                 if module is called[-1] or any(p.dim() > 1 for p in module.parameters()):
                     turns[module].append(kept)
+            firsts[called[-1]] = called[0]
             masks.update({module: kept for module in called if is_softmax_attention(module)})
     count: Counter[nn.Module] = Counter()
     masked: Counter[nn.Module] = Counter()
@@ -152,6 +161,8 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
         call, site = divmod(count[module], len(turns[module]))
         kept = turns[module][site][call]
         count[module] += 1
+        if interpolates:
+            return torch.where(kept[..., None], out, read[firsts[module]]) if module in firsts else out
         if isinstance(out, tuple):
             return zero_rows(out[0], kept), *out[1:]
         return zero_rows(out, kept)
@@ -170,7 +181,11 @@ def masked_step(original: nn.Module, model: nn.Module, tokens: Kept, inputs: Map
         given["attention_mask"] = own.masked_fill(~kept[:, None, None, :], lowest)
         return (), given
 
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read[module] = args[0] if args else kwargs["hidden_states"]
+
     hooks = [module.register_forward_hook(zero) for module in turns]
+    hooks += [module.register_forward_pre_hook(note, with_kwargs=True) for module in firsts.values() if interpolates]
     hooks += [module.register_forward_pre_hook(mask, with_kwargs=True) for module in masks]
     try:
         return step(original, inputs)
@@ -184,11 +199,11 @@ def zero_rows(out: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return (out.reshape(*kept.shape, -1) * kept[..., None]).reshape(out.shape)
 
 
-def survey_one(model_type: str, kinds: tuple[str, ...] = ("plain", "padded")) -> dict[str, Any]:
+def survey_one(model_type: str, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     """What becomes of one model type, ready for JSON.
 
     Args:
-        kinds: of the batches that are tried.
+        kinds: of the batches that are tried; packed ones only where the model takes positions.
     """
     names = model_types()[model_type]
     row: dict[str, Any] = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
@@ -197,6 +212,8 @@ def survey_one(model_type: str, kinds: tuple[str, ...] = ("plain", "padded")) ->
         if hasattr(model.config.get_text_config(), "index_topk"):
             # Sparse indexers rank keys by sums of ReLUs, many of them 0, and the largest of equals are arbitrary.
             functional.relu = functional.softplus
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            kinds = tuple(kind for kind in kinds if kind != "packed")
         expected = {kind: step(model, batch(kind)) for kind in kinds}
         again = batch(kinds[0])
         same("the original twice", expected[kinds[0]], step(model, again))
@@ -214,7 +231,9 @@ def survey_one(model_type: str, kinds: tuple[str, ...] = ("plain", "padded")) ->
                     same(f"{words}: values", wanted, found, gradients=False)
                 else:
                     original = tiny_model(model_type, attention="eager")
-                    same(f"{words}: masked original", masked_step(original, model, tokens, batch(kind)), found)
+                    interpolates = model_type in INTERPOLATING
+                    masked = masked_step(original, model, tokens, batch(kind), interpolates)
+                    same(f"{words}: masked original", masked, found)
             _checkpointed(model, name)
             lemo_fx.revert(model)
         _left(model, EVERYTHING)
