@@ -90,7 +90,7 @@ def step(model: nn.Module, inputs: Mapping[str, Any]) -> Step:
     model.zero_grad(set_to_none=True)
     loss = model(**inputs).loss
     loss.backward()
-    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def same(words: str, expected: Step, found: Step, gradients: bool = True) -> None:

@@ -385,6 +385,8 @@ def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, sha
             permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             problem = [*str(error).splitlines(), ""][0]
+            if isinstance(error, TypeError) and "missing" in problem:
+                return "is no softmax attention that transformers dispatches, and reads more than its token"
             return f"is no softmax attention that transformers dispatches, and could not be tried on rows: {problem}"
     # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
     exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())

@@ -1,4 +1,5 @@
 import pytest
+import torch
 import transformers
 from tiny import LLAMA_LIKE, VOCABULARY, tiny, with_lora
 
@@ -50,6 +51,16 @@ def test_a_causal_model_its_base_and_wrappers():
     assert (found.model, found.head, found.head_name) == (wrapped, model, "base_model.model")
     assert [name for name, _ in found.layers] == [f"base_model.model.model.layers.{i}" for i in range(2)]
     assert found.holders[:3] == [wrapped, wrapped.base_model, model]
+
+
+def test_a_projection_that_is_called_a_decoder_is_none():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.ModernBertDecoderConfig(**sizes, vocab_size=VOCABULARY, pad_token_id=0)
+    model = transformers.ModernBertDecoderForCausalLM(config).train()
+    assert isinstance(model.get_decoder(), torch.nn.Linear)
+    assert [name for name, _ in anatomy_of(model).layers] == ["model.layers.0", "model.layers.1"]
+    lemo_fx.transform(model, LemoConfig(block_size=8, dense_layers=()))
+    assert "model.layers.0" in lemo_fx.graphs(model)
 
 
 def test_a_classifier_has_layers_but_no_head():

@@ -10,8 +10,6 @@ from tiny_models import HEAD, tiny_model
 import lemo_fx
 from lemo_fx import LemoConfig
 
-pytestmark = pytest.mark.slow
-
 FAMILIES = {
     "qwen3_next": {"linear_attn": "mixes tokens"},
     "granitemoehybrid": {"mamba": "mixes tokens"},
@@ -24,14 +22,16 @@ FAMILIES = {
     "gpt_oss": {},
     "gemma4_text": {"attention": "shares its keys and values", "mlp_1": "'per_layer_input'"},
     "llama4_text": {"attention": "numbers the rows"},
-    "minimax": {"self_attn": "MiniMaxLightningAttention"},
+    "minimax": {
+        "self_attn": "and reads more than its token"
+    },
 }
 """Model type -> by branch, why it is left dense in some layers."""
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_values_gradients_checkpointing_and_padding(model_type):
-    row = survey_one(model_type, kinds=("padded",))
+def test_values_gradients_checkpointing_padding_and_documents(model_type):
+    row = survey_one(model_type, kinds=("padded", "packed"))
     assert row["outcome"] in ("works", "partly"), row
     done = row["LeMo's rule"]["rewritten"]
     assert any(site.startswith("attention") for site in done), row
@@ -72,6 +72,12 @@ def test_what_has_no_attention_that_can_be_told_of_kept_tokens_is_named():
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
     )
     assert "BertSelfAttention in BertLayer, is not causal" in refusal(transformers.BertForMaskedLM(config))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text"])
+def test_several_residual_streams_are_named(model_type):
+    words = refusal(tiny_model(model_type))
+    assert "its 'hidden_states' have 4 axes: several residual streams side by side" in words
 
 
 def test_experts_that_work_on_flat_rows_beside_a_dense_mlp():
