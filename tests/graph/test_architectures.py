@@ -22,9 +22,7 @@ FAMILIES = {
     "gpt_oss": {},
     "gemma4_text": {"attention": "shares its keys and values", "mlp_1": "'per_layer_input'"},
     "llama4_text": {"attention": "numbers the rows"},
-    "minimax": {
-        "self_attn": "and reads more than its token"
-    },
+    "minimax": {"self_attn": "and reads more than its token"},
 }
 """Model type -> by branch, why it is left dense in some layers."""
 
