@@ -212,7 +212,7 @@ def _rewrite_layer(
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
     except CaptureError as error:
-        reason = why_no_stream(layer, planning.proofs.usual(layer)) or error
+        reason = why_no_stream(layer, planning.proofs.usual(layer)) or str(error)
         raise UnsupportedModelError(f"{name}: {reason}") from error
     sites, refusals = find_sites(graph)
     for refusal in refusals:
