@@ -217,8 +217,8 @@ def _rewrite_layer(
     sites, refusals = find_sites(graph)
     for refusal in refusals:
         if refusal.site is None:
-            reason = why_no_stream(layer, planning.proofs.usual(layer))
-            raise UnsupportedModelError(f"{name}: {reason or f'node {refusal.node!r} {refusal.reason}'}")
+            words = f"node {refusal.node!r} {refusal.reason}"
+            raise UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or words}")
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     reasons = dict(faults)
     for refusal in refusals:

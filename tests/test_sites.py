@@ -266,7 +266,8 @@ def test_token_wise_modules():
     assert why_not_token_wise(nn.LayerNorm(8).bfloat16(), 8) is None
     assert "mixes" in why_not_token_wise(MixesTokens(), 8)
     assert "row per token" in why_not_token_wise(nn.Flatten(), 8)
-    assert "could not be tried" in why_not_token_wise(nn.Bilinear(8, 8, 8), 8)
+    assert "reads more than its token" in why_not_token_wise(nn.Bilinear(8, 8, 8), 8)
+    assert "could not be tried" in why_not_token_wise(nn.Conv3d(8, 8, 1), 8)
     assert "meta" in why_not_token_wise(nn.Linear(8, 8, device="meta"), 8)
 
 
