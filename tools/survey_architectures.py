@@ -351,10 +351,14 @@ def main(
         page.write_text(f"{before}{START}\n{table(known)}\n{END}{after}")
 
 
+def _today() -> str:
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+
+
 def _document(known: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "command": "python tools/survey_architectures.py",
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": _today(),
         "versions": {
             "lemo_fx": lemo_fx.__version__,
             "torch": torch.__version__,
@@ -370,7 +374,8 @@ def table(known: Mapping[str, Any]) -> str:
     for name in sorted(known):
         by_outcome[known[name]["outcome"]].append(known[name])
     lines = [
-        f"{len(known)} model types of transformers {transformers.__version__}, torch {torch.__version__}; "
+        f"{len(known)} model types of transformers {transformers.__version__}, torch {torch.__version__}, "
+        f"lemo_fx {lemo_fx.__version__}, {_today()}; "
         "`python tools/survey_architectures.py` makes this list from benchmarks/architectures/survey.json.",
         "",
         f"**Every branch is rewritten ({len(by_outcome['works'])}):** "
