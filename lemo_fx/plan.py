@@ -212,13 +212,11 @@ def _rewrite_layer(
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
     except CaptureError as error:
-        reason = why_no_stream(layer, planning.proofs.usual(layer)) or str(error)
-        raise UnsupportedModelError(f"{name}: {reason}") from error
+        raise _refused(planning, name, layer, str(error)) from error
     sites, refusals = find_sites(graph)
     for refusal in refusals:
         if refusal.site is None:
-            words = f"node {refusal.node!r} {refusal.reason}"
-            raise UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or words}")
+            raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     reasons = dict(faults)
     for refusal in refusals:
@@ -250,6 +248,11 @@ def _rewrite_layer(
         rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
     run_passes(rewrite, _dumper(planning.dump, name) if planning.dump else None)
     return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
+
+
+def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:
+    """Of a whole layer, for what its graph shows, or for what it is handed in the place of one stream."""
+    return UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or found}")
 
 
 def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:

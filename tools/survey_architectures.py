@@ -12,7 +12,6 @@ checkpointing.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import inspect
 import json
 import logging
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from torch import nn
 from torch.nn import functional
@@ -37,7 +35,9 @@ from tiny_models import VOCABULARY, model_types, tiny_model
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
+from lemo_fx.cli.demo import environment
 from lemo_fx.graph.anatomy import is_softmax_attention
+from lemo_fx.graph.capture import argument_names
 from lemo_fx.install import installed
 
 ROWS, LENGTH, BLOCK, DOCUMENT = 2, 48, 8, 29
@@ -168,7 +168,7 @@ def masked_step(
         return zero_rows(out, kept)
 
     def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+        names = argument_names(module)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         own = given.get("attention_mask")
         lowest = torch.finfo(torch.float32).min
@@ -329,8 +329,11 @@ def main(
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     known: dict[str, Any] = {}
+    runs = [environment(" ".join(["python", *sys.argv]))]
     if out is not None and out.exists():
-        known = {row["type"]: row for row in json.loads(out.read_text())["models"]}
+        before = json.loads(out.read_text())
+        known = {row["type"]: row for row in before["models"]}
+        runs = [*before["runs"], *runs] if only or again else runs
     chosen = only.split(",") if only else list(model_types())
     if again:
         chosen = [name for name in chosen if known.get(name, {"outcome": "new"})["outcome"] in again.split(",")]
@@ -344,38 +347,26 @@ def main(
         left = {**row.get("default", {}).get("left", {}), **row.get("LeMo's rule", {}).get("left", {})}
         print(row["outcome"], name, row.get("why", ""), row.get("at", ""), *left, sep=" | ", flush=True)
         if out is not None:
-            out.write_text(json.dumps(_document(known), indent=1) + "\n")
+            models = [known[name] for name in sorted(known)]
+            out.write_text(json.dumps({"runs": runs, "models": models}, indent=1) + "\n")
     if page is not None:
         text = page.read_text()
-        before, after = text.split(START)[0], text.split(END)[1]
-        page.write_text(f"{before}{START}\n{table(known)}\n{END}{after}")
+        above, below = text.split(START)[0], text.split(END)[1]
+        page.write_text(f"{above}{START}\n{table(known, runs[-1])}\n{END}{below}")
 
 
-def _today() -> str:
-    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+def table(known: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """The survey as a page's section.
 
-
-def _document(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "command": "python tools/survey_architectures.py",
-        "date": _today(),
-        "versions": {
-            "lemo_fx": lemo_fx.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "models": [known[name] for name in sorted(known)],
-    }
-
-
-def table(known: Mapping[str, Any]) -> str:
-    """The survey as a page's section."""
+    Args:
+        run: what made the latest of its rows, as in the JSON.
+    """
     by_outcome: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name in sorted(known):
         by_outcome[known[name]["outcome"]].append(known[name])
     lines = [
-        f"{len(known)} model types of transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"lemo_fx {lemo_fx.__version__}, {_today()}; "
+        f"{len(known)} model types of transformers {run['transformers']}, torch {run['torch']}, "
+        f"lemo_fx {run['lemo_fx']}, {run['cpu']}, {run['date'][:10]}; "
         "`python tools/survey_architectures.py` makes this list from benchmarks/architectures/survey.json.",
         "",
         f"**Every branch is rewritten ({len(by_outcome['works'])}):** "

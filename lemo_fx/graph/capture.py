@@ -154,6 +154,11 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Of its class's forward, without decorators and `self`."""
+    return tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Whatever a with block does to them, the model's modules have their training modes back after it."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
-from lemo_fx.graph.capture import NO_CACHE, modes_kept, uncompiled
+from lemo_fx.graph.capture import NO_CACHE, argument_names, modes_kept, uncompiled
 from lemo_fx.graph.sites import is_quantised
 
 BATCH, LENGTH = 2, 23
@@ -91,7 +91,7 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
     calls: Calls = {}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(_arguments(layer), args, strict=False)), **kwargs}
+        given = {**dict(zip(argument_names(layer), args, strict=False)), **kwargs}
         calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
@@ -153,7 +153,3 @@ def quiet(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-
-
-def _arguments(layer: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]

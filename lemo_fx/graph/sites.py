@@ -34,7 +34,7 @@ from lemo_fx.graph.capture import (
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
-SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to", "float")
+SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to")
 
 ELEMENTWISE_FUNCTIONS = frozenset(
     {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lemo_fx.graph.capture import argument_names
 from lemo_fx.graph.probe import LENGTH, quiet
 
 SEQUENCES = (torch.arange, torch.linspace, torch.range)
@@ -61,7 +61,7 @@ def why_no_stream(layer: nn.Module, given: Mapping[str, Any]) -> str | None:
     Args:
         given: the layer's arguments by name, recorded on a few tokens.
     """
-    name = list(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1]
+    name = argument_names(layer)[0]
     stream = given.get(name)
     if not isinstance(stream, torch.Tensor) or stream.dim() == 3:
         return None

@@ -86,7 +86,7 @@ class HeadSettings:
             and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
-            and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments or "auto"))
+            and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments))
         )
 
 

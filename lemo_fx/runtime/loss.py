@@ -32,7 +32,7 @@ def rows_of(head: nn.Module) -> int:
     return getattr(head, "out_features", None) or head.get_parameter("weight").shape[0]
 
 
-def saves_memory(tokens: int, vocabulary: int, segments: int | str) -> bool:
+def saves_memory(tokens: int, vocabulary: int, segments: int | str | None) -> bool:
     """Whether an evaluation in segments holds less than one with full logits, whose last bit may differ."""
     return segments != "auto" or tokens * vocabulary > MOST_LOGITS
 

@@ -8,7 +8,6 @@ them for a target.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
-from lemo_fx.graph.capture import build_module, capture, module_of, remove_dead_nodes
+from lemo_fx.graph.capture import argument_names, build_module, capture, module_of, remove_dead_nodes
 from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
@@ -74,7 +73,7 @@ class AttentionScore(nn.Module):
         vars(twin).update(config=config, lemo_block_size=block_size, training=False)
         # In a tuple, so that the twin is not registered and its weights are not listed twice.
         self.twin = (twin,)
-        self.names = tuple(inspect.signature(inspect.unwrap(type(attention).forward)).parameters)[1:]
+        self.names = argument_names(attention)
         self.block_size = block_size
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
