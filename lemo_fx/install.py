@@ -188,14 +188,12 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step,
         str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
-    mixer = mixers[0] if mixers else None
     floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
     settings = LayerSettings(
         config,
         arguments,
         attention_config,
         implementation,
-        mixer,
         step,
         tuple(sorted({"scaling", *floats})),
         rewrite.presence,
