@@ -14,7 +14,15 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.distributed import gathered
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes, uncompiled
+from lemo_fx.graph.capture import (
+    ABSENT_IN_TRAINING,
+    build_module,
+    by_name,
+    capture,
+    modes_kept,
+    remove_dead_nodes,
+    uncompiled,
+)
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.install import targets_of
 from lemo_fx.passes.insert_scores import insert_scores
@@ -42,7 +50,7 @@ def measure_recall(
             settings = vars(layer)[STATE].settings
             if not settings.applies(layer, args, kwargs):
                 return
-            given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+            given = by_name(settings.arguments, args, kwargs)
             mask = given.get("attention_mask")
             for site, (stream, true, predicted) in zip(sites, probe(*args, **kwargs), strict=True):
                 found[name, site] = _recall(layer.get_submodule(f"lemo_{site}_select"), predicted, true, stream, mask)

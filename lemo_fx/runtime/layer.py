@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
@@ -114,7 +114,7 @@ class LayerSettings:
             if records and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
                 warn_once("a model in eval mode runs its original layers: if this is training, call model.train()")
             return False
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        given = by_name(self.arguments, args, kwargs)
         stream = given[self.arguments[0]]
         if not self._takes(layer, stream, given) or self.hooked:
             if records:
@@ -175,7 +175,7 @@ def without_default_cache(
 
     Said to the call and not in the model's config, which is saved with the model and holds in `eval()` too.
     """
-    given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+    given = by_name(settings.arguments, args, kwargs)
     said = any(given.get(name) is not None for name in ("use_cache", *CACHE_NAMES))
     if said or "use_cache" not in settings.arguments or not (settings.config.active == "always" or model.training):
         return args, kwargs
@@ -201,7 +201,7 @@ class Teller:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before its forward: a step begins; tell the layers its labels."""
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        given = by_name(self.arguments, args, kwargs)
         look_for_hooks(module, self.step)
         self.step.scores = None
         self.before.append(self.step.labels)
