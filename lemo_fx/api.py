@@ -16,10 +16,11 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
-from lemo_fx.install import TRANSFORMATION, Plan, graph_module, install, installed, plans_of, uninstall
+from lemo_fx.install import TRANSFORMATION, Plan, SitePlan, graph_module, install, installed, plans_of, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.kernels.private import is_op
+from lemo_fx.passes.rewrite import part_name
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
@@ -185,23 +186,23 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
         hook = next(own_hooks(module), None) if installation.rows else None
         hooked = "" if hook is None else hooks_note(*hook)
         for row in installation.rows:
-            select = module._modules.get(f"lemo_{row['tokens_of']}_select")
+            select = module._modules.get(part_name(row.tokens_of, "select"))
             record = select.record if isinstance(select, SelectBlocks) else None
             nan = bool(record.nan_seen) if record is not None and record.nan_seen is not None else False
             rows.append(
                 SiteReport(
                     module=name,
-                    site=row["site"],
-                    eliminated=row["eliminated"],
-                    score=row["score"],
-                    budget=row["budget"],
+                    site=row.site,
+                    eliminated=row.eliminated,
+                    score=row.score,
+                    budget=row.budget,
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
-                    recall=recalls.get((name, row["site"])),
+                    recall=recalls.get((name, row.site)),
                     note="; ".join(
                         filter(
                             None,
-                            [row["note"], hooked, _float8(module, row), "NaN among the last scores" if nan else ""],
+                            [row.note, hooked, _float8(module, row), "NaN among the last scores" if nan else ""],
                         )
                     ),
                 )
@@ -226,12 +227,12 @@ def _check_batch(model: nn.Module, batch: object) -> None:
         raise InputError(f"recall_on: token ids go from {ids.min()} to {ids.max()}; the model has {size} tokens")
 
 
-def _float8(module: nn.Module, row: dict[str, Any]) -> str:
+def _float8(module: nn.Module, row: SitePlan) -> str:
     """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
-    if not row["float8"]:
+    if not row.float8:
         return ""
-    taken = any(has_float8_layers(module.get_submodule(name)) for name in row["called"])
-    return row["float8"] if taken else "no frozen linear layer that float8 takes"
+    taken = any(has_float8_layers(module.get_submodule(name)) for name in row.called)
+    return row.float8 if taken else "no frozen linear layer that float8 takes"
 
 
 def _lowerings(model: nn.Module, block_size: int) -> list[str]:

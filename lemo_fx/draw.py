@@ -17,6 +17,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from torch import fx, nn
 
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, readable_code
+from lemo_fx.passes.rewrite import site_and_role
 from lemo_fx.runtime import branch
 
 ROLES = {
@@ -119,13 +120,14 @@ def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:
         return None
     if node.op == "call_module":
         called = module.get_submodule(str(node.target)) if module is not None else None
-        if str(node.target).endswith("_select"):
+        added = site_and_role(str(node.target))[1]
+        if added == "select":
             budget = getattr(called, "threshold", None)
             numerator, denominator = getattr(called, "keep", (1, 1))
             share = numerator / denominator
             rule = f"keep {share:.4g} of the blocks" if budget is None else f"blocks scored {budget:g} or more"
             return Call(_name(node), "select", (rule,))
-        role = "score" if str(node.target).endswith(("_score", "_candidates")) else "dense"
+        role = "score" if added in ("score", "predictor") else "dense"
         return Call(str(node.target).removeprefix("lemo_"), role, (type(called).__name__,))
     if node.op != "call_function":
         return None
@@ -153,7 +155,7 @@ def _outlined(node: fx.Node, module: nn.Module | None) -> Call:
     lines = tuple(f"· {str(n.target).removeprefix('lemo_')}" for n in inner)
     if node.target in (branch.branch, branch.token_wise_branch):
         return Call(_name(node), "branch", lines)
-    scores = any(str(n.target).endswith("_score") for n in inner)
+    scores = any(site_and_role(str(n.target))[1] == "score" for n in inner)
     return Call(_name(node), "score" if scores else "rest", lines)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from lemo_fx import distributed
-from lemo_fx.config import LemoConfig
+from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.capture import PATCHING, build_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
@@ -44,6 +44,33 @@ TRANSFORMATION = "_lemo_fx_transformation"
 
 
 @dataclass
+class SitePlan:
+    """What was decided for one site of a layer; the report's row comes from it.
+
+    Attributes:
+        site, kind: its name, and "attention" or "mlp".
+        eliminated: treatment of the eliminated tokens, or "dense".
+        score: what ranks its blocks, budget: its keep or threshold, in words; empty where it is dense.
+        note: what a reader should know.
+        refused: whether it is dense because it cannot be rewritten.
+        tokens_of: name of the site whose selection it takes.
+        float8: what of it the plan wants in float8, in words.
+        called: names of the modules that its branch calls.
+    """
+
+    site: str
+    kind: SiteKind
+    eliminated: str
+    score: str = ""
+    budget: str = ""
+    note: str = ""
+    refused: bool = False
+    tokens_of: str = ""
+    float8: str = ""
+    called: tuple[str, ...] = ()
+
+
+@dataclass
 class Installed:
     """What was done to one module.
 
@@ -60,7 +87,7 @@ class Installed:
     functions: dict[str, fx.Graph]
     parts: tuple[str, ...]
     settings: LayerSettings | HeadSettings
-    rows: list[dict[str, Any]]
+    rows: list[SitePlan]
 
 
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Installed]]:
@@ -176,10 +203,10 @@ class Plan:
     functions: dict[str, fx.Graph]
     parts: dict[str, nn.Module]
     settings: LayerSettings | HeadSettings
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[SitePlan] = field(default_factory=list)
 
 
-def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[dict[str, Any]]) -> Plan:
+def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[SitePlan]) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
@@ -188,14 +215,12 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step,
         str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     )
     implementation = getattr(attention_config, "_attn_implementation", None)
-    mixer = mixers[0] if mixers else None
     floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
     settings = LayerSettings(
         config,
         arguments,
         attention_config,
         implementation,
-        mixer,
         step,
         tuple(sorted({"scaling", *floats})),
         rewrite.presence,

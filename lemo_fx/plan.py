@@ -22,11 +22,11 @@ from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, scored_module, site_name
 from lemo_fx.graph.watch import why_every_row, why_no_stream
-from lemo_fx.install import Plan, layer_plan
+from lemo_fx.install import Plan, SitePlan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import compacting
 from lemo_fx.passes.pipeline import run_passes
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.proof import Fault, Proofs
 from lemo_fx.proof_of_head import prove_head
@@ -109,9 +109,9 @@ def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], no
         return
     rows = [row for plan in plans for row in plan.rows]
     reasons = [note for note in notes if "left as it is" in note]
-    reasons += [f"{plan.name}: {row['note']}" for plan in plans for row in plan.rows if row["refused"]]
+    reasons += [f"{plan.name}: {row.note}" for plan in plans for row in plan.rows if row.refused]
     asked = [kind for kind in KINDS if config.site(kind) is not None]
-    missing = [kind for kind in asked if not any(row["kind"] == kind and row["score"] for row in rows)]
+    missing = [kind for kind in asked if not any(row.kind == kind and row.score for row in rows)]
     shared = [reason for reason in reasons if SHARED in reason]
     if asked and (missing == asked or ("mlp" in missing and shared)):
         why = f": {[*shared, *reasons][0]}" if reasons else f": its layers have no {' and no '.join(asked)}"
@@ -130,8 +130,8 @@ def _sparse_experts(model: nn.Module, plans: list[Plan]) -> bool:
         plan.module.get_submodule(name)
         for plan in plans
         for row in plan.rows
-        if row["eliminated"] != "dense"
-        for name in row["called"]
+        if row.eliminated != "dense"
+        for name in row.called
     )
     return any(hasattr(m, "experts") or isinstance(m, kinds) for branch in branches for m in branch.modules())
 
@@ -202,7 +202,7 @@ def _plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> 
 
 def _rewrite_layer(
     planning: Planning, name: str, layer: nn.Module, index: int, faults: Mapping[str, str]
-) -> tuple[LayerRewrite, list[dict[str, Any]], Fault | None]:
+) -> tuple[LayerRewrite, list[SitePlan], Fault | None]:
     """A layer rewritten, its rows of the report, and what its proof found.
 
     Args:
@@ -240,12 +240,12 @@ def _rewrite_layer(
         if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in _called(site)]
             site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
-            row = _row(site, "dense", note=f"left dense: {refused}" if refused else f"dense ({dense})")
-            row["refused"] = bool(refused) and not dense
-            rows.append(row)
+            note = f"left dense: {refused}" if refused else f"dense ({dense})"
+            row = SitePlan(site.name, site.site.kind, "dense", note=note, refused=bool(refused) and not dense)
         else:
-            rows.append(_plan_site(planning, name, rewrite, site, elimination, index))
-        rows[-1] |= {"float8": _float8_asked(site, config), "called": _called(site)}
+            row = _plan_site(planning, f"{name}, {site.name}", rewrite, site, index)
+        row.float8, row.called = _float8_asked(site, config), _called(site)
+        rows.append(row)
     run_passes(rewrite, _dumper(planning.dump, name) if planning.dump else None)
     return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
 
@@ -287,46 +287,21 @@ def _called(site: PlannedSite) -> tuple[str, ...]:
     return tuple(str(node.target) for node in site.site.nodes if node.op == "call_module")
 
 
-def _row(planned: PlannedSite, eliminated: str, score: str = "", budget: str = "", note: str = "") -> dict[str, Any]:
-    return {
-        "site": planned.name,
-        "kind": planned.site.kind,
-        "refused": False,
-        "eliminated": eliminated,
-        "score": score,
-        "budget": budget,
-        "note": note,
-        "tokens_of": planned.name,
-        "float8": "",
-        "called": (),
-    }
+def _plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: PlannedSite, index: int) -> SitePlan:
+    """Decide one sparse site and add its parts to the rewrite.
 
-
-def _plan_site(
-    planning: Planning,
-    layer_name: str,
-    rewrite: LayerRewrite,
-    planned: PlannedSite,
-    elimination: Elimination,
-    index: int,
-) -> dict[str, Any]:
-    """Decide one site and add its parts to the rewrite; returns its row of the report."""
-    config, predictors, step, count = planning.config, planning.predictors, planning.step, planning.count
-    mixer = scored_module(rewrite.layer, planned.site)
+    Args:
+        place: names layer and site in errors.
+    """
+    config, predictors, count = planning.config, planning.predictors, planning.count
+    elimination = config.site(planned.site.kind)
+    assert elimination is not None
     planned.treatment = elimination.eliminated
-    score = elimination.score
-    if score == "auto":
-        if predictors is not None and predictors.has_predictor(index, planned.name):
-            score = "predicted"
-        else:
-            # A threshold is one on informativeness.
-            score = "step" if elimination.eliminated == "exact" and elimination.threshold is None else "measured"
-    if score == "predicted" and predictors is None:
-        raise PredictorError(
-            f"score='predicted' needs trained predictors: predictors = lemo_fx.fit(model, sequences, config), then "
-            f"lemo_fx.transform(model, config, predictors=predictors) ({layer_name}, {planned.name})"
-        )
-    planned.score = score
+    planned.score = _score_of(elimination, predictors, index, planned.name)
+    if predictors is None and planned.score == "predicted":
+        raise PredictorError(f"score='predicted' needs trained predictors: {HOW_TO_FIT} ({place})")
+    if predictors is None and planned.treatment == "stand_in":
+        raise PredictorError(f"eliminated='stand_in' needs fitted maps: {HOW_TO_FIT} ({place})")
     keep = elimination.at_layer("keep", index, count)
     threshold = elimination.at_layer("threshold", index, count)
     keeps = [elimination.at_layer("keep", i, count) or 1.0 for i in range(count) if not config.is_dense(i, count)]
@@ -336,50 +311,74 @@ def _plan_site(
     elif planned.treatment == "exact":
         # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
-    budget = f"keep {keep:.4g}" if keep is not None else f"threshold {threshold:g}"
-    row = _row(planned, elimination.eliminated, score, budget)
     salt = 2 * index + (planned.site.kind == "mlp") + 1
-    if score == "measured":
-        part = measured_score(mixer, planned.site.kind, config.block_size)
-        rewrite.modules[f"lemo_{planned.name}_score"] = part
-        row["note"] = part.note
-    elif score == "predicted":
-        assert predictors is not None
-        predictor = predictors.predictor(index, planned.name)
-        if predictor.block_size != config.block_size:
-            raise PredictorError(
-                f"the predictors were trained on blocks of {predictor.block_size} tokens, but the config asks for "
-                f"block_size={config.block_size}: use theirs, or score='measured' ({layer_name}, {planned.name})"
-            )
-        if isinstance(predictor, Candidates) != (planned.site.kind == "mlp"):
-            raise PredictorError(f"{layer_name}, {planned.name}: the predictor is one of another kind of site")
-        row["note"] = f"predictor of {predictor.bytes / 1024:.1f} KiB"
-        if isinstance(predictor, Candidates):
-            rewrite.modules[f"lemo_{planned.name}_candidates"] = predictor
-            part = measured_score(mixer, "mlp", predictor.count)
-            rewrite.modules[f"lemo_{planned.name}_score"] = part
-            row["note"] += f"; {part.note}" if part.note else ""
-        else:
-            rewrite.modules[f"lemo_{planned.name}_score"] = predictor
-    elif score == "random":
-        rewrite.modules[f"lemo_{planned.name}_score"] = RandomScore(salt, config.block_size)
-    elif score == "step":
-        rewrite.modules[f"lemo_{planned.name}_score"] = StepScore(config.block_size, step)
-    if score == "shared":
-        row["tokens_of"] = "attention"
-    else:
-        select = SelectBlocks(
-            config.block_size, keep, threshold, salt, step, elimination.balance, varies=len(set(keeps)) > 1
+    parts, note = _score_parts(planning, place, rewrite.layer, planned, index)
+    if planned.score in ("random", "step"):
+        parts["score"] = (
+            RandomScore(salt, config.block_size)
+            if planned.score == "random"
+            else StepScore(config.block_size, planning.step)
         )
-        rewrite.modules[f"lemo_{planned.name}_select"] = select
-    if elimination.eliminated == "stand_in":
-        if predictors is None:
-            raise PredictorError(
-                f"eliminated='stand_in' needs fitted maps: predictors = lemo_fx.fit(model, sequences, config), then "
-                f"lemo_fx.transform(model, config, predictors=predictors) ({layer_name}, {planned.name})"
-            )
-        rewrite.modules[f"lemo_{planned.name}_stand_in"] = predictors.stand_in(index, planned.name)
-    return row
+    shared = planned.score == "shared"
+    if not shared:
+        varies = len(set(keeps)) > 1
+        parts["select"] = SelectBlocks(
+            config.block_size, keep, threshold, salt, planning.step, elimination.balance, varies
+        )
+    if predictors is not None and elimination.eliminated == "stand_in":
+        parts["stand_in"] = predictors.stand_in(index, planned.name)
+    rewrite.modules |= {part_name(planned.name, role): part for role, part in parts.items()}
+    return SitePlan(
+        planned.name,
+        planned.site.kind,
+        elimination.eliminated,
+        score=planned.score,
+        budget=f"keep {keep:.4g}" if keep is not None else f"threshold {threshold:g}",
+        note=note,
+        tokens_of="attention" if shared else planned.name,
+    )
+
+
+HOW_TO_FIT = (
+    "predictors = lemo_fx.fit(model, sequences, config), then lemo_fx.transform(model, config, predictors=predictors)"
+)
+
+
+def _score_of(elimination: Elimination, predictors: Predictors | None, index: int, site: str) -> str:
+    """What ranks a site's blocks, where the config leaves it open."""
+    if elimination.score != "auto":
+        return elimination.score
+    if predictors is not None and predictors.has_predictor(index, site):
+        return "predicted"
+    # A threshold is one on informativeness.
+    return "step" if elimination.eliminated == "exact" and elimination.threshold is None else "measured"
+
+
+def _score_parts(
+    planning: Planning, place: str, layer: nn.Module, planned: PlannedSite, index: int
+) -> tuple[dict[str, nn.Module], str]:
+    """The parts of a measured or predicted score by role, and the report's note on them."""
+    kind, block_size = planned.site.kind, planning.config.block_size
+    if planned.score == "measured":
+        measured = measured_score(scored_module(layer, planned.site), kind, block_size)
+        return {"score": measured}, measured.note
+    if planned.score != "predicted":
+        return {}, ""
+    assert planning.predictors is not None
+    predictor = planning.predictors.predictor(index, planned.name)
+    if predictor.block_size != block_size:
+        raise PredictorError(
+            f"the predictors were trained on blocks of {predictor.block_size} tokens, but the config asks for "
+            f"block_size={block_size}: use theirs, or score='measured' ({place})"
+        )
+    if isinstance(predictor, Candidates) != (kind == "mlp"):
+        raise PredictorError(f"{place}: the predictor is one of another kind of site")
+    parts: dict[str, nn.Module] = {"predictor": predictor}
+    note = f"predictor of {predictor.bytes / 1024:.1f} KiB"
+    if not isinstance(predictor, Candidates):
+        return parts, note
+    measured = measured_score(scored_module(layer, planned.site), kind, predictor.count)
+    return {**parts, "score": measured}, f"{note}; {measured.note}" if measured.note else note
 
 
 def _window(attention: nn.Module) -> int | None:

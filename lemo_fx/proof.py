@@ -36,7 +36,7 @@ from lemo_fx.graph.oracle import Changes, run_captured
 from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, eager, in_a_line, quiet, record
 from lemo_fx.graph.sites import Site
 from lemo_fx.kernels.private import tree_leaves, tree_map
-from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.passes.rewrite import LayerRewrite, site_and_role
 from lemo_fx.runtime.scores import RandomScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.stand_in import StandIn
@@ -313,7 +313,7 @@ class _Trial:
         parts: dict[str, nn.Module] = {}
         for name, part in rewrite.modules.items():
             if isinstance(part, SelectBlocks):
-                parts[name] = _Fixed(self, name.removeprefix("lemo_").removesuffix("_select"))
+                parts[name] = _Fixed(self, site_and_role(name)[0])
             elif isinstance(part, RandomScore):
                 parts[name] = _Zeros()
             elif isinstance(part, StandIn):

@@ -14,11 +14,19 @@ import torch
 from torch import fx, nn
 
 from lemo_fx.distributed import gathered
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, build_module, capture, modes_kept, remove_dead_nodes, uncompiled
+from lemo_fx.graph.capture import (
+    ABSENT_IN_TRAINING,
+    build_module,
+    by_name,
+    capture,
+    modes_kept,
+    remove_dead_nodes,
+    uncompiled,
+)
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.install import targets_of
 from lemo_fx.passes.insert_scores import insert_scores
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name, site_and_role
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.layer import STATE
 from lemo_fx.runtime.scores import Predictor, measured_score
@@ -42,10 +50,12 @@ def measure_recall(
             settings = vars(layer)[STATE].settings
             if not settings.applies(layer, args, kwargs):
                 return
-            given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+            given = by_name(settings.arguments, args, kwargs)
             mask = given.get("attention_mask")
             for site, (stream, true, predicted) in zip(sites, probe(*args, **kwargs), strict=True):
-                found[name, site] = _recall(layer.get_submodule(f"lemo_{site}_select"), predicted, true, stream, mask)
+                found[name, site] = _recall(
+                    layer.get_submodule(part_name(site, "select")), predicted, true, stream, mask
+                )
 
         return hook
 
@@ -76,7 +86,7 @@ def measure_recall(
 def _scored_sites(layer: nn.Module) -> list[str]:
     """Names of the layer's sites whose score is predicted."""
     parts = [name for name, part in layer.named_children() if isinstance(part, Predictor)]
-    return [name.removeprefix("lemo_").rpartition("_")[0] for name in parts]
+    return [site_and_role(name)[0] for name in parts]
 
 
 def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
@@ -89,12 +99,13 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
     rewrite = LayerRewrite(layer, graph, measured + predicted)
     for planned in measured:
         mixer = scored_module(layer, planned.site)
-        block_size = layer.get_submodule(f"lemo_{planned.name}_select").block_size
+        block_size = layer.get_submodule(part_name(planned.name, "select")).block_size
         score = measured_score(mixer, planned.site.kind, block_size)  # type: ignore[arg-type]
-        rewrite.modules[f"lemo_{planned.name}_score"] = score
-        for part in ("score", "candidates"):
-            if hasattr(layer, f"lemo_{planned.name}_{part}"):
-                rewrite.modules[f"lemo_predicted_{planned.name}_{part}"] = getattr(layer, f"lemo_{planned.name}_{part}")
+        rewrite.modules[part_name(planned.name, "score")] = score
+        for role in ("score", "predictor"):
+            part = layer._modules.get(part_name(planned.name, role))
+            if part is not None:
+                rewrite.modules[part_name(f"predicted_{planned.name}", role)] = part
     insert_scores(rewrite)
     output = next(n for n in graph.nodes if n.op == "output")
     pairs = zip(measured, predicted, strict=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import fx
 
 from lemo_fx.kernels.eliminate.op import eliminate_op
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input, part_name
 from lemo_fx.runtime import branch, kept
 
 COMPACT: dict[str, Callable] = {
@@ -49,7 +49,7 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
 
 
 def _branch_region(planned: PlannedSite) -> Region:
-    name = f"lemo_{planned.name}_branch"
+    name = part_name(planned.name, "branch")
     return Region(name, True, planned.site.token_wise, planned.float8, planned.share)
 
 
@@ -59,7 +59,7 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
         planned.tokens = next(p.tokens for p in rewrite.sites if p.site.kind == "attention" and p.tokens)
     else:
         mask = rewrite.argument("attention_mask")
-        planned.tokens = call(graph, f"lemo_{name}_select", (planned.scores, rewrite.entry, mask), f"{name}_tokens")
+        planned.tokens = call(graph, part_name(name, "select"), (planned.scores, rewrite.entry, mask), f"{name}_tokens")
     branch = _branch_region(planned)
     rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
     values = {site.stream: rows}
@@ -94,7 +94,7 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     if not exact or token_wise:
         planned.dropped = call(graph, kept.dropped_tokens, (planned.tokens, rewrite.entry), f"{name}_dropped")
     if exact:
-        region = Region(f"lemo_{name}_forward", False, token_wise, float8=rewrite.forward == "float8")
+        region = Region(part_name(name, "forward"), False, token_wise, float8=rewrite.forward == "float8")
         values = {}
         if token_wise:
             # Where checkpointing keeps the products, the forward computes the kept rows' as well.
@@ -102,9 +102,9 @@ def _rest(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
             args = (site.stream, planned.dropped, recomputed)
             values[site.stream] = call(graph, branch.rows_for_values, args, f"{name}_other_rows")
         return clone(graph, site.nodes, values, region, "forward")[site.branch]
-    region = Region(f"lemo_{name}_approximation", gradient=False)
+    region = Region(part_name(name, "approximation"), gradient=False)
     rows = call(graph, eliminate_op, (site.stream, planned.dropped), f"{name}_dropped_rows", region)
     source = normed_input(rewrite, site)
     before = site.nodes[: site.nodes.index(source) + 1] if source is not site.stream else ()
     copies = clone(graph, before, {site.stream: rows}, region, "stand_in")
-    return call(graph, f"lemo_{name}_stand_in", (copies.get(source, rows),), f"{name}_stand_in_rows", region)
+    return call(graph, part_name(name, "stand_in"), (copies.get(source, rows),), f"{name}_stand_in_rows", region)

@@ -9,7 +9,7 @@ true scores are wanted.
 
 from torch import fx
 
-from lemo_fx.passes.rewrite import META, LayerRewrite, call, normed_input
+from lemo_fx.passes.rewrite import META, LayerRewrite, call, normed_input, part_name
 
 
 def insert_probes(rewrite: LayerRewrite) -> int:
@@ -21,7 +21,7 @@ def insert_probes(rewrite: LayerRewrite) -> int:
             seen += (site.stream, planned.scores, rewrite.argument("attention_mask"))
         # Nobody uses the result, so no dead-code elimination may follow.
         with rewrite.graph.inserting_before(site.add):
-            call(rewrite.graph, f"lemo_{planned.name}_probe", seen, f"{planned.name}_seen")
+            call(rewrite.graph, part_name(planned.name, "probe"), seen, f"{planned.name}_seen")
     # A profiling run has no gradient: its regions need not become functions.
     for node in rewrite.graph.nodes:
         node.meta.pop(META, None)

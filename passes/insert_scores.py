@@ -3,16 +3,16 @@
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n' = norm(x);  scores = lemo_attention_score(n', mask)          # without gradient
          n = norm(x);  a = attention(n, mask);  y = x + a
-A predicted score reads the stream, since its predictor does without the norm: scores = lemo_attention_score(x, mask).
+A predictor reads the stream, since it does without the norm: scores = lemo_attention_predictor(x, mask).
 An MLP's predictor only says which tokens may hold a block's maximum; those are measured:
-         tokens = lemo_mlp_candidates(x, mask);  n' = norm(x[tokens]);  scores = lemo_mlp_score(n')
+         tokens = lemo_mlp_predictor(x, mask);  n' = norm(x[tokens]);  scores = lemo_mlp_score(n')
 Where attention learns of documents from position_ids or cu_seq_lens (flash attention), it gets those too.
 A "shared" site gets none: it takes the tokens of the layer's attention.
 """
 
 from torch import fx
 
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, part_name
 from lemo_fx.runtime import kept
 
 
@@ -29,8 +29,9 @@ def insert_scores(rewrite: LayerRewrite) -> int:
 
 
 def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
-    target, name = f"lemo_{planned.name}_score", f"{planned.name}_scores"
-    region = Region(f"lemo_{planned.name}_scores", gradient=False)
+    target, name = part_name(planned.name, "score"), f"{planned.name}_scores"
+    predictor = part_name(planned.name, "predictor")
+    region = Region(part_name(planned.name, "scores"), gradient=False)
     if planned.score in ("random", "step"):
         return call(rewrite.graph, target, (rewrite.entry,), name)
     site = planned.site
@@ -38,7 +39,7 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
         args: tuple = (site.stream, rewrite.argument("attention_mask"))
         if kept.numbers_documents(site.mixer, rewrite.graph):
             args += (rewrite.argument("position_ids"), rewrite.others)
-        return call(rewrite.graph, target, args, name)
+        return call(rewrite.graph, predictor, args, name)
     before_mixer = (
         list(site.nodes)
         if site.whole
@@ -47,7 +48,7 @@ def _score(rewrite: LayerRewrite, planned: PlannedSite) -> fx.Node:
     values = {}
     if planned.score == "predicted":
         args = (site.stream, rewrite.argument("attention_mask"))
-        tokens = call(rewrite.graph, f"lemo_{planned.name}_candidates", args, f"{planned.name}_candidates")
+        tokens = call(rewrite.graph, predictor, args, f"{planned.name}_candidates")
         name_of_rows = f"{planned.name}_candidate_rows"
         values[site.stream] = call(rewrite.graph, kept.take, (site.stream, tokens), name_of_rows, region)
     copies = clone(rewrite.graph, before_mixer, values, region, "scored")

@@ -15,6 +15,22 @@ META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""
 
 
+ROLES = ("score", "predictor", "select", "stand_in", "probe")
+"""What the parts are that a site adds to its layer."""
+
+
+def part_name(site: str, role: str) -> str:
+    """Under which a rewritten layer carries what a site adds to it: a part, by its role, or an outlined function."""
+    return f"lemo_{site}_{role}"
+
+
+def site_and_role(part: str) -> tuple[str, str]:
+    """The site that a part belongs to, by name, and its role: `part_name` read backwards; no role of other modules."""
+    own = part.removeprefix("lemo_")
+    role = next((role for role in ROLES if own != part and own.endswith(f"_{role}")), "")
+    return own.removesuffix(f"_{role}"), role
+
+
 @dataclass(frozen=True)
 class Region:
     """A mark: this node belongs to a piece that becomes one function.
@@ -82,7 +98,7 @@ class LayerRewrite:
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
-        modules: parts to add to the layer by attribute name (scores, selections, stand-ins).
+        modules: parts to add to the layer by attribute name (see `part_name`).
         functions: graphs of the outlined functions by name.
         untouched: the layer's inventory before any pass.
     """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lemo_fx.graph.capture import SPLAT, remove_dead_nodes
+from lemo_fx.graph.capture import SPLAT, by_name, remove_dead_nodes
 from lemo_fx.passes.rewrite import call
 from lemo_fx.runtime import loss as segmented
 from lemo_fx.runtime.logits import late_logits
@@ -44,7 +44,7 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
     if len(losses) != 1:
         return SegmentedHead(None, None, f"expected one call to the loss function, found {len(losses)}")
     loss = losses[0]
-    given = {**dict(zip(LOSS_ARGUMENTS, loss.args, strict=False)), **loss.kwargs}
+    given = by_name(LOSS_ARGUMENTS, loss.args, loss.kwargs)
     chain = _head_chain(given.pop("logits"))
     if chain is None:
         return SegmentedHead(None, None, "the logits are not a chain of element-wise operations after one module")

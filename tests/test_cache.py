@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny, with_lora
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from tiny import ARCHITECTURES, batch, tiny, with_lora
+from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
@@ -93,7 +93,7 @@ def test_a_filled_cache_counts_in_a_step_with_labels(model):
     assert not torch.isclose(loss, alone)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox", "gemma3", "mixtral"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("active", ["training", "always"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_base_model_called_without_its_head_fills_a_cache_too(architecture, active, lora):
@@ -121,6 +121,23 @@ def test_a_base_model_called_without_its_head_fills_a_cache_too(architecture, ac
     expected = run(use_cache=True)
     for hidden in found:
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_the_config_says_of_a_cache_stays_and_holds_in_evaluation(architecture, tmp_path):
+    model = tiny(architecture)
+    ids = batch(2, 32)["input_ids"]
+    how = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.eval().generate(ids, **how)
+    site = Elimination(keep=0.5, score="random")
+    lemo_fx.transform(model, LemoConfig(site, site, block_size=8))
+    with torch.no_grad():
+        assert model(ids).past_key_values.get_seq_length(1) == 32
+    assert torch.equal(model.generate(ids, **how), expected)
+    assert torch.equal(model.train().generate(ids, **how), expected)
+    assert model(ids, labels=ids).past_key_values is None
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).get_text_config().use_cache
 
 
 def test_a_model_without_a_language_head_fills_a_cache_too():

@@ -137,7 +137,7 @@ def test_a_packed_batch_is_predicted_by_document():
     scores = []
     for seed in (0, 1):
         model, _ = transformed()
-        part = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_score"))
+        part = next(m for n, m in model.named_modules() if n.endswith("layers.0.lemo_attention_predictor"))
         part.distance.fill_(1)
         part.third.mul_(50)
         part.register_forward_hook(lambda _, __, out: scores.append(out))
@@ -185,8 +185,8 @@ def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
     before = list(with_lora(tiny("llama")).state_dict())
     model, _ = transformed()
     graph = next(g for name, g in lemo_fx.graphs(model).items() if name.endswith("layers.0")).graph
-    nodes = [n for n in graph.nodes if str(n.target).endswith(("_score", "_candidates"))]
-    assert [str(n.target) for n in nodes] == ["lemo_attention_score", "lemo_mlp_candidates"]
+    nodes = [n for n in graph.nodes if str(n.target).endswith("_predictor")]
+    assert [str(n.target) for n in nodes] == ["lemo_attention_predictor", "lemo_mlp_predictor"]
     # The predictors read the stream itself: no norm is computed of every token for the sake of a score.
     assert nodes[0].args[0].op == "placeholder"
     assert nodes[1].args[0].name == "attention_restored"
@@ -200,7 +200,7 @@ def test_the_graph_shows_the_predictor_and_the_state_dict_does_not():
 def test_an_mlp_block_scores_the_measured_maximum_of_its_candidates():
     model, _ = transformed()
     layer, seen = model.get_base_model().model.layers[0], {}
-    layer.lemo_mlp_candidates.register_forward_hook(lambda _, args, out: seen.update(stream=args[0], tokens=out))
+    layer.lemo_mlp_predictor.register_forward_hook(lambda _, args, out: seen.update(stream=args[0], tokens=out))
     layer.lemo_mlp_score.register_forward_hook(lambda _, __, out: seen.update(scores=out))
     model(**batch(2, 64))
     normed = layer.post_attention_layernorm(seen["stream"])

@@ -37,7 +37,7 @@ import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.cli.demo import environment
 from lemo_fx.graph.anatomy import is_softmax_attention
-from lemo_fx.graph.capture import argument_names
+from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.install import installed
 
 ROWS, LENGTH, BLOCK, DOCUMENT = 2, 48, 8, 29
@@ -113,9 +113,9 @@ def recorded(model: nn.Module, tokens: Kept) -> Iterator[None]:
     hooks = []
     for name, module, record in installed(model):
         for row in record.rows:
-            select = module._modules.get(f"lemo_{row['tokens_of']}_select")
+            select = module._modules.get(f"lemo_{row.tokens_of}_select")
             if select is not None:
-                key = (name, row["site"])
+                key = (name, row.site)
                 calls = tokens.setdefault(key, [])
                 hooks.append(select.register_forward_hook(lambda *a, calls=calls: calls.append(a[2].clone())))
     try:
@@ -143,11 +143,11 @@ def masked_step(
     masks: dict[nn.Module, list[torch.Tensor]] = {}
     for name, _, record in installed(model):
         for row in record.rows:
-            if row["eliminated"] == "dense":
+            if row.eliminated == "dense":
                 continue
-            calls = tokens[name, row["site"]]
+            calls = tokens[name, row.site]
             kept = [torch.zeros(shape, dtype=torch.bool).scatter_(1, call, True) for call in calls]
-            called = [original.get_submodule(f"{name}.{part}") for part in row["called"]]
+            called = [original.get_submodule(f"{name}.{part}") for part in row.called]
             # Of zeros, a norm that comes after makes zeros; a projection may add its bias, and is one of those below.
             for module in called:
                 if module is called[-1] or any(p.dim() > 1 for p in module.parameters()):
@@ -168,8 +168,7 @@ def masked_step(
         return zero_rows(out, kept)
 
     def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = argument_names(module)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = by_name(argument_names(module), args, kwargs)
         own = given.get("attention_mask")
         lowest = torch.finfo(torch.float32).min
         if not isinstance(own, torch.Tensor) or own.dim() != 4:

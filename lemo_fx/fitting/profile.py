@@ -17,7 +17,7 @@ from lemo_fx.graph.sites import find_sites, scored_module, site_name
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.runtime.scores import measured_score
 from lemo_fx.runtime.step import Step
 
@@ -60,10 +60,10 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
             if chosen is None:
                 continue
             planned.append(PlannedSite(own, site, None))
-            modules[f"lemo_{own}_probe"], per_score = chosen
+            modules[part_name(own, "probe")], per_score = chosen
             if per_score is not None:
                 mixer = scored_module(layer, site)
-                modules[f"lemo_{own}_score"] = measured_score(mixer, site.kind, per_score)
+                modules[part_name(own, "score")] = measured_score(mixer, site.kind, per_score)
                 planned[-1].treatment, planned[-1].score = "skip", "measured"
         rewrite = LayerRewrite(layer, graph, planned, modules=modules)
         insert_scores(rewrite)

@@ -15,6 +15,7 @@ from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import modes_kept
+from lemo_fx.passes.rewrite import site_and_role
 from lemo_fx.predictors import Predictors
 from lemo_fx.runtime.select import SelectBlocks
 
@@ -26,7 +27,7 @@ Key = tuple[int, SiteKind]
 
 
 def _kind(part: str) -> SiteKind:
-    return "attention" if part.startswith("lemo_attention") else "mlp"
+    return "attention" if site_and_role(part)[0].startswith("attention") else "mlp"
 
 
 class Tuning:

@@ -12,7 +12,7 @@ import inspect
 import operator
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,11 @@ ABSENT_IN_TRAINING: Mapping[str, Any] = {
 }
 """Layer arguments that a training step does not use. The captured graph holds these values in their place, and a call
 that brings anything else runs the original code."""
+
+
+def by_name(names: Iterable[str], args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, those given in place and those given by name, by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 class Tracer(fx.Tracer):

@@ -13,7 +13,7 @@ from torch import nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
-from lemo_fx.graph.capture import NO_CACHE, argument_names, modes_kept, uncompiled
+from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, uncompiled
 from lemo_fx.graph.sites import is_quantised
 
 BATCH, LENGTH = 2, 23
@@ -91,7 +91,7 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
     calls: Calls = {}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(argument_names(layer), args, strict=False)), **kwargs}
+        given = by_name(argument_names(layer), args, kwargs)
         calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]

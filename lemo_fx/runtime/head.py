@@ -16,8 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES
-from lemo_fx.runtime.layer import STATE, asks_for_cache, look_for_hooks, settings_of, without_default_cache
+from lemo_fx.graph.capture import CACHE_NAMES, by_name
+from lemo_fx.runtime.layer import STATE, look_for_hooks, settings_of, without_default_cache
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.step import Step
 
@@ -99,7 +99,7 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
         settings = settings_of(self)
         if settings is None:
             return original(self, *args, **kwargs)
-        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        given = by_name(settings.arguments, args, kwargs)
         if not settings.segments(self, given.get("labels"), given):
             return original(self, *args, **kwargs)
         own = next((name for name in CACHE_NAMES if name in settings.arguments), None)
@@ -203,11 +203,10 @@ def telling_labels(forward: Callable) -> Callable:
         if not torch.compiler.is_compiling():
             for switch in settings.step.switches:
                 switch.refresh()
-        given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
+        given = by_name(settings.arguments, args, kwargs)
         args, kwargs = without_default_cache(self, settings, args, kwargs)
         step = settings.step
-        before = step.labels, step.cache_asked
-        step.cache_asked = asks_for_cache(given)
+        before = step.labels
         if given.get("labels") is not None:
             step.labels = given["labels"]
         else:
@@ -217,7 +216,7 @@ def telling_labels(forward: Callable) -> Callable:
         try:
             return forward(self, *args, **kwargs)
         finally:
-            step.labels, step.cache_asked = before
+            step.labels = before
             step.scores = None
 
     return told

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
@@ -74,7 +74,6 @@ class LayerSettings:
     """What a rewritten decoder layer asks before each forward.
 
     Attributes:
-        attention: name of its attention, which knows the layer's place in a cache.
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         hooked: whether `look_for_hooks` found someone's hooks within it.
@@ -84,22 +83,10 @@ class LayerSettings:
     arguments: tuple[str, ...]
     attention_config: Any
     implementation: str | None
-    attention: str | None
     step: Step
     floats: tuple[str, ...]
     presence: Mapping[str, bool]
     hooked: bool = False
-
-    def _holds_a_past(self, layer: nn.Module, cache: Any, length: int) -> bool:
-        """Whether a cache was filled before this step; earlier dense layers may have filled it in this very step."""
-        attention = None if self.attention is None else layer.get_submodule(self.attention)
-        index: Any = getattr(attention, "layer_idx", None) or 0
-        return cache.get_seq_length(index) > 0 or cache.get_seq_length() > length
-
-    def _fills_a_cache(self, layer: nn.Module) -> bool:
-        """Whether a cache that reaches the layer was asked for; from a checkpointed one transformers takes it away."""
-        taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
-        return self.step.cache_asked and not taken
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
         """Whether the rewritten graph can do what this step asks of the layer."""
@@ -107,13 +94,14 @@ class LayerSettings:
             return False
         if any((given.get(name) is not None) != present for name, present in self.presence.items()):
             return False
+        # From a checkpointed layer transformers takes the cache away, so that only what it already holds counts.
+        taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
         for name in ABSENT_IN_TRAINING:
             value = given.get(name)
             if name == "use_cache" or value is None:
                 continue
-            # A cache is to be filled, which a rewritten layer cannot.
-            filled = not hasattr(value, "get_seq_length") or self._holds_a_past(layer, value, stream.shape[1])
-            if filled or self._fills_a_cache(layer):
+            # A cache that is here was asked for, and a rewritten layer cannot fill it.
+            if not (taken and hasattr(value, "get_seq_length") and value.get_seq_length() == 0):
                 return False
         return True
 
@@ -126,7 +114,7 @@ class LayerSettings:
             if records and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
                 warn_once("a model in eval mode runs its original layers: if this is training, call model.train()")
             return False
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        given = by_name(self.arguments, args, kwargs)
         stream = given[self.arguments[0]]
         if not self._takes(layer, stream, given) or self.hooked:
             if records:
@@ -180,19 +168,16 @@ def warn_once(words: str) -> None:
     logger.warning(words)
 
 
-def asks_for_cache(given: Mapping[str, Any]) -> bool:
-    """Whether a call brings a cache or wants one back; transformers makes one unasked where the config says so."""
-    return bool(given.get("use_cache")) or any(given.get(name) is not None for name in CACHE_NAMES)
-
-
 def without_default_cache(
     model: nn.Module, settings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call that says nothing of a cache asks for none where it runs rewritten layers: they could not fill it."""
-    given = {**dict(zip(settings.arguments, args, strict=False)), **kwargs}
-    if given.get("use_cache") is not None or asks_for_cache(given) or "use_cache" not in settings.arguments:
-        return args, kwargs
-    if not (settings.config.active == "always" or model.training):
+    """Default `use_cache` to False where layers run sparse: transformers would make a cache, which they cannot fill.
+
+    Said to the call and not in the model's config, which is saved with the model and holds in `eval()` too.
+    """
+    given = by_name(settings.arguments, args, kwargs)
+    said = any(given.get(name) is not None for name in ("use_cache", *CACHE_NAMES))
+    if said or "use_cache" not in settings.arguments or not (settings.config.active == "always" or model.training):
         return args, kwargs
     at = settings.arguments.index("use_cache")
     if at < len(args):
@@ -215,10 +200,9 @@ class Teller:
     before: list[torch.Tensor | None] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before its forward: a step begins; tell the layers its labels, and whether this call asked for a cache."""
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        """Before its forward: a step begins; tell the layers its labels."""
+        given = by_name(self.arguments, args, kwargs)
         look_for_hooks(module, self.step)
-        self.step.cache_asked = asks_for_cache(given)
         self.step.scores = None
         self.before.append(self.step.labels)
         if given.get("labels") is not None:
@@ -226,8 +210,7 @@ class Teller:
         return without_default_cache(module, self, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After it: the layers are through; a recompute asks for nothing."""
-        self.step.cache_asked = False
+        """After it: the layers are through."""
         self.step.labels = self.before.pop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teller:

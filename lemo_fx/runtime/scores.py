@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
-from lemo_fx.graph.capture import argument_names, build_module, capture, module_of, remove_dead_nodes
+from lemo_fx.graph.capture import argument_names, build_module, by_name, capture, module_of, remove_dead_nodes
 from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
@@ -78,7 +78,7 @@ class AttentionScore(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Arguments of the attention module -> scores [B, n]."""
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs = by_name(self.names, args, kwargs)
         mask = kwargs.get("attention_mask")
         hidden = kwargs[self.names[0]]
         if isinstance(mask, torch.Tensor):

@@ -19,7 +19,6 @@ class Step:
     Attributes:
         labels: of the running batch, which the model tells its layers, or `lemo_fx.labels`.
         unlabelled: whether the last step that trains came without.
-        cache_asked: whether the running call asked for a cache.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
         drawn: whether the running layer's `scores` were seen to before its forward.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
@@ -31,7 +30,6 @@ class Step:
 
     labels: torch.Tensor | None = None
     unlabelled: bool | None = None
-    cache_asked: bool = False
     scores: torch.Tensor | None = None
     drawn: bool = False
     dense: bool = False
