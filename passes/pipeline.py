@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from lemo_fx.errors import ConfigError
+from lemo_fx.errors import ConfigError, GraphCheckError
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
@@ -78,4 +78,7 @@ def run_passes(
         logger.debug("%s: %d changes", name, changes[name])
         if observe:
             observe(name, rewrite)
+    for node in rewrite.graph.nodes:
+        if not node.users and node.op not in ("placeholder", "output"):
+            raise GraphCheckError(f"at the end nobody uses {node}; a pass ends with remove_dead_nodes(rewrite.graph)")
     return changes
