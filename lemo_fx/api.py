@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,7 @@ from lemo_fx.install import TRANSFORMATION, Plan, SitePlan, graph_module, instal
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.kernels.private import is_op
+from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
 from lemo_fx.plan import make_plans
 from lemo_fx.recall import measure_recall
@@ -42,6 +43,7 @@ class Transformation:
 
     config: LemoConfig
     predictors: Predictors | None
+    passes: tuple[Pass, ...]
     notes: list[str]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transformation:
@@ -58,6 +60,7 @@ def transform(
     *,
     predictors: Predictors | None = None,
     dump: str | Path | None = None,
+    passes: Sequence[Pass] = PASSES,
 ) -> Model:
     """Rewrite a causal language model in place so that each layer works on its informative token blocks only.
 
@@ -76,6 +79,8 @@ def transform(
         config: what to eliminate, or the name of a preset ("careful", "balanced", "fast"); `LemoConfig()` if None.
         predictors: from `lemo_fx.fit`; where a score is "auto", they choose (see `Elimination`).
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
+        passes: what rewrites each layer's graph, in this order: `lemo_fx.passes.pipeline.PASSES`, and passes of your
+            own between them (see "Writing a pass"). They must not change what a layer computes.
 
     Returns:
         The same model.
@@ -96,20 +101,23 @@ def transform(
         )
     if dump is not None and not isinstance(dump, str | os.PathLike):
         raise ConfigError(f"dump={dump!r} must be a folder")
+    check_passes(passes)
+    passes = tuple(passes)
     before = _find(model)
-    if before is not None and before.config == config and before.predictors is predictors and dump is None:
+    same = before is not None and (before.config, before.passes) == (config, passes)
+    if before is not None and same and before.predictors is predictors and dump is None:
         return model
     plans_before = plans_of(model)
     if before is not None:
         revert(model)
     try:
         anatomy = anatomy_of(model)
-        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None)
+        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes)
         install(plans, _holder(model), anatomy.holders)
     except BaseException:
         _put_back(model, before, plans_before)
         raise
-    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, notes)
+    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, passes, notes)
     return model
 
 

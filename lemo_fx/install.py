@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -141,7 +141,7 @@ def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
     return object.__new__, (record.original,), state
 
 
-_classes: dict[tuple[type, Callable, tuple[str, ...], Callable], type[nn.Module]] = {}
+_classes: dict[tuple[type, Callable, tuple[Hashable, ...], Callable], type[nn.Module]] = {}
 
 
 def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
@@ -159,7 +159,7 @@ def targets_of(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = 
 def rewritten_class(
     original: type[nn.Module],
     compiled: dict[str, Callable],
-    codes: tuple[str, ...],
+    codes: tuple[Hashable, ...],
     make_forward: Callable[[Callable, Callable], Any],
     call: Callable,
 ) -> type[nn.Module]:
@@ -167,6 +167,7 @@ def rewritten_class(
 
     Args:
         compiled: "forward" and the functions it calls, by name.
+        codes: their source, and what it calls by name.
         make_forward: (original forward, graph forward) -> the forward to install.
         call: its `__call__`.
     """
@@ -286,7 +287,8 @@ def _install(plan: Plan) -> None:
     main = graph_module(module, plan.graph, plan.functions)
     built = {"forward": main, **{name: main.get_submodule(name) for name in plan.functions}}
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
-    codes = tuple(f"{name}\n{function.code}" for name, function in built.items())
+    called = (n.target for g in (plan.graph, *plan.functions.values()) for n in g.nodes if n.op == "call_function")
+    codes = (*(f"{name}\n{function.code}" for name, function in built.items()), *called)
     layer = isinstance(plan.settings, LayerSettings)
     make: Callable = make_layer_forward if layer else make_head_forward
     more = plan.settings.config.offload or any(isinstance(part, StepScore) for part in plan.parts.values())

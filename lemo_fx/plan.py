@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from lemo_fx.graph.watch import why_every_row, why_no_stream
 from lemo_fx.install import Plan, SitePlan, layer_plan
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.insert_elimination import compacting
-from lemo_fx.passes.pipeline import run_passes
+from lemo_fx.passes.pipeline import PASSES, Pass, run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.proof import Fault, Proofs
@@ -48,7 +48,11 @@ PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
 
 
 def make_plans(
-    anatomy: Anatomy, config: LemoConfig, predictors: Predictors | None, dump: Path | None
+    anatomy: Anatomy,
+    config: LemoConfig,
+    predictors: Predictors | None,
+    dump: Path | None,
+    passes: Sequence[Pass],
 ) -> tuple[list[Plan], list[str]]:
     """The plans of all modules that `transform` rewrites, and notes on what is left alone.
 
@@ -69,7 +73,7 @@ def make_plans(
     notes: list[str] = []
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
-    planning = Planning(config, predictors, len(layers), Step(), proofs, dump)
+    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes)
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
@@ -91,6 +95,10 @@ def make_plans(
                 # The report has the note for it, as for any layer that keeps every token and is computed as before.
                 plan.rows.clear()
             plans.append(plan)
+    for run in planning.passes:
+        if run not in PASSES:
+            counts = [planning.changes[plan.name][run.__name__] for plan in plans]
+            notes.append(f"{run.__name__}: {sum(counts)} changes in {sum(map(bool, counts))} layers")
     if planning.proofs.obstacle:
         notes.append(f"not proven by running: {planning.proofs.obstacle}")
     _check_rewritten(anatomy, config, plans, notes)
@@ -171,6 +179,7 @@ class Planning:
     Attributes:
         count: of the decoder layers.
         dump: folder for the graphs of every pass, or None.
+        passes: that rewrite a layer; changes: how many each made, by layer.
     """
 
     config: LemoConfig
@@ -179,6 +188,8 @@ class Planning:
     step: Step
     proofs: Proofs
     dump: Path | None
+    passes: Sequence[Pass]
+    changes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def _plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> Plan | None:
@@ -246,7 +257,8 @@ def _rewrite_layer(
             row = _plan_site(planning, f"{name}, {site.name}", rewrite, site, index)
         row.float8, row.called = _float8_asked(site, config), _called(site)
         rows.append(row)
-    run_passes(rewrite, _dumper(planning.dump, name) if planning.dump else None)
+    observe = _dumper(planning.dump, name) if planning.dump else None
+    planning.changes[name] = run_passes(rewrite, observe, planning.passes)
     return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
 
 

@@ -10,6 +10,7 @@ import operator
 
 from torch import fx
 
+from lemo_fx.graph.capture import remove_dead_nodes
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_op
 from lemo_fx.passes.rewrite import META, LayerRewrite, call
@@ -27,6 +28,7 @@ def fuse_shared_selection(rewrite: LayerRewrite) -> int:
             continue
         _fuse(rewrite, rows, inner, takes[0], gives[0])
         changed += 1
+    remove_dead_nodes(rewrite.graph)
     return changed
 
 

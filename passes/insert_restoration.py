@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from lemo_fx.graph.capture import remove_dead_nodes
 from lemo_fx.kernels.restore.op import restore_exact, restore_op
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, call
 
@@ -34,6 +35,8 @@ def insert_restoration(rewrite: LayerRewrite) -> int:
                 name: stream for name in ("stream", "carrier") if getattr(later.site, name) is add
             }
             later.site = dataclasses.replace(later.site, **places)
+    # The branches as they were.
+    remove_dead_nodes(rewrite.graph)
     return len(adds)
 
 

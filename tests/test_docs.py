@@ -1,6 +1,7 @@
 """The pages say what is so: their Python runs, prints what is shown, and the commands and files they name exist.
 
-All blocks of a page run as one module, in a folder of their own. A ```text block right after a Python block is what it
+All blocks of a page run as one module, in a folder of their own; one that begins with `# name.py` is that file there,
+for others to import. A ```text block right after a Python block is what it
 prints: `LEMO_UPDATE_DOCS=1 pytest tests/test_docs.py` writes it anew; then read the diff. A block that cannot run has
 `<!-- not run: reason -->` on the line above it.
 """
@@ -59,6 +60,7 @@ def prelude(folder: Path) -> dict:
 @ids
 def test_python_blocks(page, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == len(re.findall(r"^\s*(?:```|~~~)\s*(?:py|pycon)", text, re.MULTILINE)), "a block is not seen"
@@ -68,6 +70,10 @@ def test_python_blocks(page, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "page", module)
     for block in blocks:
         if block["skip"]:
+            continue
+        if name := re.match(r"# (\w+)\.py\n", block["code"]):
+            (tmp_path / f"{name[1]}.py").write_text(block["code"])
+            monkeypatch.delitem(sys.modules, name[1], raising=False)
             continue
         line = text.count("\n", 0, block.start("code"))
         code = compile("\n" * line + block["code"], str(page), "exec")

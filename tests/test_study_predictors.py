@@ -59,16 +59,6 @@ def test_every_stage(folder, monkeypatch):
     assert {"date", "command", "device", "torch"} <= set(recall["environment"])
     assert {path.name for path in (folder / "docs").iterdir()} == {"tables.md", "loss_curves.png", "prediction.png"}
 
-    limits = run(monkeypatch, folder, "limits", "--sequences", "2")
-    assert all(set(layers) == {"0", "1", "2", "3"} for layers in limits["recall"].values())
-    mean, least = limits["mean and least"]["mlp"]["8 candidates of the network of H / 16"]
-    assert limits["mean and least"]["mlp"]["one channel in 8"][0] <= mean <= 1
-    assert least <= mean
-    losses = run(monkeypatch, folder, "balance", "--sequences", "2")["heldout_loss_nats_per_token"]
-    assert losses["random"]["all"] != losses["dense"]["all"]
-    tuned = run(monkeypatch, folder, "thresholds", "--sequences", "2", "--iterations", "1")
-    assert set(tuned["budgets_of_last_seed"]) == {"1.attention", "1.mlp", "2.attention", "2.mlp"}
-
 
 def test_a_profile_of_another_model_is_refused(folder, monkeypatch, tmp_path):
     (tmp_path / "profile.json").write_text(json.dumps({"model": "another"}))

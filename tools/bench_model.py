@@ -30,6 +30,7 @@ from typing import Annotated, Any
 
 import masked_reference
 import plans
+import rivals
 import torch
 import transformers
 import typer
@@ -127,26 +128,7 @@ class Variant:
         return cls(name, config, **settings)
 
 
-def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """LongLoRA's attention: causal within quarters of the sequence, half of the heads shifted by half a quarter.
-
-    [B, heads, S, D] each, S a multiple of 8 -> [B, S, heads, D]. As published, the group that wraps around sees its
-    other end.
-    """
-    batch, shift = query.shape[0], query.shape[2] // 8
-
-    def split(x: torch.Tensor) -> torch.Tensor:
-        plain, shifted = x.chunk(2, dim=1)
-        return torch.cat([plain, shifted.roll(-shift, 2)], 1).unflatten(2, (4, -1)).transpose(1, 2).flatten(0, 1)
-
-    out = torch.nn.functional.scaled_dot_product_attention(
-        split(query), split(key), split(value), is_causal=True, scale=scaling, enable_gqa=True
-    )
-    plain, shifted = out.unflatten(0, (batch, 4)).transpose(1, 2).flatten(2, 3).chunk(2, dim=1)
-    return torch.cat([plain, shifted.roll(shift, 2)], 1).transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", shifted_sparse_attention)
+ALL_ATTENTION_FUNCTIONS.register("shifted_sparse", rivals.shifted_attention)
 
 PICKED = (
     "lora-eager",

@@ -7,7 +7,7 @@ runs the samples of all ranks one after another. On a CPU the same runs over glo
     for n in 1 2 4 8; do
         torchrun --nproc-per-node $n --max-restarts 3 --virtual-local-rank tools/bench_scaling.py --shape llama3-8b
     done
-    python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
+    python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-{1,2}.json
 
 Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. What is
 named first in --tokens, --variants and --wraps is measured first, so that --seconds leaves out the last of each.

@@ -3,7 +3,7 @@
 Scaling runs get a table as well, in markdown.
 
 python tools/plot_benchmarks.py benchmarks/model/*.json
-python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-*.json
+python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-{1,2}.json
 python tools/plot_benchmarks.py --lengths lengths.png benchmarks/model/llama3-8b-{32k-float8,128k}.json
 """
 

@@ -41,32 +41,37 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
+def shifted_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """LongLoRA's shifted sparse attention (arXiv 2309.12307): groups of a quarter of the sequence, shifted by half a
+    group in half of the heads. Unlike the published code, no group wraps around the end, so none sees its future.
+
+    [B, heads, S, D] each, S a multiple of 8 -> ([B, S, heads, D], None).
+    """
+    length = query.shape[2]
+    size = length // 4
+    if attention_mask is not None or length % 8:
+        raise ValueError("shifted groups are written for batches without padding whose length is a multiple of 8")
+    plain, shifted = (tuple(x.chunk(2, dim=1)[half] for x in (query, key, value)) for half in (0, 1))
+    edge = size // 2
+    parts = [
+        _grouped(*(x[:, :, a:b] for x in shifted), step, scaling)
+        for a, b, step in ((0, edge, edge), (edge, length - edge, size), (length - edge, length, edge))
+    ]
+    out = torch.cat([_grouped(*plain, size, scaling), torch.cat(parts, dim=2)], dim=1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: int, scaling: Any) -> torch.Tensor:
+    batch, _, length, width = query.shape
+    fold = [x.unflatten(2, (length // size, size)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = _causal(*fold, scaling)
+    return out.unflatten(0, (batch, length // size)).transpose(1, 2).reshape(batch, -1, length, width)
+
+
 @contextmanager
 def shifted_groups(model: nn.Module) -> Iterator[None]:
-    """LongLoRA's shifted sparse attention (arXiv 2309.12307): groups of a quarter of the sequence, shifted by half a
-    group in half of the heads. Unlike the published code, no group wraps around the end, so none sees its future."""
-
-    def grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: int, scaling: Any) -> torch.Tensor:
-        batch, _, length, width = query.shape
-        fold = [x.unflatten(2, (length // size, size)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        out = _causal(*fold, scaling)
-        return out.unflatten(0, (batch, length // size)).transpose(1, 2).reshape(batch, -1, length, width)
-
-    def attention(original, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        length = query.shape[2]
-        size = length // 4
-        if attention_mask is not None or length % 8:
-            raise ValueError("shifted groups are written for batches without padding whose length is a multiple of 8")
-        plain, shifted = (tuple(x.chunk(2, dim=1)[half] for x in (query, key, value)) for half in (0, 1))
-        edge = size // 2
-        parts = [
-            grouped(*(x[:, :, a:b] for x in shifted), step, scaling)
-            for a, b, step in ((0, edge, edge), (edge, length - edge, size), (length - edge, length, edge))
-        ]
-        out = torch.cat([grouped(*plain, size, scaling), torch.cat(parts, dim=2)], dim=1)
-        return out.transpose(1, 2).contiguous(), None
-
-    with _attention(attention):
+    """`shifted_attention` in training."""
+    with _attention(lambda original, *args, **kwargs: shifted_attention(*args, **kwargs)):
         yield
 
 

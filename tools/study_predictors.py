@@ -1,10 +1,7 @@
-"""Train pattern predictors on a base model and measure them: recall, sizes, cost, balance, pictures.
+"""Train pattern predictors on a base model and measure them: recall, sizes, cost, pictures.
 
 python tools/study_predictors.py profile --corpus corpus --work runs/predictors      # true scores, once (slow part)
 python tools/study_predictors.py train --work runs/predictors                        # predictors, tables, pictures
-python tools/study_predictors.py balance --work runs/predictors --sequences 8        # loss of the sparse forward
-python tools/study_predictors.py limits --work runs/predictors --sequences 8         # recall of parts of the true score
-python tools/study_predictors.py thresholds --work runs/predictors --sequences 16    # the same under Algorithm 1
 python tools/study_predictors.py cost --shape llama3-8b --tokens 32768               # device time of prediction
 
 The base model is the shipped one, or the folder that --model names, to every stage. On a GPU, which one training leaves
@@ -17,7 +14,6 @@ python tools/study_predictors.py train --model base --work /tmp/work --out out -
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
@@ -40,11 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, Predictors, measure
-from lemo_fx.fitting.thresholds import Tuning
 from lemo_fx.fitting.training import Blocks, Recipe, kept, predict, random_weights, recall, train
-from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.reference import balanced
-from lemo_fx.predictors import fingerprint, hidden_size, identity
+from lemo_fx.predictors import fingerprint, hidden_size
 from lemo_fx.runtime import network
 from lemo_fx.runtime.kept import take
 from lemo_fx.runtime.scores import ActivationScore, Candidates, PredictedScore
@@ -293,218 +287,6 @@ def study(args: argparse.Namespace) -> None:
     draw(curves, pictures, heldout, args.docs)
 
 
-def balance(args: argparse.Namespace) -> None:
-    """Held-out loss of the sparse forward, per quarter of the sequence, by what chooses attention's blocks."""
-    model = load(args)
-    ids = torch.load(args.work / "heldout.pt")[: args.sequences].to(DEVICE)
-    plans = {
-        "dense": None,
-        "LeMo's score": Elimination(keep=KEEP, score="measured"),
-        "LeMo's score, balanced": Elimination(keep=KEEP, score="measured", balance=True),
-        "random": Elimination(keep=KEEP, score="random"),
-        "random, balanced": Elimination(keep=KEEP, score="random", balance=True),
-    }
-    losses = {}
-    for name, elimination in plans.items():
-        if elimination is not None:
-            lemo_fx.transform(model, LemoConfig(attention=elimination, mlp=None, active="always", loss_segments=None))
-        rows = []
-        with torch.no_grad():
-            for row in ids:
-                logits = model(row[None], use_cache=False).logits[0, :-1]
-                rows.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none"))
-        lemo_fx.revert(model)
-        each = torch.stack(rows)
-        losses[name] = {
-            "all": round(each.mean().item(), 4),
-            "quarters": [round(part.mean().item(), 4) for part in each.chunk(4, dim=1)],
-        }
-        print(name, losses[name], flush=True)
-    result = {
-        "environment": surroundings(named(model)),
-        "keep": KEEP,
-        "sparse": "attention, all layers but the first and the last",
-        "heldout_sequences": len(ids),
-        "tokens_per_sequence": ids.shape[1],
-        "heldout_loss_nats_per_token": losses,
-    }
-    write(args, result)
-
-
-def limits(args: argparse.Namespace) -> None:
-    """Recall of the true scores themselves, disturbed or computed from a part of what they are made of.
-
-    And of MLP predictors of several sizes without candidates and with more or fewer of them, trained on the profile.
-    """
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    model = load(args)
-    if model.config.model_type != "llama":
-        sys.exit("limits reads Llama's layers")
-    data, _ = read(args.work / "train", *sizes_of(args, model))
-    ids = torch.load(args.work / "heldout.pt")[: args.sequences].to(DEVICE)
-    length = ids.shape[1]
-    found: dict[Site, dict[str, list[torch.Tensor]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-
-    def observe(layer, attention, _, kwargs):
-        rows = kwargs["hidden_states"]
-        heads = (*rows.shape[:2], -1, attention.head_dim)
-        query, key = (p(rows).view(heads).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-        query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        parts: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
-        position = torch.arange(length, device=DEVICE)
-        for start in range(0, length, BLOCK):
-            scores = (query[0, :, start : start + BLOCK] @ key[0].transpose(1, 2)).relu()
-            causal = position <= position[start : start + BLOCK, None]
-            all_heads, half = (
-                torch.where(causal, s.mean(0), 0.0).view(BLOCK, -1, BLOCK) for s in (scores, scores[::2])
-            )
-            parts["exact"].append(all_heads.amax((0, 2)))
-            parts["every 2nd query"].append(all_heads[1::2].amax((0, 2)))
-            parts["every 8th query"].append(all_heads[3::8].amax((0, 2)))
-            parts["half of the heads"].append(half.amax((0, 2)))
-            parts["mean over keys"].append(all_heads.amax(0).mean(1))
-        for name, rows in parts.items():
-            found[layer, "attention"][name].append(torch.stack(rows).sum(0).cpu())
-
-    for i, layer in enumerate(model.model.layers):
-        layer.self_attn.register_forward_pre_hook(functools.partial(observe, i), with_kwargs=True)
-        note = functools.partial(mlp_parts, layer.mlp, mlp_networks(data[i, "mlp"]), found[i, "mlp"])
-        layer.post_attention_layernorm.register_forward_hook(note)
-        print(i, "MLP networks trained", flush=True)
-    with torch.no_grad():
-        for row in ids:
-            model(row[None], use_cache=False, logits_to_keep=1)
-    generator = torch.Generator().manual_seed(0)
-    result: dict = {
-        "environment": surroundings(named(model)),
-        "keep": KEEP,
-        "train_sequences": len(data[0, "mlp"]),
-        "heldout_sequences": len(ids),
-        "recall": {"attention": {}, "mlp": {}},
-    }
-    for (i, kind), parts in found.items():
-        scores = {name: torch.stack(rows) for name, rows in parts.items()}
-        true = scores.pop("exact")
-        for noise in (0.01, 0.02, 0.03, 0.05, 0.1):
-            disturbed = 1 + noise * torch.randn(true.shape, generator=generator)
-            scores[f"{noise:.0%} of noise"] = true * disturbed
-        real = torch.ones_like(true, dtype=torch.bool)
-        recalls = {name: round(recall(s, true, real, KEEP), 3) for name, s in scores.items()}
-        result["recall"][kind][i] = recalls
-        print(i, kind, recalls, flush=True)
-    for kind, layers in result["recall"].items():
-        rows = list(layers.values())
-        result.setdefault("mean and least", {})[kind] = {
-            name: [round(float(np.mean([row[name] for row in rows])), 3), min(row[name] for row in rows)]
-            for name in rows[0]
-        }
-    write(args, result)
-
-
-def mlp_networks(blocks: Blocks) -> dict[str, dict[str, torch.Tensor]]:
-    """Predictors of one MLP, of the default width and of four times that."""
-    hidden = blocks.stream.shape[-1]
-    return {
-        f"network of H / {share}": train("mlp", blocks, Recipe(mlp_width=hidden // share), device=DEVICE).weights
-        for share in (16, 4)
-    }
-
-
-def mlp_parts(mlp, networks, found, _, args: tuple[torch.Tensor], normed: torch.Tensor) -> None:
-    """Append block scores [n] by what they are computed from; a hook of the norm before a gated MLP."""
-
-    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return (mlp.act_fn(normed[0] @ gate.T) * (normed[0] @ up.T)).abs()
-
-    def note(name: str, tokens: torch.Tensor) -> None:
-        found[name].append(tokens.view(-1, BLOCK).amax(1).cpu())
-
-    channels = activation(mlp.gate_proj.weight, mlp.up_proj.weight)
-    true = channels.mean(1)
-    note("exact", true)
-    for step in (2, 4, 8):
-        note(f"one channel in {step}", channels[:, ::step].mean(1))
-    for share in (8, 4):
-        matrices = []
-        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
-            left, size, right = torch.linalg.svd(weight, full_matrices=False)
-            rank = len(right) // share
-            matrices.append((left[:, :rank] * size[:rank]) @ right[:rank])
-        note(f"gate and up of rank H / {share}", activation(*matrices).mean(1))
-    of_blocks = true.view(-1, BLOCK)
-    for name, weights in networks.items():
-        weights = {part: weight.to(DEVICE) for part, weight in weights.items()}
-        tokens = network.token_scores(weights, network.network(weights, args[0])[1])[0]
-        note(name, tokens)
-        for count in (1, 2, 4, 8):
-            best = of_blocks.gather(1, tokens.view(-1, BLOCK).topk(count).indices).amax(1)
-            found[f"{count} candidates of the {name}"].append(best.cpu())
-    found["4 candidates by position"].append(of_blocks[:, 7::16].amax(1).cpu())
-
-
-def fitted(model, data, folder: Path) -> Predictors:
-    """Predictors of the default recipe, trained once."""
-    if not folder.exists():
-        tensors = {}
-        for (i, kind), blocks in data.items():
-            for name, value in train(kind, blocks, Recipe(), device=DEVICE).weights.items():
-                tensors[f"layers.{i}.{kind}.predictor.{name}"] = value
-        Predictors(tensors, identity(model, model.config.num_hidden_layers, BLOCK)).save(folder)
-    return Predictors.load(folder)
-
-
-def thresholds(args: argparse.Namespace) -> None:
-    """Held-out loss of the sparse forward under Algorithm 1's thresholds and budgets and under simpler rules."""
-    model = load(args)
-    shape = sizes_of(args, model)
-    data, ids = read(args.work / "train", *shape)
-    heldout = list(read(args.work / "heldout", *shape)[1][: args.sequences, None].to(DEVICE))
-    predictors = fitted(model, data, args.work / "fitted")
-    # Without rounding counts up to buckets, so that kept shares can be equal.
-    selection.THRESHOLD_BUCKETS = ids.shape[1] // BLOCK
-    keep = Elimination(keep=0.5, score="predicted")
-    config = LemoConfig(attention=keep, mlp=keep)
-    found: dict[str, list] = {}
-    for seed in range(args.seeds):
-        chosen = random.Random(seed).sample(range(len(ids)), 3)
-        lemo_fx.revert(model)
-        tuning = Tuning(model, [ids[i][None].to(DEVICE) for i in chosen], config, predictors)
-        shares, losses = tuning.run(iterations=args.iterations)
-        tuning.sequences = heldout
-        rules = {
-            "one threshold for all layers": tuning.thresholds(tuning.single()),
-            "multiple of the mean block score": tuning.thresholds(tuning.start()),
-            "Algorithm 1, thresholds": tuning.thresholds(shares),
-        }
-        for name, values in rules.items():
-            loss, kept_share = tuning.loss(values)
-            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
-        budgets = {"uniform keep": dict.fromkeys(shares, 0.5), "Algorithm 1, budgets": shares}
-        for name, values in budgets.items():
-            for key, parts in tuning.selects.items():
-                for part in parts:
-                    part.set_keep(values[key])
-            loss, kept_share = tuning.loss(dict.fromkeys(shares, None))
-            found.setdefault(name, []).append([loss, float(np.mean(list(kept_share.values())))])
-        print(seed, losses, {name: rows[-1] for name, rows in found.items()}, flush=True)
-    lemo_fx.revert(model)
-    result = {
-        "environment": surroundings(named(model)),
-        "sparse": "attention and MLP, skip, predicted scores, all layers but the first and the last",
-        "tuning_sequences": 3,
-        "heldout_sequences": len(heldout),
-        "tokens_per_sequence": ids.shape[1],
-        "loss_and_kept_share": {
-            name: {"loss": mean_spread([r[0] for r in rows]), "kept": mean_spread([r[1] for r in rows])}
-            for name, rows in found.items()
-        },
-        "budgets_of_last_seed": {f"{i}.{kind}": round(share, 3) for (i, kind), share in shares.items()},
-    }
-    write(args, result)
-
-
 def device_ms(run: Callable[[], object], calls: int = 20) -> float:
     """Median time of a call on the device, after three to warm up."""
     for _ in range(3):
@@ -725,9 +507,6 @@ def draw(curves: dict, pictures: dict, heldout: dict, folder: Path) -> None:
 STAGES = {
     "profile": profile,
     "train": study,
-    "balance": balance,
-    "thresholds": thresholds,
-    "limits": limits,
     "cost": cost,
 }
 
@@ -750,7 +529,6 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", help="of torch.compile, in cost")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/predictors")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/predictors")
-    parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that train sites side by side")
     args = parser.parse_args()
