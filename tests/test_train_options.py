@@ -18,10 +18,10 @@ from tiny import TOLERANCE, tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lemo_fx.cli import page, train
+from lemo_fx.cli import page
 from lemo_fx.cli.app import app
 from lemo_fx.cli.demo import ASSETS
-from lemo_fx.cli.options import PlanOptions, Settings
+from lemo_fx.cli.options import Job, PlanOptions, Settings
 from lemo_fx.config import PRESETS
 from lemo_fx.errors import InputError
 
@@ -96,7 +96,7 @@ def test_the_run_file_that_a_run_leaves_gives_the_run_again(first, tmp_path):
     one, other = summary(out), summary(tmp_path / "again")
     assert one["settings"] == other["settings"]
     assert one["heldout_loss"] == other["heldout_loss"]
-    names = {name for group in (train.Job, PlanOptions, Settings) for name in group.__dataclass_fields__}
+    names = {name for group in (Job, PlanOptions, Settings) for name in group.__dataclass_fields__}
     assert {*yaml.safe_load((out / "run.yaml").read_text())} == names - {"heldout"} | {"eval"}
 
 
