@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def in_short(error: BaseException) -> str:
+    """What another library raised, as a part of a line."""
+    words = str(error).strip() or type(error).__name__
+    return textwrap.shorten(f"no {words}" if isinstance(error, KeyError) else words, 180, placeholder=" ...")
 
 
 def typed() -> str:

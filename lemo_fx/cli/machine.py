@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
 from lemo_fx.errors import InputError
@@ -62,7 +63,10 @@ def check_alone() -> None:
 
 
 def check_attention(attention: str | None) -> None:
-    """Raise InputError where torch has no backward of an attention implementation on this machine."""
+    """Raise InputError where there is no such attention implementation, or torch lacks its backward on this machine."""
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if attention is not None and attention not in known and "/" not in attention:
+        raise InputError(f"--attention {attention} is not one of eager, sdpa, flex_attention, flash_attention_2, ...")
     if attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError("--attention flex_attention trains on a GPU only, and here is none: choose sdpa or eager")
 

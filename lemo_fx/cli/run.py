@@ -110,14 +110,16 @@ def check_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
     if path.exists():
         try:
             earlier = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            before = earlier["settings"]["steps"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read: {error}; choose another --out") from error
         different = sorted({*_different(earlier, recorded)} - LONGER)
         if different:
             raise InputError(
-                f"{run.out} holds a run with other settings ({', '.join(different)}): resume it with its own"
+                f"{run.out} holds a run with other settings ({', '.join(different[:6])}"
+                f"{', ...' if len(different) > 6 else ''}): resume it with its own"
             )
-        before, now = earlier["settings"]["steps"], recorded["settings"]["steps"]
+        now = recorded["settings"]["steps"]
         if now < before:
             raise InputError(f"{run.out} holds a run of {before} steps: resume it with as many, or more")
         if now > before:
