@@ -36,9 +36,8 @@ def folder_of(name: str | Path, weights: bool = True) -> Path:
         return path
     if named is None or named["config"] or path.suffix == ".json":
         raise InputError(
-            f"{name or repr(name)} does not exist: give a local model folder with config.json, safetensors and tokenizer, or a "
-            "name "
-            "on the Hub (owner/name[@revision])"
+            f"{name or repr(name)} does not exist: give a local model folder with config.json, safetensors and "
+            "tokenizer, or a name on the Hub (owner/name[@revision])"
         )
     import huggingface_hub
     from huggingface_hub import errors
