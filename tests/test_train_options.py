@@ -320,7 +320,7 @@ def test_data_by_their_name_on_the_hub(cache, monkeypatch):
 def test_an_adapter_is_uploaded_where_that_was_asked_for(folder, tmp_path, monkeypatch):
     out, calls = tmp_path / "out", []
     arguments = [folder / "model", folder / "data.json", "--out", out, *SHORT, "--steps", "1", "--push", "me/it"]
-    monkeypatch.setattr(train, "get_token", lambda: None)
+    monkeypatch.setattr("lemo_fx.cli.run.get_token", lambda: None)
     refused = lemo_train(*arguments)
     assert refused.exit_code == 2
     assert "hf auth login" in refused.stderr
@@ -335,8 +335,8 @@ def test_an_adapter_is_uploaded_where_that_was_asked_for(folder, tmp_path, monke
             if len(calls) == 2:
                 raise OSError("no route")
 
-    monkeypatch.setattr(train, "get_token", lambda: "token")
-    monkeypatch.setattr(train, "HfApi", Api)
+    monkeypatch.setattr("lemo_fx.cli.run.get_token", lambda: "token")
+    monkeypatch.setattr("lemo_fx.cli.results.HfApi", Api)
     failed = lemo_train(*arguments)
     assert failed.exit_code == 2
     assert "the run is done, but me/it was not uploaded: no route; try `hf upload me/it" in failed.stderr
