@@ -17,10 +17,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lemo_fx.cli import bench
+from lemo_fx.cli import bench, bench_page
 from lemo_fx.cli.app import app
 from lemo_fx.cli.prepare import check_context
-from lemo_fx.cli.train import checkpointing
+from lemo_fx.cli.trainer import checkpointing
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 
@@ -89,7 +89,7 @@ def test_the_picture_shows_every_point():
     parameters = {"all": 8_130_000_000, "trained": 30_000_000}
     settings = bench.Settings((512, 1024))
     outcome = bench.Outcome("some/config.json", "llama", True, False, parameters, "cpu", settings, bench.PLANS, runs)
-    figure = bench.plot(outcome)
+    figure = bench_page.plot(outcome)
     assert figure.get_suptitle() == "config.json: llama, 8.1 billion parameters\ncpu"
     axes = figure.axes[0]
     assert axes.get_xlim() == pytest.approx((0, 1.12 * 0.901))
@@ -220,7 +220,7 @@ def test_rope_scaling_is_for_models_with_rope(config, advice):
 
 @pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
 def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
-    monkeypatch.setattr("lemo_fx.cli.demo.other_load", lambda: load)
+    monkeypatch.setattr("lemo_fx.cli.machine.other_load", lambda: load)
     monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output

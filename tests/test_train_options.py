@@ -18,10 +18,10 @@ from tiny import TOLERANCE, tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lemo_fx.cli import page, train
+from lemo_fx.cli import page
 from lemo_fx.cli.app import app
 from lemo_fx.cli.demo import ASSETS
-from lemo_fx.cli.options import PlanOptions, Settings
+from lemo_fx.cli.options import Job, PlanOptions, Settings
 from lemo_fx.config import PRESETS
 from lemo_fx.errors import InputError
 
@@ -96,7 +96,7 @@ def test_the_run_file_that_a_run_leaves_gives_the_run_again(first, tmp_path):
     one, other = summary(out), summary(tmp_path / "again")
     assert one["settings"] == other["settings"]
     assert one["heldout_loss"] == other["heldout_loss"]
-    names = {name for group in (train.Job, PlanOptions, Settings) for name in group.__dataclass_fields__}
+    names = {name for group in (Job, PlanOptions, Settings) for name in group.__dataclass_fields__}
     assert {*yaml.safe_load((out / "run.yaml").read_text())} == names - {"heldout"} | {"eval"}
 
 
@@ -320,7 +320,7 @@ def test_data_by_their_name_on_the_hub(cache, monkeypatch):
 def test_an_adapter_is_uploaded_where_that_was_asked_for(folder, tmp_path, monkeypatch):
     out, calls = tmp_path / "out", []
     arguments = [folder / "model", folder / "data.json", "--out", out, *SHORT, "--steps", "1", "--push", "me/it"]
-    monkeypatch.setattr(train, "get_token", lambda: None)
+    monkeypatch.setattr("lemo_fx.cli.run.get_token", lambda: None)
     refused = lemo_train(*arguments)
     assert refused.exit_code == 2
     assert "hf auth login" in refused.stderr
@@ -335,8 +335,8 @@ def test_an_adapter_is_uploaded_where_that_was_asked_for(folder, tmp_path, monke
             if len(calls) == 2:
                 raise OSError("no route")
 
-    monkeypatch.setattr(train, "get_token", lambda: "token")
-    monkeypatch.setattr(train, "HfApi", Api)
+    monkeypatch.setattr("lemo_fx.cli.run.get_token", lambda: "token")
+    monkeypatch.setattr("lemo_fx.cli.results.HfApi", Api)
     failed = lemo_train(*arguments)
     assert failed.exit_code == 2
     assert "the run is done, but me/it was not uploaded: no route; try `hf upload me/it" in failed.stderr

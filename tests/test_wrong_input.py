@@ -1,6 +1,7 @@
 """Every command answers wrong input in one line that says what to do, with exit code 2, and writes nothing."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -60,6 +61,14 @@ CASES = [
     ("train model data.json --targets nothing", "targets=['nothing'] do not fit LlamaForCausalLM"),
     ("train model data.json --context 4096", "reads up to 512 tokens: choose --context 512 or less"),
     ("train model data.json --context 100", "under four blocks of 64 tokens"),
+    ("train '' data.json", "'' does not exist: give a local model folder"),
+    ("train model ''", "DATA is empty: give a file"),
+    ("train strange data.json", "strange does not describe a model"),
+    ("train flat data.json", "flat describes a model without layers"),
+    ("train model deep.json", "deep.json: not JSON"),
+    ("train model half.jsonl", "half.jsonl:1: holds half a character"),
+    ("train model data.json --attention sdp", "--attention sdp is not one of eager, sdpa"),
+    ("train model data.json --out list --resume", "list/settings.json cannot be read"),
     ("fit model data.json", "--out"),
     ("fit model absent.txt --out out", "absent.txt does not exist"),
     ("fit model data.json --limit 0 --out out", "--limit 0 must be at least 1"),
@@ -90,10 +99,16 @@ def place(tmp_path_factory):
     (place / "data.json").write_text(json.dumps([{"text": text[i : i + 400]} for i in range(0, 8000, 400)]))
     (place / "empty").mkdir()
     (place / "old").mkdir()
+    (place / "list").mkdir()
+    for name, changed in {"strange": {"hidden_size": "big"}, "flat": {"num_hidden_layers": 0}}.items():
+        shutil.copytree(place / "model", place / name)
+        config = json.loads((place / name / "config.json").read_text())
+        (place / name / "config.json").write_text(json.dumps(config | changed))
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     files = {
         "old/settings.json": OLD_RUN, "notes.txt": "notes", "wrong.json": '{"kep": 1}', "paper.pdf": "%PDF",
         "chats.jsonl": json.dumps(chat), "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+        "list/settings.json": "[]", "deep.json": "[" * 100_000, "half.jsonl": '{"text": "a \\ud800 b"}',
         "ids.jsonl": '{"input_ids": [9999]}',
     }  # fmt: skip
     for name, content in files.items():
@@ -105,7 +120,7 @@ def place(tmp_path_factory):
 def test_wrong_input_is_answered_in_one_line(place, monkeypatch, typed, says):
     monkeypatch.chdir(place)
     before = sorted(path.relative_to(place) for path in place.rglob("*"))
-    result = CliRunner().invoke(app, typed.split(), prog_name="lemo-fx")
+    result = CliRunner().invoke(app, shlex.split(typed), prog_name="lemo-fx")
     assert result.exit_code == 2, result.output
     if typed:
         assert result.stderr.startswith("error: ")

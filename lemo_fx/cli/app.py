@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.syntax import Syntax
 from rich.table import Table
 
 from lemo_fx._version import __version__
 from lemo_fx.cli import options
+from lemo_fx.cli.console import (
+    bars,
+    console,
+    no_bars_of_transformers,
+    print_code,
+    print_paths,
+    say,
+    typed,
+    warn_of_other_load,
+)
 from lemo_fx.cli.options import (
     Attention,
     Checkpointing,
@@ -30,9 +36,6 @@ from lemo_fx.cli.options import (
 )
 from lemo_fx.errors import InputError
 
-if TYPE_CHECKING:
-    from lemo_fx.config import LemoConfig
-
 app = typer.Typer(
     name="lemo-fx",
     cls=options.OneLineGroup,
@@ -40,7 +43,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 140)
 NOISY = ("transformers", "torchao", "torch.utils._pytree")
 """Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
 libraries of its own that do not fit this machine."""
@@ -85,43 +87,22 @@ def demo(
     _demo(out, dict(locals()))
 
 
-def _no_bars_of_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _warn_of_other_load() -> None:
-    from lemo_fx.cli.demo import other_load
-
-    if other_load() > 0.5:
-        console.print("Other programs are running on this machine: the times below will be too long and uneven.")
-
-
 def _demo(out: Path, given: dict[str, Any]) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from lemo_fx import draw
     from lemo_fx.cli import demo as demonstration
     from lemo_fx.files import check_folder
 
     check_folder(out)
-    _no_bars_of_transformers()
+    no_bars_of_transformers()
     named = {name: value for name, value in given.items() if name not in ("out", "graph")}
     settings = demonstration.Settings(**{**named, "plans": tuple(given["plans"].split(","))})
-    _warn_of_other_load()
-    _say(
+    warn_of_other_load()
+    say(
         f"LoRA fine-tuning of a small Llama at {settings.context:,} tokens, {settings.steps} steps each: plainly, then "
         "under plans. As set by default this takes about a minute on two idle CPU cores, and two or three beside other "
         "programs."
     )
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-
-        def progress(what: str, parts: int) -> Callable[[], None]:
-            task = bar.add_task(what, total=parts)
-            return lambda: bar.advance(task)
-
+    with bars() as (_, progress):
         outcome = demonstration.run_demo(settings, progress)
     plain = outcome.runs[demonstration.PLAIN]
     table = Table("", *outcome.runs, title=f"{settings.steps} steps at {settings.context} tokens")
@@ -144,19 +125,10 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
         )
     if given["graph"]:
         console.print(f"{outcome.layer} after the transform:\n")
-        _print_code(draw.code(outcome.after, outcome.layer_class))
-    _say(demonstration.verdict(outcome))
-    _print_paths(demonstration.write(outcome, out, " ".join(["lemo-fx", *sys.argv[1:]])))
-    _say(demonstration.NEXT)
-
-
-def _print_code(text: str) -> None:
-    highlighted = Syntax("", "python", theme="ansi_light", background_color="default").highlight(text)
-    console.print(highlighted, soft_wrap=True)
-
-
-def _print_paths(paths: list[Path]) -> None:
-    console.print("wrote " + ", ".join(str(path) for path in paths), soft_wrap=True, highlight=False)
+        print_code(draw.code(outcome.after, outcome.layer_class))
+    say(demonstration.verdict(outcome))
+    print_paths(demonstration.write(outcome, out, typed()))
+    say(demonstration.NEXT)
 
 
 @command(app)
@@ -168,51 +140,9 @@ def inspect(
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
 ) -> None:
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
-    _inspect(model, dataclasses.replace(plan.config(), active="always"), layer, out, dump)
+    from lemo_fx.cli import inspect
 
-
-def _inspect(name: str, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
-    import lemo_fx
-    from lemo_fx import draw
-    from lemo_fx.cli import load
-    from lemo_fx.files import check_folder, writing
-    from lemo_fx.graph.anatomy import decoder_layers
-
-    for folder in (out, dump):
-        if folder is not None:
-            check_folder(folder)
-    # Frozen, as it is under adapters.
-    model = load.shown(name, _say).requires_grad_(False)
-    layers = decoder_layers(model)
-    if index is not None and not -len(layers) <= index < len(layers):
-        raise InputError(f"--layer {index}: the model that was built has {len(layers)} decoder layers")
-    shown = layers[len(layers) // 2 if index is None else index] if layers else None
-    before = draw.captured(shown[1]) if shown else None
-    predictors = None
-    if plan.predicts:
-        # What they choose means nothing; the graph is that of trained ones.
-        predictors = lemo_fx.Predictors.random(model, plan)
-        console.print("predictors: untrained, of their real size", highlight=False)
-    lemo_fx.transform(model, plan, predictors=predictors, dump=dump)
-    assert shown is not None
-    assert before is not None
-    at, layer = shown
-    kind = type(layer).__name__
-    after = lemo_fx.graphs(model).get(at)
-    console.print(f"\n{at} before:\n")
-    _print_code(draw.code(before, kind))
-    pictures: dict[str, Any] = {"before": before}
-    if after is None:
-        console.print(f"{at} is left dense by the plan.")
-    else:
-        console.print(f"{at} after:\n")
-        _print_code(draw.code(after, kind))
-        pictures["after"] = after
-    console.print(lemo_fx.report(model))
-    figure = draw.draw(pictures, kind)
-    with writing(out):
-        paths = [draw.save(figure, out / f"{at}.{suffix}") for suffix in ("png", "svg")]
-    _print_paths([*paths, dump] if dump else paths)
+    inspect.inspect(model, dataclasses.replace(plan.config(), active="always"), layer, out, dump)
 
 
 @command(app)
@@ -237,17 +167,13 @@ def fit(
         if value is not None and value < 1:
             raise InputError(f"{option} {value} must be at least 1")
     config = LemoConfig(block_size=block_size)
-    _no_bars_of_transformers()
-    rows = read_rows(data, _say)[:limit]
+    no_bars_of_transformers()
+    rows = read_rows(data, say)[:limit]
     loaded = load.load_model(load.folder_of(model))
     documents = prepare.tokenised(rows, load.folder_of(model), loaded.config)
     most = min(max_length, longest_context(loaded.config) or max_length)
     lemo_fx.fit(loaded, [document.ids[:most].tolist() for document in documents], config).save(out)
-    _print_paths([out])
-
-
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_paths([out])
 
 
 @command(app)
@@ -266,20 +192,21 @@ def train(
 ) -> None:
     """Fine-tune a model on your data with LoRA: an adapter, a report page and a summary."""
     from lemo_fx.cli import page, train
+    from lemo_fx.cli.run import Run
 
-    _no_bars_of_transformers()
-    run = train.Run(job, plan, settings, command=" ".join(["lemo-fx", *sys.argv[1:]]))
+    no_bars_of_transformers()
+    run = Run(job, plan, settings, command=typed())
     if job.preview:
-        console.print(train.preview(run, _say), soft_wrap=True)
+        console.print(train.preview(run, say), soft_wrap=True)
         return
-    summary = train.train(run, _say)
+    summary = train.train(run, say)
     if summary is None:
         return
     table = Table(show_header=False)
     for name, value in page.figures_of(summary).items():
         table.add_row(name, value)
     console.print(table)
-    _print_paths(run.written)
+    print_paths(run.written)
 
 
 @command(app)
@@ -300,16 +227,16 @@ def compare(
     """Train LoRA, plans and cheaper ways to save time on your data: held-out loss, time and memory, in a page."""
     from lemo_fx.cli import compare as comparison
 
-    _no_bars_of_transformers()
-    _warn_of_other_load()
-    called = " ".join(["lemo-fx", *sys.argv[1:]])
-    found = comparison.compare(job, settings, comparison.kinds_of(plans), same_time, called, _say)
+    no_bars_of_transformers()
+    warn_of_other_load()
+    called = typed()
+    found = comparison.compare(job, settings, comparison.kinds_of(plans), same_time, called, say)
     table = Table(*comparison.HEADINGS)
     for row in comparison.rows(found):
         table.add_row(*row)
     console.print(table)
-    _say(comparison.verdict(found))
-    _print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
+    say(comparison.verdict(found))
+    print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
 
 
 @command(app)
@@ -347,7 +274,7 @@ def estimate(
     from lemo_fx.cli import estimate as estimation
     from lemo_fx.cli import load
 
-    _no_bars_of_transformers()
+    no_bars_of_transformers()
     contexts, cards = _contexts(context), estimation.gpus(gpu)
     if rank < 1:
         raise InputError(f"--rank {rank} must be at least 1")
@@ -355,7 +282,7 @@ def estimate(
     for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
         console.print(shown)
     for note in estimation.notes(shape, contexts):
-        _say(note)
+        say(note)
 
 
 def _contexts(text: str) -> tuple[int, ...]:
@@ -369,16 +296,14 @@ def _contexts(text: str) -> tuple[int, ...]:
 
 
 def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: str, given: dict[str, Any]) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from lemo_fx.cli import bench as benchmark
-    from lemo_fx.cli import load
+    from lemo_fx.cli import bench_page, load
     from lemo_fx.cli.estimate import advice
-    from lemo_fx.cli.train import check_attention, compiles
+    from lemo_fx.cli.machine import check_attention, compiles
     from lemo_fx.files import check_folder
 
     check_folder(out)
-    _no_bars_of_transformers()
+    no_bars_of_transformers()
     check_attention(given["attention"])
     contexts = _contexts(context)
     folder = load.folder_of(model, weights=False)
@@ -386,29 +311,24 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
         plans = benchmark.PLANS
     else:
         plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
-    command = " ".join(["lemo-fx", *sys.argv[1:]])
+    command = typed()
     written: list[Path] = []
-    _warn_of_other_load()
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-
-        def progress(what: str, parts: int) -> Callable[[], None]:
-            task = bar.add_task(what, total=parts)
-            return lambda: bar.advance(task)
+    warn_of_other_load()
+    with bars(transient=True) as (bar, progress):
 
         def ended(outcome: Any) -> None:
             bar.remove_task(bar.task_ids[-1])
-            console.print(benchmark.line(outcome), highlight=False, soft_wrap=True)
-            written[:] = benchmark.write(outcome, out, command)
+            console.print(bench_page.line(outcome), highlight=False, soft_wrap=True)
+            written[:] = bench_page.write(outcome, out, command)
 
         named = {
             field.name: given[field.name] for field in dataclasses.fields(benchmark.Settings) if field.name in given
         }
         settings = benchmark.Settings(contexts, **named | {"targets": options.modules_of(given["targets"])})
         outcome = benchmark.bench(folder, plans, settings, predictors, progress, ended)
-    console.print(benchmark.table(outcome))
+    console.print(bench_page.table(outcome))
     for line in advice(outcome.parameters["all"], max(contexts), running_text=False):
-        _say(f"note: {line}")
+        say(f"note: {line}")
     plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(
         f'"{benchmark.UNTOUCHED}": {plainly}. '
@@ -417,4 +337,4 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
         f"{', where the model has no dropout; this one has' if outcome.dropout else ''}.",
         highlight=False,
     )
-    _print_paths(written)
+    print_paths(written)

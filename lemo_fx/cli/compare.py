@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from lemo_fx.cli import page, train
+from lemo_fx.cli import page
+from lemo_fx.cli.machine import check_alone
 from lemo_fx.cli.options import Job, PlanOptions, Settings
 from lemo_fx.cli.prepare import Say
+from lemo_fx.cli.run import Run
+from lemo_fx.cli.train import train
 from lemo_fx.errors import InputError
 from lemo_fx.files import check_folder, write_text
 from lemo_fx.kernels.float8_linear.op import has_float8
@@ -96,9 +99,9 @@ def compare(
         same_time: each plan once more, for as many steps as take LoRA's time.
 
     Raises:
-        LemoError: as `train.train`.
+        LemoError: as `train`.
     """
-    train.check_alone()
+    check_alone()
     check_folder(job.out)
     if job.resume or job.preview:
         raise InputError("compare makes whole runs: leave out --resume and --preview")
@@ -109,14 +112,14 @@ def compare(
     def run(name: str, preset: str, cut: int = 1, **changes: Any) -> Contestant:
         say(f"--- {name}")
         folder = name.replace(",", "").replace(" ", "-")
-        one = train.Run(
+        one = Run(
             dataclasses.replace(job, out=job.out / folder),
             PlanOptions(preset=preset),
             dataclasses.replace(settings, **changes),
             command,
             cut,
         )
-        summary = train.train(one, say)
+        summary = train(one, say)
         assert summary is not None
         # The model of a run is gone before the next one is loaded.
         gc.collect()

@@ -5,11 +5,8 @@ Model and documents ship with the package. Everything printed but time is the sa
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,9 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -27,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import lemo_fx
 from lemo_fx import draw
+from lemo_fx.cli.machine import environment
 from lemo_fx.config import Elimination, LemoConfig, check_seed
 from lemo_fx.errors import ConfigError
 from lemo_fx.fitting.training import Recipe
@@ -34,9 +30,17 @@ from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import counts
 
 ASSETS = Path(__file__).parents[1] / "demo_assets"
+
+
 PLAIN = "LoRA"
+
+
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
+
+
 LEMO = "lemo"
+
+
 PLANS = {
     "careful": "careful, the default",
     "balanced": "balanced, without float8",
@@ -44,11 +48,15 @@ PLANS = {
     LEMO: "LeMo's own rule",
 }
 """What the runs beside plain LoRA are called."""
+
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 FITTED = 4
 """Training windows on which the predictors are trained."""
+
+
 RECIPE = Recipe(most_steps=60, epochs=60, batch=1)
 
 
@@ -296,35 +304,6 @@ def in_words(name: str, ratio: float) -> str:
     if name.startswith("perplexity"):
         return f"{ratio - 1:+.1%}, {'worse' if ratio > 1 else 'better'}"
     return f"{1 / ratio:.2f}x less" if ratio < 1 else f"{ratio:.2f}x more"
-
-
-def environment(command: str) -> dict[str, Any]:
-    """Where and how the figures were made."""
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "lemo_fx": lemo_fx.__version__,
-        "cpu": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def other_load() -> float:
-    """Average number of busy processes on the machine during the last minute; 0 where that is not known."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def plot(outcome: Outcome) -> Figure:

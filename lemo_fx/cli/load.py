@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lemo_fx.cli.console import in_short
 from lemo_fx.cli.rows import HUB_NAME
 from lemo_fx.errors import InputError, LemoError
 
@@ -30,12 +32,12 @@ def folder_of(name: str | Path, weights: bool = True) -> Path:
         InputError: there is no such folder, nor does the Hub or its cache give one.
     """
     path, named = Path(name), HUB_NAME.fullmatch(str(name))
-    if path.exists():
+    if path.exists() and str(name).strip():
         return path
     if named is None or named["config"] or path.suffix == ".json":
         raise InputError(
-            f"{name} does not exist: give a local model folder with config.json, safetensors and tokenizer, or a name "
-            "on the Hub (owner/name[@revision])"
+            f"{name or repr(name)} does not exist: give a local model folder with config.json, safetensors and "
+            "tokenizer, or a name on the Hub (owner/name[@revision])"
         )
     import huggingface_hub
     from huggingface_hub import errors
@@ -58,9 +60,9 @@ def folder_of(name: str | Path, weights: bool = True) -> Path:
             "`hf auth login` if it is private"
         ) from error
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name} is no folder here, and the Hub cannot be reached (offline?) nor has its cache all of it: {first}"
+            f"{name} is no folder here, and the Hub cannot be reached (offline?) nor has its cache all of it: "
+            f"{in_short(error)}"
         ) from error
 
 
@@ -74,10 +76,12 @@ def read_config(path: Path) -> Any:
         raise InputError(f"{path} does not exist: give a model folder, a config.json or a name on the Hub (owner/name)")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not describe a model: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"{path} does not describe a model: {in_short(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{path}: a {config.model_type} model is no causal language model")
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise InputError(f"{path} describes a model without layers")
     return config
 
 
@@ -110,7 +114,9 @@ def load_model(
     try:
         model, loading = load(path, output_loading_info=True, **given)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be loaded as a transformers causal language model: {error}") from error
+        raise InputError(
+            f"{path} cannot be loaded as a transformers causal language model: {in_short(error)}"
+        ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
@@ -148,7 +154,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{path} holds no tokenizer that transformers can load: {error}") from error
+        raise InputError(f"{path} holds no tokenizer that transformers can load: {in_short(error)}") from error
 
 
 def shown(name: str, say: Callable[[str], None]) -> Any:
@@ -163,13 +169,15 @@ def shown(name: str, say: Callable[[str], None]) -> Any:
         try:
             return AutoModelForCausalLM.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} cannot be loaded as a transformers causal language model: {error}") from error
+            raise InputError(
+                f"{path} cannot be loaded as a transformers causal language model: {in_short(error)}"
+            ) from error
     try:
         model = built(config, say)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if isinstance(error, LemoError):
             raise
-        raise InputError(f"{path} does not describe a causal language model: {error}") from error
+        raise InputError(f"{path} does not describe a causal language model: {in_short(error)}") from error
     say("random weights: built from a config")
     return model
 
