@@ -67,7 +67,9 @@ def origin(path: Path) -> dict[str, str]:
     records: list[dict[str, Any]] = [
         json.loads(line) for line in ([text] if path.suffix == ".json" else text.splitlines())
     ]
-    notes = [{**record, **record.get("environment", {})} for record in records]
+    notes = [
+        {**record, **run} for record in records for run in record.get("environments") or [record.get("environment", {})]
+    ]
     commands = list(dict.fromkeys(note["command"] for note in notes if "command" in note))
     more = f" (and {len(commands) - 1} more)" if len(commands) > 1 else ""
     devices = dict.fromkeys(note.get("device") or note.get("hardware") or note.get("cpu") or "" for note in notes)

@@ -332,7 +332,7 @@ def main(
     if out is not None and out.exists():
         before = json.loads(out.read_text())
         known = {row["type"]: row for row in before["models"]}
-        runs = [*before["runs"], *runs] if only or again else runs
+        runs = [*before["environments"], *runs] if only or again else runs
     chosen = only.split(",") if only else list(model_types())
     if again:
         chosen = [name for name in chosen if known.get(name, {"outcome": "new"})["outcome"] in again.split(",")]
@@ -347,7 +347,7 @@ def main(
         print(row["outcome"], name, row.get("why", ""), row.get("at", ""), *left, sep=" | ", flush=True)
         if out is not None:
             models = [known[name] for name in sorted(known)]
-            out.write_text(json.dumps({"runs": runs, "models": models}, indent=1) + "\n")
+            out.write_text(json.dumps({"environments": runs, "models": models}, indent=1) + "\n")
     if page is not None:
         text = page.read_text()
         above, below = text.split(START)[0], text.split(END)[1]
