@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 
 
 MOST_CASES, ONE_IN = 3, 10
-"""A test with more cases than this runs one in so many of them, unless --all-cases is given."""
+"""A test with more cases than this runs one in so many of them, unless it needs a GPU or --all-cases is given."""
 
 
 def pytest_addoption(parser):
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
 
     def runs(item):
         few = families[item.nodeid.partition("[")[0]] <= MOST_CASES
-        return few or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0
+        return few or item.get_closest_marker("gpu") or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0
 
     chosen_by_name = len(items) < 2 * MOST_CASES
     if not (config.getoption("--all-cases") or chosen_by_name):

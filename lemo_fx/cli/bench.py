@@ -257,6 +257,8 @@ def _attempt(model: Any, name: str, plan: LemoConfig | None, given: Predictors |
         failed = f"out of memory: {str(error).splitlines()[0]}"
     except LemoError as error:
         failed = f"refused: {' '.join(str(error).split())}"
+    except Exception as error:  # A compiler's or another library's: the other plans' figures are worth having.
+        failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     # Outside the handler: what went wrong holds the tensors of the step.
     model.zero_grad()
     return Run(name, context, failed=failed)
