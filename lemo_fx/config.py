@@ -15,6 +15,7 @@ from lemo_fx.errors import ConfigError
 Treatment = Literal["skip", "stand_in", "exact"]
 Score = Literal["auto", "predicted", "measured", "random", "step", "shared"]
 SiteKind = Literal["attention", "mlp"]
+KnownKeys = Literal["kept", "every"]
 
 DEFAULT_KEEP = 0.5
 
@@ -112,6 +113,11 @@ class Elimination:
         slope: how much more of its blocks the last decoder layer keeps than the first: the share changes evenly from
             layer to layer, around a `keep` that is one number. With one choice a step (`score="step"`) a lower layer
             then keeps a part of what the layers above it keep.
+        keys: (attention, `exact` only) of which keys and values the gradient of a kept query knows. `"kept"`: those of
+            kept tokens. `"every"`: all, as the forward does; gradients of the keys and values of dropped tokens reach
+            the adapters of their own layer and end there. For data in which few tokens carry labels and what they
+            depend on is far away: there this learns what "kept" does not (docs/accuracy.md). Costs a backward of
+            attention that goes with the kept share, not with its square, and the layer's whole input kept for it.
     """
 
     keep: float | Sequence[float] | None = None
@@ -120,6 +126,7 @@ class Elimination:
     score: Score = "auto"
     balance: bool = False
     slope: float = 0.0
+    keys: KnownKeys = "kept"
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep is not None:
@@ -156,6 +163,12 @@ class Elimination:
             raise ConfigError("keep and threshold take one number, or one per decoder layer: an empty list is neither")
         _choice("eliminated", self.eliminated, ("skip", "stand_in", "exact"))
         _choice("score", self.score, ("auto", "predicted", "measured", "random", "step", "shared"))
+        _choice("keys", self.keys, ("kept", "every"))
+        if self.keys == "every" and self.eliminated != "exact":
+            raise ConfigError(
+                "keys='every' completes the gradient of a forward of every token, which only eliminated='exact' "
+                f"computes, not {self.eliminated!r}"
+            )
 
     def at_layer(self, name: str, layer: int, layers: int) -> float | None:
         """The value of `name` ("keep" or "threshold") for one decoder layer.
@@ -251,6 +264,8 @@ class LemoConfig:
         _choice("forward", self.forward, ("model", "float8"))
         _choice("backward", self.backward, ("model", "float8"))
         _choice("active", self.active, ("training", "always"))
+        if self.mlp is not None and self.mlp.keys != "kept":
+            raise ConfigError("keys='every' is for attention: an MLP has none")
         if self.attention is not None and self.attention.score == "shared":
             raise ConfigError("score='shared' is for the MLP: it reuses the blocks that the attention kept")
         if self.mlp is not None and self.mlp.score == "shared":

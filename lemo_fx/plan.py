@@ -32,6 +32,7 @@ from lemo_fx.proof import Fault, Proofs
 from lemo_fx.proof_of_head import prove_head
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.head import HeadSettings
+from lemo_fx.runtime.keys import Keys, Queries
 from lemo_fx.runtime.scores import Candidates, RandomScore, StepScore, measured_score
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
@@ -331,6 +332,10 @@ def _plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: P
             if planned.score == "random"
             else StepScore(config.block_size, planning.step)
         )
+    if elimination.keys == "every" and planned.treatment == "exact":
+        planned.every_key = True
+        parts |= _key_parts(rewrite.layer, planned, place)
+        note = f"{note}; every key" if note else "every key"
     shared = planned.score == "shared"
     if not shared:
         varies = len(set(keeps)) > 1
@@ -349,6 +354,19 @@ def _plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: P
         note=note,
         tokens_of="attention" if shared else planned.name,
     )
+
+
+def _key_parts(layer: nn.Module, planned: PlannedSite, place: str) -> dict[str, nn.Module]:
+    """What attends to every key, by role."""
+    attention = layer.get_submodule(str(planned.site.mixer.target))
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation not in kept.MASKED_IMPLEMENTATIONS:
+        known = ", ".join(map(repr, kept.MASKED_IMPLEMENTATIONS))
+        raise UnsupportedModelError(
+            f"{place}: keys='every' needs an attention that is told by a mask what to see, so "
+            f"attn_implementation={known}, and this is {implementation!r}; or use keys='kept'"
+        )
+    return {"keys": Keys(attention), "queries": Queries(attention)}
 
 
 HOW_TO_FIT = (

@@ -372,7 +372,8 @@ class _Trial:
     def _expected(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """What the captured graph computes with attention masked to kept keys, and the branches' dropped rows zeroed.
 
-        For `exact`, values are those of the branch on every token, and only the gradient is that.
+        For `exact`, values are those of the branch on every token, and only the gradient is that. With every key,
+        attention is not masked, and its gradient leaves by its input at kept tokens.
         """
         pairs = list(zip(self.sites, self.rewrite.sites, strict=True))
         planned = {site.branch: s for site, s in pairs if s.treatment}
@@ -397,7 +398,10 @@ class _Trial:
             inexact = {branch: kept for branch, kept in keys.items() if planned[branch].treatment != "exact"}
             changes = Changes(values_only, self._masks(inexact))
             self._captured(changes)(**{**self.explicit, self.entry: self.stream})
-        return self._values_and_gradients(self._captured(Changes(treat, self._masks(keys))), self.explicit)
+        unmasked = {site.mixer: keys[site.branch] for site, s in pairs if s.every_key}
+        masked = {site.branch: keys[site.branch] for site, s in pairs if s.treatment and not s.every_key}
+        changes = Changes(treat, self._masks(masked), unmasked)
+        return self._values_and_gradients(self._captured(changes), self.explicit)
 
     def _captured(self, changes: Changes) -> Callable[..., Any]:
         """The captured graph as a function of the layer's arguments by name."""

@@ -5,6 +5,11 @@ after:   tokens = lemo_attention_select(scores, x);  rows = eliminate(x, tokens)
          n' = norm(rows);  a' = attention(n', compact_mask(mask, tokens), compact_rows(rope, tokens))
          n = norm(x);  a = attention(n, mask, rope);  y = x + a           # replaced by insert_restoration
 
+With `keys="every"` the kept queries attend to every key; its gradient ends at the attention's input:
+         tokens = lemo_attention_select(scores, x);  n = gradient_at(norm(x), tokens)
+         keys = lemo_attention_keys(n, mask, rope);  rows = eliminate(n, tokens)
+         a' = lemo_attention_queries(keys, tokens, mask, rows, compact_mask(mask, tokens), compact_rows(rope, tokens))
+
 What becomes of the other tokens: `skip` adds nothing; `stand_in` runs a linear map on them; `exact` runs the branch
 itself without gradient (attention needs every token for that, an MLP the dropped ones, see rows_for_values).
 """
@@ -13,7 +18,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lemo_fx.kernels.eliminate.op import eliminate_op
+from lemo_fx.kernels.eliminate.op import eliminate_op, gradient_at
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, Region, call, clone, normed_input, part_name
 from lemo_fx.runtime import branch, kept
 
@@ -61,13 +66,36 @@ def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:
         mask = rewrite.argument("attention_mask")
         planned.tokens = call(graph, part_name(name, "select"), (planned.scores, rewrite.entry, mask), f"{name}_tokens")
     branch = _branch_region(planned)
-    rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
-    values = {site.stream: rows}
-    if site.kind == "attention":
-        values.update(_compact_context(rewrite, planned, branch))
-    planned.output = clone(graph, site.nodes, values, branch, "kept")[site.branch]
+    if planned.every_key:
+        planned.output = _kept_queries(rewrite, planned, branch)
+    else:
+        rows = call(graph, eliminate_op, (site.stream, planned.tokens), f"{name}_rows")
+        values = {site.stream: rows}
+        if site.kind == "attention":
+            values.update(_compact_context(rewrite, planned, branch))
+        planned.output = clone(graph, site.nodes, values, branch, "kept")[site.branch]
     if planned.treatment != "skip":
         planned.rest = _rest(rewrite, planned)
+
+
+def _kept_queries(rewrite: LayerRewrite, planned: PlannedSite, region: Region) -> fx.Node:
+    """The branch on the kept tokens, their queries attending to the keys of every token."""
+    graph, site, name = rewrite.graph, planned.site, planned.name
+    position = site.nodes.index(site.mixer)
+    inputs = [n for n in site.mixer.all_input_nodes if n is site.stream or n in site.nodes]
+    every = clone(graph, site.nodes[:position], {}, region, "keys")
+    rows: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        every[node] = call(graph, gradient_at, (every.get(node, node), planned.tokens), f"{node.name}_of_keys", region)
+        rows[node] = call(graph, eliminate_op, (every[node], planned.tokens), f"{node.name}_rows", region)
+    args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: every.get(n, n))
+    keys = call(graph, part_name(name, "keys"), args, f"{name}_keys", region, kwargs)
+    kept_ones = {**rows, **_compact_context(rewrite, planned, region)}
+    args, kwargs = fx.map_arg((site.mixer.args, dict(site.mixer.kwargs)), lambda n: kept_ones.get(n, n))
+    args = (keys, planned.tokens, rewrite.argument("attention_mask"), *args)
+    mixed = call(graph, part_name(name, "queries"), args, f"{name}_queries", region, kwargs)
+    after = [n for n in site.nodes[position + 1 :] if n not in inputs]
+    return clone(graph, after, {site.mixer: mixed}, region, "kept")[site.branch]
 
 
 def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region) -> dict[fx.Node, fx.Node]:

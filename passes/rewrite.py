@@ -15,7 +15,7 @@ META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""
 
 
-ROLES = ("score", "predictor", "select", "stand_in", "probe")
+ROLES = ("score", "predictor", "select", "stand_in", "probe", "keys", "queries")
 """What the parts are that a site adds to its layer."""
 
 
@@ -63,6 +63,7 @@ class PlannedSite:
         score: node-producing kind: "measured", "predicted", "random", "step" or "shared".
         float8: whether what is computed with gradient computes in float8.
         share: of the tokens that such a site keeps at most, in any layer; 1 where that depends on the data.
+        every_key: whether the gradient of kept queries knows every key, see `Elimination.keys`.
         tokens, dropped, rows, output, rest: filled in by the passes as they go.
     """
 
@@ -72,6 +73,7 @@ class PlannedSite:
     score: str = "measured"
     float8: bool = False
     share: float = 1.0
+    every_key: bool = False
     scores: fx.Node | None = None
     tokens: fx.Node | None = None
     dropped: fx.Node | None = None

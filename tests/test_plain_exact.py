@@ -35,16 +35,18 @@ def gradients(model, labels=IDS):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_it_is_the_packages_exact_on_the_same_tokens(adapted):
+@pytest.mark.parametrize(("keys", "name"), [("kept", "kept"), ("complete", "every")])
+def test_it_is_the_packages_exact_on_the_same_tokens(adapted, keys, name):
     site = Elimination(keep=0.25, slope=0.3, eliminated="exact")
+    attention = Elimination(keep=0.25, slope=0.3, eliminated="exact", keys=name)
     tokens = {}
-    lemo_fx.transform(adapted, LemoConfig(attention=site, mlp=site, block_size=8, loss_segments=None))
+    lemo_fx.transform(adapted, LemoConfig(attention=attention, mlp=site, block_size=8, loss_segments=None))
     for index, layer in enumerate(adapted.base_model.model.model.layers):
         if hasattr(layer, "lemo_attention_select"):
             layer.lemo_attention_select.register_forward_hook(lambda m, a, out, i=index: tokens.__setitem__(i, out))
     loss, theirs = gradients(adapted)
     lemo_fx.revert(adapted)
-    with plain_exact.exact(adapted, Exact(0.25, 0.3, block=8), choose=tokens.get):
+    with plain_exact.exact(adapted, Exact(0.25, 0.3, block=8, keys=keys), choose=tokens.get):
         same, ours = gradients(adapted)
     assert sorted(tokens) == [1, 2]
     assert tokens[1].shape[1] < tokens[2].shape[1]

@@ -65,4 +65,22 @@ def _scatter_backward(ctx, grad):
 eliminate.register_autograd(_eliminate_backward, setup_context=_save_tokens)
 scatter_rows.register_autograd(_scatter_backward, setup_context=_save_tokens)
 
+
+class _GradientAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stream, tokens):
+        ctx.save_for_backward(tokens)
+        return stream.view_as(stream)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (tokens,) = ctx.saved_tensors
+        return scatter_rows(eliminate(grad, tokens), tokens, grad.shape[1]), None
+
+
+def gradient_at(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, S, H] as it is, its gradient that of the rows at tokens [B, K] and zero elsewhere."""
+    return _GradientAt.apply(stream, tokens)
+
+
 eliminate_op = torch.ops.lemo_fx.eliminate.default

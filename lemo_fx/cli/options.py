@@ -40,6 +40,10 @@ Scores = Annotated[
     str | None,
     typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
 ]
+Keys = Annotated[
+    str | None,
+    typer.Option(help="Which keys the gradient of a kept query knows (exact only): kept, or every for few labels."),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
 Offload = Annotated[
     bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
@@ -73,6 +77,7 @@ class PlanOptions:
     slope: Slope = None
     eliminated: Treatments = None
     score: Scores = None
+    keys: Keys = None
     block_size: BlockSize = None
     offload: Offload = None
 
@@ -92,7 +97,8 @@ class PlanOptions:
         if self.plan is not None:
             if len(given) > 1 or "block_size" in changes:
                 raise InputError(
-                    "the plan is in a file: leave out --preset, --keep, --slope, --eliminated, --score and --block-size"
+                    "the plan is in a file: leave out --preset, --keep, --slope, --eliminated, --score, --keys and "
+                    "--block-size"
                 )
             return dataclasses.replace(plan_from(self.plan), **changes)
         usual = LemoConfig.preset(given.pop("preset", USUAL))
@@ -102,10 +108,9 @@ class PlanOptions:
             # A preset's slope belongs to its keep, and to `exact`.
             if "keep" in given or given.get("eliminated", "exact") != "exact":
                 given.setdefault("slope", 0.0)
-            changes |= {
-                "attention": dataclasses.replace(usual.attention or Elimination(), **given),
-                "mlp": dataclasses.replace(usual.mlp or Elimination(), **given),
-            }
+            changes["attention"] = dataclasses.replace(usual.attention or Elimination(), **given)
+            given.pop("keys", None)
+            changes["mlp"] = dataclasses.replace(usual.mlp or Elimination(), **given)
         return dataclasses.replace(usual, **changes)
 
 

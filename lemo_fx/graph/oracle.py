@@ -38,10 +38,12 @@ class Changes:
     Attributes:
         treat: (a branch's node, its value [B, S, H]) -> the value to add to the residual stream.
         masks: by attention call, the additive mask [B, 1, S, S] that it reads in the place of the layer's.
+        tokens: by attention call, those [B, S] whose gradient leaves it by its input.
     """
 
     treat: Callable[[fx.Node, torch.Tensor], torch.Tensor] | None = None
     masks: Mapping[fx.Node, torch.Tensor] | None = None
+    tokens: Mapping[fx.Node, torch.Tensor] | None = None
 
 
 def run_captured(
@@ -74,6 +76,14 @@ class _Run(fx.Interpreter):
         """A node's arguments, with mappings spread out and an attention's mask replaced."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         kwargs = {**{k: v for k, v in kwargs.items() if k != SPLAT}, **kwargs.get(SPLAT, {})}
+        through = (self.changes.tokens or {}).get(n)
+        if through is not None:
+
+            def limited(value: Any) -> Any:
+                runs = isinstance(value, torch.Tensor) and value.requires_grad and value.shape[:2] == through.shape
+                return torch.where(through[..., None], value, value.detach()) if runs else value
+
+            args, kwargs = tuple(map(limited, args)), {name: limited(value) for name, value in kwargs.items()}
         mask = (self.changes.masks or {}).get(n)
         if mask is not None:
             read = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a.target == "attention_mask"]

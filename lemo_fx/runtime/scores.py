@@ -7,7 +7,6 @@ them for a target.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
 from lemo_fx.runtime import kept, network
 from lemo_fx.runtime.step import Step
+from lemo_fx.runtime.twin import twin_of
 
 PROBE = "lemo_fx_probe"
 
@@ -66,13 +66,9 @@ class AttentionScore(nn.Module):
 
     def __init__(self, attention: nn.Module, block_size: int) -> None:
         super().__init__()
-        twin = copy.copy(attention)
         self.attention_config: Any = attention.config
-        config: Any = copy.copy(self.attention_config)
-        config._attn_implementation_internal = PROBE
-        vars(twin).update(config=config, lemo_block_size=block_size, training=False)
         # In a tuple, so that the twin is not registered and its weights are not listed twice.
-        self.twin = (twin,)
+        self.twin = (twin_of(attention, PROBE, lemo_block_size=block_size, training=False),)
         self.names = argument_names(attention)
         self.block_size = block_size
 

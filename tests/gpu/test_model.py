@@ -216,3 +216,24 @@ def test_float8_backward_keeps_no_weights():
         loss.backward()
         torch.compiler.reset()
     assert held["float8"] < 1.02 * held["model"], held
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_key_compiled_is_every_key(padded):
+    model, batch = model_and_batch()
+    if not padded:
+        del batch["attention_mask"]
+    site = Elimination(keep=0.5, eliminated="exact")
+    every = dataclasses.replace(site, keys="every")
+    lemo_fx.transform(model, LemoConfig(attention=every, mlp=site, dense_layers=()))
+    assert all(row.note == "every key" for row in lemo_fx.report(model).sites if row.site == "attention")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    loss, gradient = step(model, batch)
+    torch.compiler.reset()
+    for _, layer in decoder_layers(model):
+        layer.compile()
+    # Unpadded, flex_attention takes the place of a mask.
+    new_loss, new_gradient = step(model, batch)
+    torch.testing.assert_close(new_loss, loss, rtol=1e-5, atol=0)
+    assert float((new_gradient - gradient).norm() / gradient.norm()) < 2e-3

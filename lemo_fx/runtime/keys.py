@@ -1,0 +1,181 @@
+"""Attention of the kept queries to every key, for the gradient of `exact` sites with `keys="every"`.
+
+The layer's attention runs as two twins. One sees every token and yields its keys and values; the other sees the kept
+tokens, and its queries attend to those keys. In compiled code what neither uses (the first one's queries, the second
+one's keys, their projections) is never computed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lemo_fx.errors import LemoError
+from lemo_fx.graph.capture import argument_names, by_name
+from lemo_fx.runtime import kept
+from lemo_fx.runtime.twin import twin_of
+
+KEYS, QUERIES = "lemo_fx_keys", "lemo_fx_queries"
+BLOCK = 128
+"""Tokens of a block of flex_attention's masks."""
+
+NO_INTERFACE = (
+    "{name} does not dispatch to transformers' attention interface with its present settings, so that its keys are not "
+    "known; use keys='kept'"
+)
+
+
+def _keys(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """An attention function in transformers' registry that returns keys and values where the weights would be."""
+    batch, heads, length, _ = query.shape
+    return value.new_zeros(()).expand(batch, length, heads, value.shape[-1]), (key, value)
+
+
+def _queries(module: nn.Module, query, key, value, attention_mask, *, lemo_keys, lemo_tokens, **kwargs):
+    """An attention function in transformers' registry whose queries are the kept ones, and whose keys are all.
+
+    Args:
+        query: [B, N, K, D] of the kept tokens; key, value: theirs, which are not used.
+        attention_mask: of every token, as the layer has it.
+        lemo_keys: keys and values [B, M, S, D]; lemo_tokens: [B, K].
+    """
+    key, value = lemo_keys
+    if attention_mask is None and _flexible(module, query, kwargs):
+        mask = causal_block_mask(lemo_tokens, key.shape[2])
+        out = flex_attention(
+            query, key, value, block_mask=mask, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2), None
+    mask = query_rows(attention_mask, lemo_tokens, key.shape[2], module.lemo_implementation, query.dtype)
+    return _implementation(module)(module, query, key, value, mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(KEYS, _keys)
+ALL_ATTENTION_FUNCTIONS.register(QUERIES, _queries)
+
+
+def _flexible(module: nn.Module, query: torch.Tensor, settings: dict[str, Any]) -> bool:
+    """Whether flex_attention, which has a backward on GPUs alone and is slow uncompiled, can stand for sdpa.
+
+    Those kernels of sdpa that take a mask are two to three times slower than those for causal order.
+    """
+    sdpa = module.lemo_implementation == "sdpa" and not settings.get("dropout") and not settings.get("position_bias")
+    return sdpa and query.is_cuda and torch.compiler.is_compiling()
+
+
+def _implementation(module: nn.Module) -> Any:
+    if module.lemo_implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return ALL_ATTENTION_FUNCTIONS[module.lemo_implementation]
+
+
+def query_rows(mask: Any, tokens: torch.Tensor, length: int, implementation: str, dtype: torch.dtype) -> Any:
+    """The rows of a mask that belong to the kept queries: [B, 1 or N, K, S], or a BlockMask of K by S.
+
+    Args:
+        mask: None (causal order), [B, S] (padding), [1 or B, 1 or N, S, S] or a BlockMask.
+        tokens: [B, K], ascending.
+        dtype: of the additive mask that an eager attention takes.
+    """
+    if isinstance(mask, BlockMask) or implementation == "flex_attention":
+        return _block_rows(mask, tokens, length)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        kept.check_mask(mask, length)
+        return kept.take(mask.transpose(1, 2), tokens).transpose(1, 2)
+    seen = torch.arange(length, device=tokens.device) <= tokens[:, None, :, None]
+    if mask is not None:
+        kept.check_mask(mask, length)
+        seen = seen & mask.bool()[:, None, None, :]
+    if implementation == "eager":
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return seen
+
+
+def _block_rows(mask: Any, tokens: torch.Tensor, length: int) -> BlockMask:
+    if mask is None:
+        return causal_block_mask(tokens, length)
+    if not isinstance(mask, BlockMask):
+        raise LemoError(f"a mask of type {type(mask).__name__} beside flex_attention is not known: use keys='kept'")
+    original = mask.mask_mod
+
+    def rows(b, h, q, kv):
+        return original(b, h, tokens[b, q], kv)
+
+    return create_block_mask(
+        rows, *tokens.shape[:1], None, tokens.shape[1], length, device=str(tokens.device), BLOCK_SIZE=mask.BLOCK_SIZE
+    )
+
+
+def causal_block_mask(tokens: torch.Tensor, length: int) -> BlockMask:
+    """What the kept queries [B, K] may see of all keys, in causal order: read off at the ends of blocks of 128.
+
+    `create_block_mask` would look at every pair of tokens.
+    """
+    count = tokens.shape[1]
+    blocks = -(-count // BLOCK)
+    ends = torch.arange(blocks, device=tokens.device) * BLOCK
+    first, last = tokens[:, ends], tokens[:, (ends + BLOCK - 1).clamp_max(count - 1)]
+    keys = torch.arange(-(-length // BLOCK), device=tokens.device) * BLOCK
+    full = keys + (BLOCK - 1) <= first[..., None]
+    some = (keys <= last[..., None]) & ~full
+
+    def sees(b, h, q, kv):
+        return kv <= tokens[b, q]
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(count, length)
+    )
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, Q, N] bool -> (how many are True [B, 1, Q], their indices first [B, 1, Q, N])."""
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+
+class Keys(nn.Module):
+    """Keys and values of every token, of one layer's attention. Called exactly as the attention module is."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that the twin is not registered and its weights are not listed twice.
+        self.attention, self.twin = (attention,), (twin_of(attention, KEYS),)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments of the attention module, of every token -> keys and values [B, M, S, D]."""
+        self.twin[0].training = self.attention[0].training
+        found = self.twin[0](*args, **kwargs)[1]
+        if not isinstance(found, tuple):
+            raise LemoError(NO_INTERFACE.format(name=type(self.twin[0]).__name__))
+        return found
+
+
+class Queries(nn.Module):
+    """The attention of kept queries to every key."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        implementation = getattr(attention.config, "_attn_implementation", None)
+        self.attention = (attention,)
+        self.twin = (twin_of(attention, QUERIES, lemo_implementation=implementation),)
+        self.names = argument_names(attention)
+
+    def forward(
+        self, keys: tuple[torch.Tensor, torch.Tensor], tokens: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the attention module returns, for the kept tokens.
+
+        Args:
+            keys: of every token, from `Keys`.
+            tokens: [B, K].
+            mask: the layer's, of every token.
+            args, kwargs: arguments of the attention module, of the kept tokens; the mask among them is not used.
+        """
+        given = {**by_name(self.names, args, kwargs), "attention_mask": mask, "lemo_keys": keys, "lemo_tokens": tokens}
+        self.twin[0].training = self.attention[0].training
+        return self.twin[0](**given)
