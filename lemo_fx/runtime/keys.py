@@ -36,7 +36,7 @@ def _keys(module: nn.Module, query, key, value, attention_mask, **kwargs):
     return value.new_zeros(()).expand(batch, length, heads, value.shape[-1]), (key, value)
 
 
-def _queries(module: nn.Module, query, key, value, attention_mask, *, lemo_keys, lemo_tokens, **kwargs):
+def _queries(module: Any, query, key, value, attention_mask, *, lemo_keys, lemo_tokens, **kwargs):
     """An attention function in transformers' registry whose queries are the kept ones, and whose keys are all.
 
     Args:
@@ -59,7 +59,7 @@ ALL_ATTENTION_FUNCTIONS.register(KEYS, _keys)
 ALL_ATTENTION_FUNCTIONS.register(QUERIES, _queries)
 
 
-def _flexible(module: nn.Module, query: torch.Tensor, settings: dict[str, Any]) -> bool:
+def _flexible(module: Any, query: torch.Tensor, settings: dict[str, Any]) -> bool:
     """Whether flex_attention, which has a backward on GPUs alone and is slow uncompiled, can stand for sdpa.
 
     Those kernels of sdpa that take a mask are two to three times slower than those for causal order.
@@ -68,9 +68,9 @@ def _flexible(module: nn.Module, query: torch.Tensor, settings: dict[str, Any]) 
     return sdpa and query.is_cuda and torch.compiler.is_compiling()
 
 
-def _implementation(module: nn.Module) -> Any:
+def _implementation(module: Any) -> Any:
     if module.lemo_implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[module.lemo_implementation]
 
 
@@ -106,9 +106,8 @@ def _block_rows(mask: Any, tokens: torch.Tensor, length: int) -> BlockMask:
     def rows(b, h, q, kv):
         return original(b, h, tokens[b, q], kv)
 
-    return create_block_mask(
-        rows, *tokens.shape[:1], None, tokens.shape[1], length, device=str(tokens.device), BLOCK_SIZE=mask.BLOCK_SIZE
-    )
+    batch, count = tokens.shape
+    return create_block_mask(rows, batch, None, count, length, device=str(tokens.device), BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
 def causal_block_mask(tokens: torch.Tensor, length: int) -> BlockMask:
