@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import lemo_fx
-from lemo_fx import ConfigError, Elimination, LemoConfig, UnsupportedModelError
+from lemo_fx import ConfigError, Elimination, LemoConfig, UnsupportedModelError, proof
 from lemo_fx.passes import insert_elimination
 from lemo_fx.runtime import keys
 from lemo_fx.runtime.keys import causal_block_mask, query_rows
@@ -76,12 +76,12 @@ def test_gradients_of_dropped_keys_reach_their_layers_adapters():
 )
 def test_the_proof_sees_it_broken(monkeypatch, break_it, word):
     break_it(monkeypatch)
-    lemo_fx.proof._known.clear()
+    proof._known.clear()
     try:
         model = lemo_fx.transform(tiny("qwen3"), plan())
         assert word in notes(model)["attention"]
     finally:
-        lemo_fx.proof._known.clear()
+        proof._known.clear()
 
 
 def through(stream, tokens):
@@ -117,15 +117,35 @@ def test_the_block_mask_is_causal_order_at_the_kept_positions(count, length):
 @pytest.mark.parametrize("score", ["step", "random", "measured"])
 def test_compiled_it_is_the_same(score):
     site = Elimination(keep=0.5, eliminated="exact", keys="every", score=score)
-    inputs = batch(2, 64)
-    model = lemo_fx.transform(with_lora(tiny("llama")), plan(site, forward="float8", backward="float8"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    expected = step(model, inputs)
+    inputs, found = batch(2, 64), []
     torch.compiler.reset()
-    for layer in model.get_decoder().layers:
-        layer.compile(fullgraph=True, backend="aot_eager")
-    assert_same_step(step(model, inputs), expected, "compiled")
+    for backend in (None, "aot_eager"):
+        model = lemo_fx.transform(with_lora(tiny("llama")), plan(site, forward="float8", backward="float8"))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        for layer in model.get_decoder().layers if backend else ():
+            # Before anything has run uncompiled.
+            layer.compile(fullgraph=True, backend=backend)
+        found.append(step(model, inputs))
+    assert_same_step(found[1], found[0], "compiled")
+
+
+def test_compiled_flex_attention_stands_for_a_mask(monkeypatch):
+    # On the CPU it has no backward, so only that a compiler takes it into the one graph of a checkpointed layer.
+    private = torch.nn.attention.flex_attention
+    if not hasattr(private, "_validate_device"):
+        pytest.skip("this torch refuses gradients of flex_attention on the CPU elsewhere")
+    monkeypatch.setattr(private, "_validate_device", lambda *args: None)
+    monkeypatch.setattr(keys, "_flexible", lambda *args: torch.compiler.is_compiling())
+    torch.compiler.reset()
+    for settings in ({}, {"forward": "float8", "backward": "float8"}):
+        model = lemo_fx.transform(with_lora(tiny("llama")), plan(**settings))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        for layer in model.get_decoder().layers:
+            layer.compile(fullgraph=True, backend="eager")
+        inputs = batch(2, 64)
+        assert torch.isclose(model(**inputs).loss, step(with_lora(tiny("llama")), inputs)[0], rtol=5e-2)
 
 
 def test_it_keeps_bits_when_everything_is_kept():

@@ -8,7 +8,7 @@ one's keys, their projections) is never computed.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -137,31 +137,46 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
 
-class Keys(nn.Module):
+class _WithTwin(nn.Module):
+    """Holds an attention's twin, whose dropout is on where the attention's is."""
+
+    def __init__(self, attention: nn.Module, twin: nn.Module) -> None:
+        super().__init__()
+        # In tuples, so that they are not registered and their weights are not listed twice.
+        self.attention, self.twin = (attention,), (twin,)
+
+    def train(self, mode: bool = True) -> Self:
+        """As the model's other modules."""
+        self.twin[0].training = mode
+        return super().train(mode)
+
+    def _follow(self) -> None:
+        # A compiler does not let a checkpointed function change a module; `train` has told the twin by then.
+        if not torch.compiler.is_compiling():
+            self.twin[0].training = self.attention[0].training
+
+
+class Keys(_WithTwin):
     """Keys and values of every token, of one layer's attention. Called exactly as the attention module is."""
 
     def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        # In a tuple, so that the twin is not registered and its weights are not listed twice.
-        self.attention, self.twin = (attention,), (twin_of(attention, KEYS),)
+        super().__init__(attention, twin_of(attention, KEYS))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments of the attention module, of every token -> keys and values [B, M, S, D]."""
-        self.twin[0].training = self.attention[0].training
+        self._follow()
         found = self.twin[0](*args, **kwargs)[1]
         if not isinstance(found, tuple):
             raise LemoError(NO_INTERFACE.format(name=type(self.twin[0]).__name__))
         return found
 
 
-class Queries(nn.Module):
+class Queries(_WithTwin):
     """The attention of kept queries to every key."""
 
     def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
         implementation = getattr(attention.config, "_attn_implementation", None)
-        self.attention = (attention,)
-        self.twin = (twin_of(attention, QUERIES, lemo_implementation=implementation),)
+        super().__init__(attention, twin_of(attention, QUERIES, lemo_implementation=implementation))
         self.names = argument_names(attention)
 
     def forward(
@@ -176,5 +191,5 @@ class Queries(nn.Module):
             args, kwargs: arguments of the attention module, of the kept tokens; the mask among them is not used.
         """
         given = {**by_name(self.names, args, kwargs), "attention_mask": mask, "lemo_keys": keys, "lemo_tokens": tokens}
-        self.twin[0].training = self.attention[0].training
+        self._follow()
         return self.twin[0](**given)
