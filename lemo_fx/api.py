@@ -16,13 +16,15 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
-from lemo_fx.install import TRANSFORMATION, Plan, SitePlan, graph_module, install, installed, plans_of, uninstall
+from lemo_fx.graph.capture import graph_module
+from lemo_fx.install import TRANSFORMATION, install, installed, plans_of, uninstall
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.kernels.private import is_op
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
-from lemo_fx.plan import make_plans
+from lemo_fx.planning.model import make_plans
+from lemo_fx.planning.plans import Plan, SitePlan
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport
 from lemo_fx.runtime.head import UNLABELLED

@@ -7,23 +7,20 @@ original's name (FSDP2 does the same). The object, its parameters and its state_
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lemo_fx import distributed
-from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import UnsupportedModelError
-from lemo_fx.graph.capture import PATCHING, build_module
+from lemo_fx.graph.capture import PATCHING, graph_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.kernels.select_blocks.op import forget
-from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.planning.plans import Plan, SitePlan
 from lemo_fx.runtime.head import HeadSettings, make_generate, make_head_forward
 from lemo_fx.runtime.layer import (
     STATE,
@@ -31,43 +28,14 @@ from lemo_fx.runtime.layer import (
     LayerSettings,
     add_teller,
     call_layer,
-    floats_of,
     look_for_hooks,
     make_layer_forward,
 )
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
-from lemo_fx.runtime.step import Step
 
 TRANSFORMATION = "_lemo_fx_transformation"
 """Instance attribute of a transformed model that holds its `Transformation`."""
-
-
-@dataclass
-class SitePlan:
-    """What was decided for one site of a layer; the report's row comes from it.
-
-    Attributes:
-        site, kind: its name, and "attention" or "mlp".
-        eliminated: treatment of the eliminated tokens, or "dense".
-        score: what ranks its blocks, budget: its keep or threshold, in words; empty where it is dense.
-        note: what a reader should know.
-        refused: whether it is dense because it cannot be rewritten.
-        tokens_of: name of the site whose selection it takes.
-        float8: what of it the plan wants in float8, in words.
-        called: names of the modules that its branch calls.
-    """
-
-    site: str
-    kind: SiteKind
-    eliminated: str
-    score: str = ""
-    budget: str = ""
-    note: str = ""
-    refused: bool = False
-    tokens_of: str = ""
-    float8: str = ""
-    called: tuple[str, ...] = ()
 
 
 @dataclass
@@ -144,18 +112,6 @@ def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
 _classes: dict[tuple[type, Callable, tuple[Hashable, ...], Callable], type[nn.Module]] = {}
 
 
-def graph_module(module: nn.Module, graph: fx.Graph, functions: dict[str, fx.Graph]) -> fx.GraphModule:
-    """A GraphModule for reading and calling; it shares the live module's submodules."""
-    outlined = {name: build_module(targets_of(module, body), body, name) for name, body in functions.items()}
-    return build_module({**targets_of(module, graph, besides=functions), **outlined}, graph, type(module).__name__)
-
-
-def targets_of(module: nn.Module, graph: fx.Graph, besides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """What a graph calls or reads on the module, by name, besides the functions that are its own."""
-    names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    return {name: functools.reduce(getattr, name.split("."), module) for name in names - set(besides)}
-
-
 def rewritten_class(
     original: type[nn.Module],
     compiled: dict[str, Callable],
@@ -192,41 +148,6 @@ def rewritten_class(
         copy._deepcopy_dispatch[subclass] = deep_copy  # type: ignore[attr-defined]
         _classes[key] = subclass
     return _classes[key]
-
-
-@dataclass
-class Plan:
-    """Everything needed to rewrite one module, made without touching it."""
-
-    name: str
-    module: nn.Module
-    graph: fx.Graph
-    functions: dict[str, fx.Graph]
-    parts: dict[str, nn.Module]
-    settings: LayerSettings | HeadSettings
-    rows: list[SitePlan] = field(default_factory=list)
-
-
-def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[SitePlan]) -> Plan:
-    """The plan of one decoder layer from its finished rewrite."""
-    mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
-    attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
-    attention_config = getattr(attention, "config", None)
-    arguments = tuple(
-        str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
-    )
-    implementation = getattr(attention_config, "_attn_implementation", None)
-    floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
-    settings = LayerSettings(
-        config,
-        arguments,
-        attention_config,
-        implementation,
-        step,
-        tuple(sorted({"scaling", *floats})),
-        rewrite.presence,
-    )
-    return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)
 
 
 def plans_of(model: nn.Module) -> list[Plan]:

@@ -16,15 +16,14 @@ from torch import fx, nn
 from lemo_fx.distributed import gathered
 from lemo_fx.graph.capture import (
     ABSENT_IN_TRAINING,
-    build_module,
     by_name,
     capture,
+    graph_module,
     modes_kept,
     remove_dead_nodes,
     uncompiled,
 )
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
-from lemo_fx.install import targets_of
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name, site_and_role
 from lemo_fx.runtime import kept
@@ -111,9 +110,7 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
     pairs = zip(measured, predicted, strict=True)
     output.args = (tuple((true.site.stream, true.scores, guess.scores) for true, guess in pairs),)
     remove_dead_nodes(graph)
-    return build_module(
-        {**targets_of(layer, graph, besides=rewrite.modules), **rewrite.modules}, graph, type(layer).__name__
-    )
+    return graph_module(layer, graph, {}, rewrite.modules)
 
 
 def _recall(select: Any, predicted: torch.Tensor, true: torch.Tensor, stream: torch.Tensor, mask: Any) -> float:

@@ -7,7 +7,7 @@ from bench_model import Variant
 from torch import nn
 
 from lemo_fx.kernels.restore import op, reference
-from lemo_fx.proof import Proofs
+from lemo_fx.planning.proof import Proofs
 
 pytestmark = pytest.mark.slow
 

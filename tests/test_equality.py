@@ -12,7 +12,7 @@ from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.kernels.private import set_compiled_call
 from lemo_fx.kernels.restore import reference as restore_reference
-from lemo_fx.proof import Proofs
+from lemo_fx.planning.proof import Proofs
 
 
 def everything_kept(score="measured", **settings) -> LemoConfig:

@@ -7,8 +7,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import lemo_fx
-from lemo_fx import ConfigError, Elimination, LemoConfig, UnsupportedModelError, proof
+from lemo_fx import ConfigError, Elimination, LemoConfig, UnsupportedModelError
 from lemo_fx.passes import insert_elimination
+from lemo_fx.planning import proof
 from lemo_fx.runtime import keys
 from lemo_fx.runtime.keys import causal_block_mask, query_rows
 

@@ -15,12 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig, UnsupportedModelError, proof
+from lemo_fx import Elimination, LemoConfig, UnsupportedModelError
 from lemo_fx.graph import sites
 from lemo_fx.kernels.restore import op as restore
 from lemo_fx.passes import insert_elimination, insert_restoration
 from lemo_fx.passes.pipeline import PASSES
 from lemo_fx.passes.rewrite import call
+from lemo_fx.planning import proof
 
 
 @pytest.fixture(autouse=True)

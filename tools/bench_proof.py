@@ -16,11 +16,11 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 import lemo_fx
-from lemo_fx import proof, proof_of_head
 from lemo_fx.cli.machine import environment
 from lemo_fx.cli.trainer import adapted
 from lemo_fx.config import PRESETS
 from lemo_fx.measure import device_name
+from lemo_fx.planning import proof, proof_of_head
 
 
 def main(

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_fx import install as installing
 from lemo_fx.api import suspended
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, modes_kept
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
+from lemo_fx.install import install, uninstall
 from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
+from lemo_fx.planning.plans import Plan, layer_plan
 from lemo_fx.runtime.scores import measured_score
 from lemo_fx.runtime.step import Step
 
@@ -34,7 +35,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterab
     """
     with modes_kept(model), suspended(model):
         plans = _plans(model, layers, choose)
-        installing.install(plans)
+        install(plans)
         try:
             model.eval()
             with torch.no_grad():
@@ -42,10 +43,10 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterab
                     model(**{"use_cache": False, "logits_to_keep": 1, **batch})
         finally:
             for plan in plans:
-                installing.uninstall(plan.module)
+                uninstall(plan.module)
 
 
-def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[installing.Plan]:
+def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[Plan]:
     plans = []
     observing = LemoConfig(block_size=1, active="always")
     layers = decoder_layers(model)
@@ -69,5 +70,5 @@ def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[ins
         insert_scores(rewrite)
         insert_probes(rewrite)
         check(rewrite, "insert_probes", finished=True)
-        plans.append(installing.layer_plan(name, rewrite, observing, Step(), []))
+        plans.append(layer_plan(name, rewrite, observing, Step(), []))
     return plans

@@ -8,12 +8,14 @@ attention back-ends go on working as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import operator
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -280,6 +282,25 @@ def build_module(root: nn.Module | dict[str, Any], graph: fx.Graph, name: str) -
     """A GraphModule whose printed and executed code writes `**mapping` where a node holds it under SPLAT."""
     graph.on_generate_code(_expand_mappings)
     return fx.GraphModule(root, graph, class_name=name)
+
+
+def graph_module(
+    module: nn.Module,
+    graph: fx.Graph,
+    functions: dict[str, fx.Graph],
+    instead: Mapping[str, Any] = MappingProxyType({}),
+) -> fx.GraphModule:
+    """A GraphModule for reading and calling; it shares the live module's submodules, but for those in `instead`."""
+    outlined = {name: build_module(_targets(module, body, instead), body, name) for name, body in functions.items()}
+    return build_module(_targets(module, graph, {**instead, **outlined}), graph, type(module).__name__)
+
+
+def _targets(module: nn.Module, graph: fx.Graph, instead: Mapping[str, Any]) -> dict[str, Any]:
+    """What a graph calls or reads on the module, by name: what `instead` has under it, else the module's own."""
+    names = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    return {
+        name: instead[name] if name in instead else functools.reduce(getattr, name.split("."), module) for name in names
+    }
 
 
 def readable_code(graph: fx.Graph, name: str) -> str:

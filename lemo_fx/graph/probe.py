@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
@@ -153,3 +154,21 @@ def quiet(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], function: Callable[[], Any]) -> Any:
+    """What a function returns while parameters and buffers of a module are these, by name."""
+    return functional_call(_Within(module, function), {f"module.{name}": w for name, w in weights.items()}, ())
+
+
+class _Within(nn.Module):
+    """Calls a function while `functional_call` has swapped a module's weights."""
+
+    def __init__(self, module: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self) -> Any:
+        """What the function returns."""
+        return self.function()

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from lemo_fx.errors import GraphCheckError
-from lemo_fx.graph.capture import capture, remove_dead_nodes
+from lemo_fx.graph.capture import capture, graph_module, remove_dead_nodes
 from lemo_fx.graph.sites import find_sites
-from lemo_fx.install import graph_module
 from lemo_fx.kernels.eliminate.op import eliminate_op
 from lemo_fx.kernels.restore.op import restore_exact, restore_op
 from lemo_fx.passes import pipeline

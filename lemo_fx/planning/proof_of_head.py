@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.func import functional_call
 
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.probe import PADDED, in_a_line, probe_inputs, quiet
-from lemo_fx.install import graph_module
+from lemo_fx.graph.capture import graph_module
+from lemo_fx.graph.probe import PADDED, in_a_line, probe_inputs, quiet, with_weights
 
 LARGEST = 2**28
 """Elements of the output projection up to which a head is proven in float32."""
@@ -156,9 +155,7 @@ class _Trial:
         dtype = torch.float32 if plain and small else hidden.dtype
         self.share = SHARE if dtype == torch.float32 else ROUNDED
         self.hidden = self.hidden.to(dtype)
-        self.weights = {
-            f"head.{name}": p.detach().to(dtype).requires_grad_(p.requires_grad) for name, p in own.items() if plain
-        }
+        self.weights = {n: p.detach().to(dtype).requires_grad_(p.requires_grad) for n, p in own.items() if plain}
 
     def arguments(self, optional: tuple[str, ...], presence: Mapping[str, bool]) -> dict[str, Any] | None:
         """A call with these optional arguments and no others; None where the graph is not for such calls."""
@@ -173,7 +170,7 @@ class _Trial:
         """`function(hidden states)` while the head's weights are swapped and its decoder returns these."""
         hidden = self.hidden.clone().requires_grad_()
         with quiet(self.head), self._decoder_replaced(hidden):
-            return functional_call(_Within(self.head, lambda: function(hidden)), self.weights, ())
+            return with_weights(self.head, self.weights, lambda: function(hidden))
 
     def run(self, forward: Callable[..., Any], given: Mapping[str, Any], hidden: torch.Tensor) -> list[torch.Tensor]:
         """[loss, gradient of the hidden states, gradients of the head's trainable weights]."""
@@ -208,16 +205,3 @@ class _Returns(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The same for any call."""
         return self.output
-
-
-class _Within(nn.Module):
-    """Calls a function while `functional_call` has swapped a head's weights."""
-
-    def __init__(self, head: nn.Module, function: Callable[[], Any]) -> None:
-        super().__init__()
-        self.head = head
-        self.function = function
-
-    def forward(self) -> Any:
-        """What the function returns."""
-        return self.function()

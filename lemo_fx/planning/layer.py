@@ -1,0 +1,116 @@
+"""Plan one decoder layer: capture it, find its sites, decide each, run the passes, have the result proven."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from lemo_fx.errors import CaptureError, UnsupportedModelError
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, matters_when_absent
+from lemo_fx.graph.oracle import snapshot
+from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
+from lemo_fx.graph.watch import why_no_stream
+from lemo_fx.kernels.float8_linear.op import has_float8_layers
+from lemo_fx.passes.pipeline import run_passes
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.planning.dense import why_dense
+from lemo_fx.planning.dump import dumper
+from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
+from lemo_fx.planning.proof import Fault, Proofs
+from lemo_fx.planning.site import called_by, float8_asked, plan_site
+
+
+def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> Plan | None:
+    """The plan of one layer; a branch whose rewrite turns out not to compute what it should is left dense.
+
+    Raises:
+        UnsupportedModelError: the layer must stay as it is.
+    """
+    config, step = planning.config, planning.step
+    if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
+        return None
+    faults: dict[str, str] = {}
+    while True:
+        rewrite, rows, fault = _rewrite_layer(planning, name, layer, index, faults)
+        if fault is None:
+            return layer_plan(name, rewrite, config, step, rows)
+        if fault.site is None or fault.site in faults:
+            raise UnsupportedModelError(f"{name}: {fault.what}")
+        faults[fault.site] = fault.what
+
+
+def _rewrite_layer(
+    planning: Planning, name: str, layer: nn.Module, index: int, faults: Mapping[str, str]
+) -> tuple[LayerRewrite, list[SitePlan], Fault | None]:
+    """A layer rewritten, its rows of the report, and what its proof found.
+
+    Args:
+        faults: by site, what an earlier proof found.
+    """
+    config = planning.config
+    try:
+        graph, presence = _capture_as_called(layer, planning.proofs)
+    except CaptureError as error:
+        raise _refused(planning, name, layer, str(error)) from error
+    sites, refusals = find_sites(graph)
+    for refusal in refusals:
+        if refusal.site is None:
+            raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
+    planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
+    reasons = dict(faults)
+    for refusal in refusals:
+        assert refusal.site is not None
+        own = _own_name(layer, refusal.site, [site.name for site in planned])
+        reasons[own] = f"{refusal.node} {refusal.reason}"
+        planned.append(PlannedSite(own, refusal.site, None))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    planned.sort(key=lambda site: (order[site.site.add], order[site.site.branch]))
+
+    rows = []
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, presence)
+    untouched = snapshot(graph, [site.site for site in planned])
+    for site in planned:
+        elimination = config.site(site.site.kind)
+        dense = "dense_layers" if config.is_dense(index, planning.count) else ""
+        dense = "None in the config" if elimination is None else dense
+        refused = reasons.get(site.name)
+        if refused is None and not dense:
+            refused = why_dense(planning.proofs, rewrite, site, elimination)
+        if elimination is None or dense or refused:
+            called = [layer.get_submodule(module) for module in called_by(site)]
+            site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
+            note = f"left dense: {refused}" if refused else f"dense ({dense})"
+            row = SitePlan(site.name, site.site.kind, "dense", note=note, refused=bool(refused) and not dense)
+        else:
+            row = plan_site(planning, f"{name}, {site.name}", rewrite, site, index)
+        row.float8, row.called = float8_asked(site, config), called_by(site)
+        rows.append(row)
+    observe = dumper(planning.dump, name) if planning.dump else None
+    planning.changes[name] = run_passes(rewrite, observe, planning.passes)
+    return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
+
+
+def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:
+    """Of a whole layer, for what its graph shows, or for what it is handed in the place of one stream."""
+    return UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or found}")
+
+
+def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:
+    """A layer's graph as the model calls it, and for arguments whose absence changes it, whether they are given."""
+    graph = capture(layer, ABSENT_IN_TRAINING)
+    names = matters_when_absent(layer, graph, ABSENT_IN_TRAINING)
+    usual = proofs.usual(layer) if names else {}
+    presence = {name: usual.get(name) is not None for name in names}
+    absent = {name: None for name, given in presence.items() if not given}
+    return (capture(layer, {**ABSENT_IN_TRAINING, **absent}) if absent else graph), presence
+
+
+def _own_name(layer: nn.Module, site: Site, taken: list[str]) -> str:
+    """A name for a branch that is left dense: what its one large module is called, else its kind."""
+    called = [str(n.target) for n in site.nodes if n.op == "call_module"]
+    large = [name for name in called if holds_matrix(layer.get_submodule(name))]
+    own = large[0].replace(".", "_") if len(large) == 1 else site.kind
+    numbered = (f"{own}_{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([own], numbered) if name not in taken)

@@ -1,0 +1,141 @@
+"""Prove a rewrite by running it: each distinct rewritten layer beside the original on a small probe.
+
+What the analysis concludes from a graph may be wrong: an attention that counts its own rows, an argument whose absence
+changes what is computed. So the model runs once on a few tokens, what its layers are handed is recorded, and then, for
+each distinct layer, without touching the model:
+
+- every token kept: values and gradients are the original layer's (`skip`, `stand_in`);
+- some tokens kept, others at each site: values and gradients are those of the original graph with attention masked to
+  the kept keys and the branch zeroed at dropped tokens. For `exact` the values are the original layer's everywhere, and
+  the gradients those of the masked graph.
+Both with padding, and without (values alone), where layers are often handed no mask.
+
+The expected values come from the captured graph run node by node (`graph.oracle`) under transformers' eager attention,
+with explicit masks; no pass, kernel or generated code takes part. Not proven: the rounding of float8, other recompute
+policies, what a compiler makes of a graph, layers that FSDP2 has sharded. Quantised weights are proven within their
+rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lemo_fx.errors import LemoError
+from lemo_fx.graph.probe import Probe, record
+from lemo_fx.graph.sites import Site
+from lemo_fx.passes.rewrite import LayerRewrite
+from lemo_fx.planning.trial import Fault, OriginalFails, Trial
+
+
+class Proofs:
+    """The proofs of one model's layers. The model runs when the first layer is met that is like none proven before.
+
+    Args:
+        layers: all its decoder layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model, self.layers = model, layers
+        self.probes: list[Probe] | None = None
+        self.obstacle = ""
+        if any(isinstance(layer, FSDPModule) for layer in layers):
+            self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
+        config: Any = getattr(model, "config", None)
+        self.key = (type(model), config.to_json_string() if hasattr(config, "to_json_string") else None)
+
+    def fault(self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site]) -> Fault | None:
+        """What is wrong with a rewritten layer; None where nothing is, or it cannot be proven (`obstacle` says why).
+
+        Args:
+            captured, sites: as in `prove`.
+        """
+        if self.obstacle:
+            return None
+        key = (*self.key, *signature(rewrite))
+        if key not in _known:
+            if not self._recorded_all(rewrite.layer):
+                return None
+            assert self.probes is not None
+            try:
+                _known[key] = prove(rewrite, captured, sites, self.probes)
+            except OriginalFails as error:
+                self.obstacle = f"a layer does not run by itself: {error}"
+                return None
+        return _known[key]
+
+    def usual(self, layer: nn.Module) -> Mapping[str, Any]:
+        """The arguments by name of a layer's call without padding; empty where the model cannot be run."""
+        if self.obstacle or not self._recorded_all(layer):
+            return {}
+        assert self.probes is not None
+        return self.probes[-1].calls[layer]
+
+    def _recorded_all(self, layer: nn.Module) -> bool:
+        if self.probes is None:
+            try:
+                self.probes = record(self.model, self.layers)
+            except LemoError as error:
+                self.obstacle = f"it does not run on plain token ids: {error}"
+                return False
+        if not all(layer in calls for probe in self.probes for calls in (probe.calls, probe.explicit)):
+            self.obstacle = "some layers are not called in a forward pass of plain token ids"
+            return False
+        return True
+
+
+_known: dict[tuple[Any, ...], Fault | None] = {}
+"""What was proven in this process: models of one kind need it once."""
+
+
+def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
+    """Equal for layers of which one proof is enough: the same code on modules of like kinds, settings and shapes."""
+    graphs = [rewrite.graph, *rewrite.functions.values()]
+    called = [n.target for graph in graphs for n in graph.nodes if n.op == "call_function"]
+    modules = [(name, type(m), type(m).forward, _settings(m)) for name, m in rewrite.layer.named_modules()]
+    weights = [
+        (name, type(p.data), p.shape, p.dtype, p.device.type, p.requires_grad)
+        for name, p in rewrite.layer.named_parameters()
+    ]
+    parts = [(name, type(part), getattr(part, "note", "")) for name, part in rewrite.modules.items()]
+    presence = tuple(rewrite.presence.items())
+    return (presence, *(str(graph) for graph in graphs), *called, *modules, *weights, *parts)
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's numbers, switches and words are, but for its place in the model."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)}
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    places = ("layer_idx", "layer_index", "layer_id")
+    return (implementation, *sorted((k, repr(v)) for k, v in plain.items() if k not in places))
+
+
+def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probes: Sequence[Probe]) -> Fault | None:
+    """Run a rewritten layer beside the original; None where they agree.
+
+    Args:
+        rewrite: of a layer, after all passes.
+        captured: the graph of that layer's forward before any pass, and `sites` in it, in the order of `rewrite.sites`;
+            see `snapshot`.
+    """
+    built: list[fx.GraphModule] = []
+    for probe in probes:
+        call = probe.calls[rewrite.layer]
+        if any((call.get(name) is not None) != given for name, given in rewrite.presence.items()):
+            continue
+        # Kernels for half precision refuse float32, and some have no backward (flex_attention on the CPU).
+        for float32, gradients in itertools.product((True, False), (True, False) if probe.padded else (False,)):
+            try:
+                fault = Trial(rewrite, captured, sites, probe, float32, gradients, built).run()
+                break
+            except OriginalFails as error:
+                reason = error
+        else:
+            raise reason
+        if fault is not None:
+            return fault
+    return None
