@@ -23,10 +23,9 @@ from torch import nn
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import PredictorError
 from lemo_fx.files import write_text, writing
-from lemo_fx.fitting.training import Recipe, random_weights
 from lemo_fx.graph.anatomy import causal_model, decoder_layers
 from lemo_fx.graph.sites import site_names
-from lemo_fx.runtime.network import DECAYS
+from lemo_fx.runtime.network import DECAYS, default_width, random_weights
 from lemo_fx.runtime.scores import Candidates, PredictedScore
 from lemo_fx.runtime.stand_in import StandIn
 
@@ -163,7 +162,7 @@ class Predictors:
                 continue
             for name, kind in site_names(layer):
                 if config.site(kind) is not None:
-                    weights = random_weights(kind, hidden, Recipe().width_of(kind, hidden), generator)
+                    weights = random_weights(kind, hidden, default_width(kind, hidden), generator)
                     tensors.update({f"layers.{index}.{name}.predictor.{n}": w for n, w in weights.items()})
         record = {**identity(model, len(layers), config.block_size), "random": True}
         return cls(tensors, record)

@@ -1,7 +1,93 @@
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
 
 import lemo_fx
+
+HOUSE = Path(lemo_fx.__file__).parent
+FLOORS = (
+    {"errors", "_version"},
+    {"kernels", "config", "files"},
+    {"distributed", "measure"},
+    {"graph"},
+    {"runtime", "reporting"},
+    {"passes", "predictors"},
+    {"planning", "recall", "draw"},
+    {"install"},
+    {"api"},
+    {"fitting", "callback"},
+    {"cli"},
+    {"__main__"},
+)
+"""Files and folders of the package, each above all that it imports."""
+
+
+def files():
+    """All modules by dotted name, those of passes/ and kernels/ included."""
+    paths = [*HOUSE.rglob("*.py"), *(p for link in ("passes", "kernels") for p in (HOUSE / link).rglob("*.py"))]
+    parts = {p: p.relative_to(HOUSE).with_suffix("").parts for p in paths}
+    return {".".join(("lemo_fx", *name)).removesuffix(".__init__"): path for path, name in parts.items()}
+
+
+def imports(name, path, known):
+    """Modules of the package that one imports, but for what only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    unread = {id(inner) for branch in typing for inner in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in unread:
+            yield from (alias.name for alias in node.names if alias.name in known)
+        if isinstance(node, ast.ImportFrom) and id(node) not in unread:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found = inner if inner in known else node.module
+                # Of the package itself, `from lemo_fx import transform` names what it hands on.
+                if found in known and found not in (name, "lemo_fx"):
+                    yield found
+
+
+def flow(of=lambda name: name):
+    known = files()
+    pairs = {(of(name), of(other)) for name, path in known.items() for other in imports(name, path, known)}
+    return nx.DiGraph(pair for pair in pairs if pair[0] != pair[1])
+
+
+def top(name):
+    return [*name.split("."), "__init__"][1]
+
+
+def test_no_circle_of_imports_between_files_or_folders():
+    assert len(flow()) > 90
+    assert list(nx.simple_cycles(flow())) == []
+    assert list(nx.simple_cycles(flow(top))) == []
+
+
+def test_each_file_and_folder_imports_only_what_stands_below_it():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    rooms = {top(name) for name in files()} - {"__init__"}
+    assert set(floor) == rooms
+    assert [
+        (one, other) for one, other in flow(top).edges if "__init__" not in (one, other) and floor[one] <= floor[other]
+    ] == []
+
+
+def test_no_module_above_four_hundred_lines_and_few_at_the_top():
+    long = {name: count for name, path in files().items() if (count := len(path.read_text().splitlines())) > 400}
+    assert long == {}
+    assert len(list(HOUSE.glob("*.py"))) <= 15
+    assert len([p for p in HOUSE.iterdir() if (p / "__init__.py").exists() and not p.is_symlink()]) <= 6
+
+
+@pytest.mark.parametrize("script", ["import lemo_fx.a\n", "from lemo_fx.a import x\n", "from lemo_fx import a\n"])
+def test_every_spelling_of_an_import_counts(tmp_path, script):
+    """What only a type checker reads does not."""
+    file = tmp_path / "b.py"
+    file.write_text(f"{script}if TYPE_CHECKING:\n    from lemo_fx import c\n")
+    assert list(imports("lemo_fx.b", file, {"lemo_fx", "lemo_fx.a", "lemo_fx.b", "lemo_fx.c"})) == ["lemo_fx.a"]
 
 
 def run(script):

@@ -14,10 +14,11 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, PredictorError, Predictors
-from lemo_fx.fitting.training import Blocks, Recipe, compressed, predict, random_weights, recall, train
+from lemo_fx.fitting.training import Blocks, Recipe, predict, recall, train
 from lemo_fx.kernels.select_blocks.reference import WINDOWS, balanced
 from lemo_fx.predictors import RECORD, TENSORS
 from lemo_fx.runtime import network
+from lemo_fx.runtime.network import compressed, random_weights
 from lemo_fx.runtime.scores import Candidates, PredictedScore, Predictor
 from tests.helpers.tiny import TOLERANCE, assert_same_step, batch, packed, step, tiny, with_lora
 

@@ -11,7 +11,8 @@ import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers, is_softmax_attention
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture
-from lemo_fx.graph.sites import find_sites, why_not_token_wise
+from lemo_fx.graph.sites import find_sites
+from lemo_fx.graph.token_wise import why_not_token_wise
 
 PARALLEL = ("gpt_neox", "phi")
 

@@ -36,11 +36,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, Predictors, measure
-from lemo_fx.fitting.training import Blocks, Recipe, kept, predict, random_weights, recall, train
+from lemo_fx.fitting.training import Blocks, Recipe, kept, predict, recall, train
 from lemo_fx.kernels.select_blocks.reference import balanced
 from lemo_fx.predictors import fingerprint, hidden_size
 from lemo_fx.runtime import network
 from lemo_fx.runtime.kept import take
+from lemo_fx.runtime.network import random_weights
 from lemo_fx.runtime.scores import ActivationScore, Candidates, PredictedScore
 
 ROOT = Path(__file__).resolve().parent.parent

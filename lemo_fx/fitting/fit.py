@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,104 +27,18 @@ from torch import nn
 
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind, as_config, is_count, is_number
-from lemo_fx.errors import ConfigError, InputError, PredictorError, UnsupportedModelError
+from lemo_fx.errors import ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_tensors, write_text, writing
 from lemo_fx.fitting.profile import probe
+from lemo_fx.fitting.sequences import read_sequences
+from lemo_fx.fitting.statistics import BranchStatistics, stream_files
 from lemo_fx.fitting.thresholds import tune
 from lemo_fx.fitting.training import Blocks, Recipe, predict, recall, train
-from lemo_fx.graph.anatomy import decoder_layers, has_rope, longest_context, require_model
+from lemo_fx.graph.anatomy import decoder_layers, require_model
 from lemo_fx.predictors import Predictors, hidden_size, identity
 
 SCRATCH = 16 << 30
 """Bytes of token streams that may lie in the folder at a time; those of one layer always may."""
-
-
-class BranchStatistics(nn.Module):
-    """A probe: sums up second moments of a branch's input and output, and writes scored streams to files.
-
-    Memory is that of two [H, H] matrices, whatever the length of the sequences. The files get every token of the stream
-    in half precision, scaled to unit mean square, and the true scores; both padded to the longest sequence.
-
-    Args:
-        path: of the files, without their endings; written to where the probe is given scores.
-        longest: tokens of the longest sequence; per_score: tokens that one score is for.
-    """
-
-    def __init__(self, hidden: int, device: torch.device, path: Path, longest: int, per_score: int) -> None:
-        super().__init__()
-        self.stream_file, self.score_file = _files(path)
-        self.longest, self.per_score = longest, per_score
-        self.count = 0
-        self.sums = [torch.zeros(hidden, dtype=torch.float64, device=device) for _ in range(2)]
-        self.products = [torch.zeros(hidden, hidden, dtype=torch.float32, device=device) for _ in range(2)]
-        self.square = torch.zeros((), dtype=torch.float64, device=device)
-        for file in _files(path):
-            file.unlink(missing_ok=True)
-
-    def forward(
-        self,
-        source: torch.Tensor,
-        output: torch.Tensor,
-        stream: torch.Tensor | None = None,
-        scores: torch.Tensor | None = None,
-        mask: Any = None,
-    ) -> None:
-        """Note one forward pass: source [B, S, H] the branch's normed input, output [B, S, H] what it adds.
-
-        Args:
-            stream: [1, S, H] the residual stream that the branch reads; scores: [1, n] true informativeness.
-        """
-        if stream is not None and scores is not None:
-            tokens = stream[0].float()
-            tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6)
-            _append(self.stream_file, tokens.half().cpu(), self.longest)
-            _append(self.score_file, scores[0].float().cpu(), -(-self.longest // self.per_score))
-        x, y = source.detach().flatten(0, -2).float(), output.detach().flatten(0, -2).float()
-        self.count += x.shape[0]
-        self.sums[0] += x.sum(0)
-        self.sums[1] += y.sum(0)
-        self.products[0].addmm_(x.T, x)
-        self.products[1].addmm_(x.T, y)
-        self.square += y.square().sum()
-
-    def solve(self, rank: int, ridge: float) -> tuple[dict[str, torch.Tensor], float]:
-        """Reduced-rank ridge regression of output on source.
-
-        Args:
-            rank: of the map.
-            ridge: added to the diagonal, as a share of its mean.
-
-        Returns:
-            ({"down" [H, r], "up" [r, H], "bias" [H]}, share of the output's variance that it explains).
-        """
-        mean_x, mean_y = (s / self.count for s in self.sums)
-        xx = self.products[0].double() / self.count - torch.outer(mean_x, mean_x)
-        xy = self.products[1].double() / self.count - torch.outer(mean_x, mean_y)
-        hidden = xx.shape[0]
-        xx_ridged = xx + ridge * xx.diagonal().mean() * torch.eye(hidden, dtype=xx.dtype, device=xx.device)
-        full = torch.linalg.solve(xx_ridged, xy)
-        # The best map of a given rank projects the fitted values on their leading directions.
-        directions = torch.linalg.eigh(full.T @ xx @ full).eigenvectors[:, -min(rank, hidden) :]
-        down, up = full @ directions, directions.T
-        low = down @ up
-        variance = self.square / self.count - mean_y.square().sum()
-        missed = variance - 2 * (low * xy).sum() + (low * (xx @ low)).sum()
-        explained = 1 - float(missed / variance.clamp_min(1e-30))
-        parts = {"down": down, "up": up, "bias": mean_y - mean_x @ low}
-        return {name: value.float().contiguous().cpu() for name, value in parts.items()}, explained
-
-
-def _files(path: Path) -> tuple[Path, Path]:
-    return path.with_name(path.name + ".stream"), path.with_name(path.name + ".scores")
-
-
-def _append(path: Path, values: torch.Tensor, rows: int) -> None:
-    """Write values, followed by zeros up to a number of rows."""
-    padded = values.new_zeros(rows, *values.shape[1:])
-    padded[: len(values)] = values
-    # Not ndarray.tofile, which says nothing when the last bytes find no room.
-    with writing(path), path.open("ab") as file:
-        file.write(padded.numpy().data)
 
 
 def fit(
@@ -191,25 +105,7 @@ def fit(
         raise ConfigError(f"rank={rank!r} must be a whole number, at least 1")
     if not (is_number(ridge) and 0 < ridge < float("inf")):
         raise ConfigError(f"ridge={ridge!r} must be a positive number")
-    batches = list(_batches(sequences))
-    if not batches:
-        raise InputError("fit needs at least one sequence of token ids")
-    if max(ids.shape[1] for ids in batches) < 2:
-        raise InputError("every sequence is a single token: there is nothing to choose from")
-    most = longest_context(getattr(model, "config", None))
-    words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
-    for number, ids in enumerate(batches):
-        if most is not None and ids.shape[1] > most:
-            more = ", or set rope scaling in the model's config" if has_rope(model.config) else ""
-            raise InputError(
-                f"sequence {number} has {ids.shape[1]} tokens; {type(model).__name__} reads up to {most}: cut it{more}"
-            )
-        if ids.min() < 0 or ids.max() >= words:
-            raise InputError(
-                f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "
-                "the text encoded by its own tokenizer?"
-            )
-    _check_blocks(config.block_size, most, max(ids.shape[1] for ids in batches))
+    batches = read_sequences(model, sequences, config.block_size)
     hidden = hidden_size(model)
     with contextlib.ExitStack() as stack, Progress(disable=not progress, transient=True) as bar:
         scratch = Path(folder) if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -258,17 +154,6 @@ def fit(
     return predictors
 
 
-def _check_blocks(size: int, most: int | None, longest: int) -> None:
-    """Raise ConfigError where no sequence fills a block of tokens."""
-    if most is not None and size > most:
-        raise ConfigError(f"block_size={size}: the model reads up to {most} tokens, less than one block: lower it")
-    if size > longest:
-        raise ConfigError(
-            f"block_size={size}: the longest sequence has {longest} tokens, less than one block: give longer ones, or "
-            "lower it"
-        )
-
-
 def _prepare(work: Path, key: str) -> None:
     """An empty folder, or the one that a killed run with the same key left."""
     note = work / "key"
@@ -313,7 +198,7 @@ class Profile:
         """A site's scored streams, mapped from their files."""
         stream, scores = (
             torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)
-            for file, dtype in zip(_files(work / site), (torch.float16, torch.float32), strict=True)
+            for file, dtype in zip(stream_files(work / site), (torch.float16, torch.float32), strict=True)
         )
         count, longest = len(self.lengths), max(self.lengths)
         valid = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
@@ -404,40 +289,6 @@ def _trained(
         facts["recall"] = round(recall(predicted, heldout.block_scores, heldout.real, 0.4), 4)
     write_tensors(weights_file, trained.weights)
     write_text(record_file, json.dumps(facts))
-    for file in _files(work / site):
+    for file in stream_files(work / site):
         file.unlink()
     return trained.weights, facts
-
-
-def _batches(sequences: Any) -> Iterator[torch.Tensor]:
-    """Each sequence as a [1, S] tensor: no padding, whatever the lengths, and none of what a mask takes for padding."""
-    if isinstance(sequences, str) or not isinstance(sequences, Iterable):
-        raise InputError(f"{_TOKEN_IDS}, not {type(sequences).__name__}")
-    for number, row in enumerate(sequences):
-        try:
-            fields = dict(row) if hasattr(row, "keys") else {"input_ids": row}
-            ids = _tensor(fields["input_ids"])
-            mask = fields.get("attention_mask")
-            mask = None if mask is None else _tensor(mask)
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"{_TOKEN_IDS}: {error}") from error
-        if ids.dim() != 1 or ids.is_floating_point() or ids.numel() == 0:
-            raise InputError(_TOKEN_IDS)
-        if mask is not None:
-            if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
-                raise InputError(
-                    f"sequence {number}: its attention_mask {list(mask.shape)} must hold a 1 or a 0 for each of its "
-                    f"{len(ids)} token ids"
-                )
-            # Its real tokens alone give what they give beside padding, on whichever side that is.
-            ids = ids[mask.bool().to(ids.device)]
-            if not len(ids):
-                raise InputError(f"sequence {number}: its attention_mask leaves no token")
-        yield ids.long()[None]
-
-
-def _tensor(values: Any) -> torch.Tensor:
-    return torch.as_tensor(values if isinstance(values, Sequence | torch.Tensor) else list(values))
-
-
-_TOKEN_IDS = "sequences must be token ids: a list of lists, a [N, S] tensor, or rows with 'input_ids'"

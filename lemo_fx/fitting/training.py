@@ -31,8 +31,8 @@ class Recipe:
 
     Attributes:
         width: of an attention's hidden layers and I^(Q), I^(K) after elastic size transformation; None for
-            `attention_width(H)`.
-        mlp_width: of an MLP's hidden layers; None for `mlp_width(H)`.
+            `network.default_width`.
+        mlp_width: of an MLP's hidden layers; None for `network.default_width`.
         elastic: start `WIDER` and prune the neurons that are most often zero, until the width is left.
         loss: "log": squared error of the scores' logarithms; "kl": listwise, the divergence between the shares of the
             sequence's total that each block holds; "regression": squared error of raw scores (the paper).
@@ -51,13 +51,9 @@ class Recipe:
     seed: int = 0
 
     def width_of(self, kind: SiteKind, hidden: int) -> int:
-        """Width for one kind of site of a model of this hidden size.
-
-        By default H / 32 for each of an attention's two networks and H / 16 for an MLP's: H^2 / 8 bytes a layer, and
-        about 1 % of the arithmetic of a layer's step.
-        """
-        given, share = (self.width, 32) if kind == "attention" else (self.mlp_width, 16)
-        return max(4, hidden // share) if given is None else given
+        """Width for one kind of site of a model of this hidden size."""
+        given = self.width if kind == "attention" else self.mlp_width
+        return network.default_width(kind, hidden) if given is None else given
 
 
 @dataclass
@@ -141,7 +137,7 @@ def train(
     unit = float(blocks.scores[blocks.valid if blocks.of_tokens else blocks.real].mean().clamp_min(1e-12))
     last = recipe.width_of(kind, hidden)
     width = math.ceil(last * WIDER) if recipe.elastic else last
-    weights = _initial(kind, hidden, width, last, generator)
+    weights = network.initial_weights(kind, hidden, width, last, generator)
     before = sum(w.numel() for w in weights.values())
     if kind == "attention":
         weights["distance"] = _distance_profile(blocks, unit) / DISTANCE_PACE
@@ -190,7 +186,7 @@ def train(
         predicted = predict(weights, some, device)
         weights = _scaled(weights, float(some.block_scores[some.real].sum() / predicted[some.real].sum()))
     record["parameters"] = [before, sum(w.numel() for w in weights.values())]
-    return Trained({name: w.cpu().contiguous() for name, w in compressed(weights).items()}, record)
+    return Trained({name: w.cpu().contiguous() for name, w in network.compressed(weights).items()}, record)
 
 
 def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -212,20 +208,6 @@ def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.devi
     return torch.cat(parts)
 
 
-def compressed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The form in which weights are kept: `first` in int8, everything else in bfloat16.
-
-    Each column of `first` has a scale of its own, which moves through the ReLU into the rows of `second`.
-    """
-    largest = weights["first"].abs().amax(1).clamp_min(1e-12)
-    scale = largest / (127 * network.QUANTUM)
-    small = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    small["first"] = (weights["first"] / (scale[:, None] * network.QUANTUM)).round().to(torch.int8)
-    small["first_bias"] = (weights["first_bias"] / scale).to(torch.bfloat16)
-    small["second"] = (weights["second"] * scale[:, :, None]).to(torch.bfloat16)
-    return small
-
-
 def _distance_profile(blocks: Blocks, unit: float) -> torch.Tensor:
     """The distance bias with which empty networks predict the mean score of every position, [len(DECAYS)]."""
     lengths = blocks.real.sum(1)
@@ -242,34 +224,6 @@ def _distance_profile(blocks: Blocks, unit: float) -> torch.Tensor:
 
 def _zero_counts(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [torch.zeros_like(weights[name]) for name in ("first_bias", "second_bias")]
-
-
-def random_weights(
-    kind: SiteKind, hidden: int, width: int, generator: torch.Generator, compress: bool = True
-) -> dict[str, torch.Tensor]:
-    """Weights of a predictor's final size, as training would start from them."""
-    weights = _initial(kind, hidden, width, width, generator)
-    return compressed(weights) if compress else weights
-
-
-def _initial(kind: SiteKind, inputs: int, hidden: int, outputs: int, generator: torch.Generator):
-    networks, outputs = (2, outputs) if kind == "attention" else (1, 1)
-
-    def matrix(rows: int, columns: int, gain: float = 2.0) -> torch.Tensor:
-        return torch.randn(networks, rows, columns, generator=generator) * math.sqrt(gain / rows)
-
-    weights = {
-        "first": matrix(inputs, hidden),
-        "first_bias": torch.zeros(networks, hidden),
-        "second": matrix(hidden, hidden),
-        "second_bias": torch.zeros(networks, hidden),
-        # Small, so that training starts from the distance bias or the offset alone.
-        "third": matrix(hidden, outputs, gain=0.02),
-    }
-    weights["distance" if kind == "attention" else "offset"] = torch.zeros(
-        len(network.DECAYS) if kind == "attention" else 1
-    )
-    return weights
 
 
 def _loss(

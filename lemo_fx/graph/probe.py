@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
 from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, uncompiled
-from lemo_fx.graph.sites import is_quantised
+from lemo_fx.graph.token_wise import is_quantised
 
 BATCH, LENGTH = 2, 23
 """Of the probe, [B, S]."""

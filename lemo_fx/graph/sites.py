@@ -14,51 +14,24 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx, nn
-from torch.nn import functional
 
 from lemo_fx.config import SiteKind
 from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.graph.capture import (
     ABSENT_IN_TRAINING,
     capture,
-    is_tensor_function,
-    modes_kept,
     module_of,
     remove_dead_nodes,
 )
+from lemo_fx.graph.token_wise import why_not_alone, why_not_elementwise, why_not_token_wise
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
 SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to")
-
-ELEMENTWISE_FUNCTIONS = frozenset(
-    {
-        operator.add,
-        operator.mul,
-        operator.sub,
-        operator.truediv,
-        operator.neg,
-        torch.add,
-        torch.mul,
-        torch.tanh,
-        torch.sigmoid,
-        functional.dropout,
-        functional.gelu,
-        functional.silu,
-        functional.relu,
-        functional.linear,
-        functional.layer_norm,
-        functional.rms_norm,
-    }
-)
-"""Functions that treat each token alone when their tensor arguments are [B, S, H] rows or parameters."""
-
-ELEMENTWISE_METHODS = frozenset({"to", "float", "type", "type_as", "contiguous", "add", "mul", "sub", "div", "tanh"})
 
 
 @dataclass(frozen=True)
@@ -292,7 +265,7 @@ def _why_not(graph: fx.Graph, site: Site) -> Refusal | None:
             reason = why_not_token_wise(module, _width(graph))
             if reason:
                 return Refusal(node.name, f"{type(module).__name__} {reason}", site)
-        elif reason := _why_not_elementwise(node, attentions):
+        elif reason := why_not_elementwise(node, attentions):
             return Refusal(node.name, reason, site)
     if len(attentions) > 1:
         return Refusal(attentions[1].name, "is a second attention in one branch", site)
@@ -326,7 +299,7 @@ def _is_token_wise(graph: fx.Graph, site: Site) -> bool:
             interpreter.env[node] = interpreter.run_node(node)
         return interpreter.env[site.branch]
 
-    return _why_not_alone(run, nn.ModuleList(called), (2, 8, _width(graph))) is None
+    return why_not_alone(run, nn.ModuleList(called), (2, 8, _width(graph))) is None
 
 
 def _is_heavy(graph: fx.Graph, node: fx.Node) -> bool:
@@ -348,86 +321,6 @@ def _width(graph: fx.Graph) -> int:
         vectors = [w for w in called if isinstance(w, torch.Tensor) and w.dim() == 1]
         size = vectors[0].numel() if vectors else next(p for p in layer.parameters() if p.dim() == 2).shape[-1]
     return int(size)
-
-
-def why_not_token_wise(module: nn.Module, width: int) -> str | None:
-    """None if the module treats each token alone, else why that is not shown.
-
-    Shown by running it: eight random tokens give the same rows in another order and on their own. This covers norms,
-    dropouts (switched off here), dense and mixture-of-experts MLPs and adapters alike, without a list of names. Of a
-    tuple, the first value counts.
-    """
-    reason = _why_not_alone(module, module, (1, 8, width))
-    inner = _feeds_from_inner_width(module, width)
-    return _why_not_alone(module, module, (1, 8, inner)) if reason and inner else reason
-
-
-def _why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shape: tuple[int, int, int]) -> str | None:
-    """None if a function, which calls a module or several, gives the same rows in another order and on their own."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        dtype, device = torch.float32, torch.device("cpu")
-    elif parameter.device.type == "meta":
-        return "has its weights on the meta device"
-    else:
-        dtype, device = parameter.dtype, parameter.device
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
-    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
-    with modes_kept(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for submodule in module.modules():
-            # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
-            submodule.training = submodule.training and is_quantised(submodule)
-        try:
-            whole = _first(run(x))
-            if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
-                return "does not return one row per token"
-            permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            problem = [*str(error).splitlines(), ""][0]
-            if isinstance(error, TypeError) and "missing" in problem:
-                return "is no softmax attention that transformers dispatches, and reads more than its token"
-            return f"is no softmax attention that transformers dispatches, and could not be tried on rows: {problem}"
-    # Quantised activations (LLM.int8) round a token differently in other company, which is not mixing.
-    exact = dtype in (torch.float32, torch.float64) and not any(is_quantised(m) for m in module.modules())
-    atol, rtol = (1e-4, 1e-3) if exact else (5e-2, 5e-2)
-    pairs = ((permuted, whole[:, order]), (alone, whole[:, 2:5]))
-    if all(one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=atol) for one, other in pairs):
-        return None
-    return "mixes tokens, but is not a softmax attention that transformers dispatches"
-
-
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) and out else out
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ)."""
-    return any(
-        not t.is_floating_point() and t.dim() > 0
-        for t in (*module._parameters.values(), *module._buffers.values())
-        if t is not None
-    )
-
-
-def _feeds_from_inner_width(module: nn.Module, width: int) -> int:
-    """The input width of a bare projection such as OPT's fc2, where it is not the hidden size; else 0."""
-    size = getattr(module, "in_features", 0)
-    return int(size) if size and size != width else 0
-
-
-def _why_not_elementwise(node: fx.Node, attentions: list[fx.Node]) -> str | None:
-    if node.op == "call_function" and node.target is operator.getitem:
-        return None if node.args[0] in attentions else "indexes a value inside the branch"
-    if node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS:
-        return None
-    if node.op == "call_method" and node.target in ELEMENTWISE_METHODS:
-        return None
-    if (node.op, node.target) == ("call_method", "size"):
-        return None
-    name = f"{node.target.__module__}.{node.target.__name__}" if callable(node.target) else str(node.target)
-    known = " of torch" if is_tensor_function(node.target) else ""
-    return f"calls {name}{known}, which is not known to treat tokens one by one"
 
 
 def _flattenings(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:

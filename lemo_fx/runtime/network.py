@@ -12,11 +12,13 @@ true scores follow from the MLP's own weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
 
+from lemo_fx.config import SiteKind
 from lemo_fx.kernels.select_blocks.reference import block_any
 
 DECAYS = (0.0, 2.0, 0.5, 0.125, 1 / 32, 1 / 128, 1 / 512)
@@ -175,3 +177,54 @@ def scores(
         pairs: see `attention_scores`.
     """
     return block_scores(weights, network(weights, stream)[1], valid, block_size, pairs)
+
+
+def default_width(kind: SiteKind, hidden: int) -> int:
+    """H / 32 for each of an attention's two networks and H / 16 for an MLP's.
+
+    That is H^2 / 8 bytes a layer, and about 1 % of the arithmetic of a layer's step.
+    """
+    return max(4, hidden // (32 if kind == "attention" else 16))
+
+
+def random_weights(
+    kind: SiteKind, hidden: int, width: int, generator: torch.Generator, compress: bool = True
+) -> dict[str, torch.Tensor]:
+    """Weights of a predictor's final size, as training would start from them."""
+    weights = initial_weights(kind, hidden, width, width, generator)
+    return compressed(weights) if compress else weights
+
+
+def initial_weights(
+    kind: SiteKind, inputs: int, hidden: int, outputs: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Floating weights from which training starts; `outputs` counts for an attention only."""
+    networks, outputs = (2, outputs) if kind == "attention" else (1, 1)
+
+    def matrix(rows: int, columns: int, gain: float = 2.0) -> torch.Tensor:
+        return torch.randn(networks, rows, columns, generator=generator) * math.sqrt(gain / rows)
+
+    weights = {
+        "first": matrix(inputs, hidden),
+        "first_bias": torch.zeros(networks, hidden),
+        "second": matrix(hidden, hidden),
+        "second_bias": torch.zeros(networks, hidden),
+        # Small, so that training starts from the distance bias or the offset alone.
+        "third": matrix(hidden, outputs, gain=0.02),
+    }
+    weights["distance" if kind == "attention" else "offset"] = torch.zeros(len(DECAYS) if kind == "attention" else 1)
+    return weights
+
+
+def compressed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The form in which weights are kept: `first` in int8, everything else in bfloat16.
+
+    Each column of `first` has a scale of its own, which moves through the ReLU into the rows of `second`.
+    """
+    largest = weights["first"].abs().amax(1).clamp_min(1e-12)
+    scale = largest / (127 * QUANTUM)
+    small = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    small["first"] = (weights["first"] / (scale[:, None] * QUANTUM)).round().to(torch.int8)
+    small["first_bias"] = (weights["first_bias"] / scale).to(torch.bfloat16)
+    small["second"] = (weights["second"] * scale[:, :, None]).to(torch.bfloat16)
+    return small
