@@ -209,21 +209,21 @@ class LemoConfig:
             never exist in training; `"auto"` chooses by vocabulary and length, `None` leaves the head alone.
         recompute: what activation checkpointing, where the model has it switched on, computes again in the backward.
             `"all"`: a branch keeps its kept rows only. `"projections"`: it keeps the attention's output too, so that
-            attention, quadratic in length, is not computed twice. `"elementwise"`: it keeps every matrix product as
-            well, and computes only norms, casts and activation functions again: about a quarter less activation memory
-            than training without checkpointing, for little time. Dense layers take part.
+            attention, quadratic in length, is not computed twice. `"elementwise"`: it keeps what every matmul
+            computed as well, and recomputes only norms, casts and activation functions: about a quarter less
+            activation memory than training without checkpointing, for little time. Dense layers take part.
         offload: under activation checkpointing on a GPU, what a layer keeps for the backward waits in pinned host
             memory and comes back while the layer after it is in its backward, so that GPU memory does not grow with
             the number of layers. Dense layers take part. Changes no number; does nothing on the CPU.
         forward: precision of the forward without gradient that `exact` runs. `"model"`: the model's own. `"float8"`:
-            the products of frozen linear layers in float8, rounded with one scale a token and one an output channel,
-            where a GPU has such products (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own,
+            the matmuls of frozen linear layers in float8, rounded with one scale a token and one an output channel,
+            where a GPU has float8 matmuls (NVIDIA compute capability 8.9 and up; other GPUs stay with the model's own,
             and the CPU rounds as if it had them).
-        backward: the same for what `exact` computes with gradient: the kept tokens' recompute, and the gradients that
-            pass through frozen linear layers. Uncompiled, the kept tokens' values come from there and are rounded too.
-            Together with `forward="float8"` all other branches of the decoder layers compute so too, those of dense
-            layers included; a site with `keep=1.0` stays the original's. Float32 adapters of a bfloat16 model multiply
-            in bfloat16 wherever the layers beside them are in float8, as they do under autocast.
+        backward: precision of the matmuls that `exact` runs with gradient: the recomputation of the kept tokens and the
+            input gradients of frozen linear layers. In eager mode the forward values of the kept tokens come from that
+            recomputation and are rounded as well. With `forward="float8"` too, all other branches of the decoder layers
+            run in float8, those of dense layers included, but for sites with `keep=1.0`. Float32 adapters of a bfloat16
+            model then multiply in bfloat16, as they do under autocast.
         active: `"training"`: in `eval()`, in `generate()` or with a cache that a call brings or asks for the original
             code runs. `"always"`: the sparse forward also runs in `eval()`, for studies, where there is no such cache.
     """

@@ -87,8 +87,8 @@ def restore_exact(
     """
     if dropped is None or rest.shape[1] == stream.shape[1]:
         if torch.compiler.is_compiling():
-            # Adds nothing, but the forward reads the choice. A compiler would else choose in the backward alone, where
-            # choices are only looked up.
+            # Adds zero, and makes the forward depend on `tokens`: otherwise the partitioner moves the selection into
+            # the backward, where selections are only looked up.
             rest = rest + tokens[:, :1, None].clamp(max=0).to(rest.dtype)
         return _ValuesAndGradient.apply(stream, rest, rows, tokens)
     return restore(restore(stream, rest, dropped), rows, tokens)

@@ -75,7 +75,7 @@ def make_plans(
             continue
         if plan is not None:
             if config.is_dense(index, len(layers)) and not config.rewrites_dense_layers:
-                # The report has the note for it, as for any layer that keeps every token and is computed as before.
+                # Reported as a note, not as a row: nothing is eliminated here.
                 plan.rows.clear()
             plans.append(plan)
     for run in planning.passes:

@@ -20,7 +20,7 @@ def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if operation in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-PRODUCTS = {
+MATMULS = {
     torch.ops.aten.mm.default: 0,
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
@@ -28,36 +28,36 @@ PRODUCTS = {
     GROUPED_PRODUCT: 0,
     SCALED_PRODUCT: 0,
 }
-"""Matrix products, and which argument is the left matrix."""
+"""Matmuls, and which argument is the left matrix."""
 
 
 WIDENING = 8
 
 
-def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def keep_matmuls(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Checkpoint policy that recomputes what is cheap: norms, casts, activation functions, an adapter's way back up.
 
-    A product whose result is `WIDENING` times as wide as its input is a low-rank adapter's second one: its input is
+    A matmul whose result is `WIDENING` times as wide as its input is a low-rank adapter's second one: its input is
     kept in its place.
     """
-    if operation in PRODUCTS:
-        left, right = args[PRODUCTS[operation] :][:2]
+    if operation in MATMULS:
+        left, right = args[MATMULS[operation] :][:2]
         if right.shape[-1] < WIDENING * left.shape[-1]:
             return CheckpointPolicy.MUST_SAVE
     return keep_attention(context, operation)
 
 
 def keep_sums(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """`keep_products` for a compiler, which saves no more of what may be kept than the backward reads.
+    """`keep_matmuls` for a compiler, which saves no more of what may be kept than the backward reads.
 
     It may keep sums in the model's precision too: rotated queries and keys and the stream between two branches, in the
-    place of the products that they come from, which their adapters' part would have to be added to again.
+    place of the matmuls that they come from, to which the adapters' part would have to be added again.
     """
     if operation is torch.ops.aten.add.Tensor and all(isinstance(term, torch.Tensor) for term in args[:2]):
         first, second = args[:2]
         if first.shape == second.shape and first.dtype == second.dtype:
             return CheckpointPolicy.MUST_SAVE
-    return keep_products(context, operation, *args, **kwargs)
+    return keep_matmuls(context, operation, *args, **kwargs)
 
 
 def keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -70,7 +70,7 @@ RECOMPUTE_ALL = functools.partial(create_selective_checkpoint_contexts, keep_not
 
 SELECTIVE = {
     "projections": functools.partial(create_selective_checkpoint_contexts, keep_attention),
-    "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_products),
+    "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_matmuls),
 }
 """`LemoConfig.recompute` -> what a checkpointed branch keeps besides its arguments."""
 
@@ -88,7 +88,7 @@ def branch(
     Args:
         checkpointing: the layer's own switch (`model.gradient_checkpointing_enable()`).
         recompute: as in `LemoConfig`.
-        float8: runs the branch with the frozen linear layers' products in float8, forward and backward.
+        float8: runs the branch with the frozen linear layers' matmuls in float8, forward and backward.
     """
     if not checkpointing or not torch.is_grad_enabled():
         return function(*args) if float8 is None else float8.run(function, *args)
@@ -103,7 +103,7 @@ def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **s
         return checkpoint(function, *args, **selective)
     if torch.compiler.is_compiling():
         # A compiler does not see that what a function with a gradient of its own computes within a checkpoint is to be
-        # recomputed, unless a policy says so operation by operation; it would keep every product.
+        # recomputed, unless a policy says so operation by operation; it would keep every matmul.
         selective.setdefault("context_fn", RECOMPUTE_ALL)
         # Traced once, and a compiler lets a checkpointed function change nothing outside of it.
         return float8.run(checkpoint, function, *args, **selective)
@@ -136,7 +136,7 @@ def token_wise_branch(
         share: as in `segments`.
     """
     checkpointing = checkpointing and torch.is_grad_enabled()
-    # Where nothing is recomputed, or the wide products are kept, segments save nothing.
+    # Where nothing is recomputed, or the wide matmuls are kept, segments save nothing.
     parts = (rows,) if not checkpointing or recompute == "elementwise" else segments(rows, length, share)
     if len(parts) == 1:
         return branch(function, checkpointing, recompute, rows, *args, float8=float8)
@@ -165,7 +165,7 @@ def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None
     """Run a function for its values only: nothing is saved for the backward.
 
     Args:
-        float8: runs it with the frozen linear layers' products in float8.
+        float8: runs it with the frozen linear layers' matmuls in float8.
     """
     with torch.no_grad():
         return function(*args) if float8 is None else float8.run(function, *args)

@@ -235,7 +235,7 @@ def add_teller(module: nn.Module, config: LemoConfig, step: Step, labels: bool) 
 
 
 def pass_by(layer: nn.Module) -> None:
-    """Let the report say nothing of what an earlier step kept in a layer."""
+    """Clear a layer's kept-token counts, so that the report does not show those of an earlier step."""
     for part in layer._modules.values():
         if isinstance(part, SelectBlocks):
             part.nothing_kept()
@@ -244,7 +244,7 @@ def pass_by(layer: nn.Module) -> None:
 def call_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The `__call__` of a rewritten decoder layer that has more to do than its forward, which a compiler may cut off.
 
-    With one choice a step, the choice is made here where it falls to this layer; under `LemoConfig(offload=True)` what
+    The scores of a step (`StepScore`) are drawn here by its first sparse layer; under `LemoConfig(offload=True)` what
     the layer saves for the backward goes to the host.
     """
     settings: LayerSettings = vars(self)[STATE].settings

@@ -286,6 +286,7 @@ class StepScore(RandomScore):
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n], the same for all sites of the step."""
-        # A compiler that sees `drawn` does not ask who is first, so that the first layer shares the others' program.
+        # Branch on `drawn`, not on whether there are scores: Dynamo would guard on that, and compile the first layer
+        # separately.
         drawn = self.step.scores if self.step.drawn else None
         return (self.draw(stream) if drawn is None else drawn).to(stream.device)

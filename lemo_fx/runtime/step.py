@@ -20,7 +20,7 @@ class Step:
         labels: of the running batch, which the model tells its layers, or `lemo_fx.labels`.
         unlabelled: whether the last step that trains came without.
         scores: [B, n] of the one choice that all sites share (`score="step"`), set by the first of them.
-        drawn: whether the running layer's `scores` were seen to before its forward.
+        drawn: True while a layer runs whose `scores` were drawn outside its compiled region.
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
         hooked: whether a layer has someone's hooks in it, see `look_for_hooks`.
