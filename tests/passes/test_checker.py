@@ -1,170 +1,21 @@
-"""Each pass on a hand-built layer: how often it applies, when it does not, and what it must not touch."""
+"""The checker, on graphs broken on purpose."""
 
 import pytest
 import torch
+from layers import Layer, rewrite_of
 from torch import nn
 
 from lemo_fx.errors import GraphCheckError
-from lemo_fx.graph.capture import capture, graph_module, remove_dead_nodes
-from lemo_fx.graph.sites import find_sites
+from lemo_fx.graph.capture import remove_dead_nodes
 from lemo_fx.kernels.eliminate.op import eliminate_op
-from lemo_fx.kernels.restore.op import restore_exact, restore_op
+from lemo_fx.kernels.restore.op import restore_op
 from lemo_fx.passes import pipeline
 from lemo_fx.passes.checker import check
-from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
 from lemo_fx.passes.insert_restoration import insert_restoration
 from lemo_fx.passes.insert_scores import insert_scores
-from lemo_fx.passes.outline_branches import outline_branches
 from lemo_fx.passes.pipeline import PASSES, run_passes
-from lemo_fx.passes.rewrite import META, LayerRewrite, PlannedSite
-from lemo_fx.runtime import branch
-from lemo_fx.runtime.scores import RandomScore
-from lemo_fx.runtime.select import SelectBlocks
-from lemo_fx.runtime.step import Step
-
-
-class Layer(nn.Module):
-    gradient_checkpointing = False
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x, attention_mask=None):
-        x = x + self.first(self.norm(x))
-        return x + self.second(self.norm(x))
-
-
-class Parallel(Layer):
-    def forward(self, x, attention_mask=None):
-        return x + self.first(self.norm(x)) + self.second(self.norm(x))
-
-
-class ParallelByFunction(Layer):
-    def forward(self, x, attention_mask=None):
-        return torch.add(torch.add(x, self.first(self.norm(x))), self.second(self.norm(x)))
-
-
-class ParallelByMethod(Layer):
-    def forward(self, x, attention_mask=None):
-        return x.add(self.first(self.norm(x))).add(self.second(self.norm(x)))
-
-
-class ParallelInPlace(Layer):
-    def forward(self, x, attention_mask=None):
-        y = self.second(self.norm(x))
-        y += self.first(self.norm(x)) + x
-        return y
-
-
-PARALLEL = [Parallel, ParallelByFunction, ParallelByMethod, ParallelInPlace]
-
-
-def rewrite_of(layer, treatments=("skip", "skip"), score="random"):
-    graph = capture(layer)
-    sites, refusals = find_sites(graph)
-    assert not refusals
-    planned = [PlannedSite(f"mlp_{i}", s, t, score) for i, (s, t) in enumerate(zip(sites, treatments, strict=True))]
-    rewrite = LayerRewrite(layer, graph, planned)
-    for i, site in enumerate(planned):
-        if site.treatment:
-            rewrite.modules[f"lemo_mlp_{i}_score"] = RandomScore(i + 1, 4)
-            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, None, i + 1, Step())
-    return rewrite
-
-
-def count(graph, *targets):
-    return sum(node.target in targets for node in graph.nodes)
-
-
-@pytest.mark.parametrize(
-    ("treatments", "expected"),
-    [(("skip", "skip"), 2), (("skip", None), 1), ((None, None), 0), (("exact", "skip"), 2)],
-)
-@pytest.mark.parametrize("layer", [Layer, *PARALLEL])
-def test_counts_of_every_pass(layer, treatments, expected):
-    rewrite = rewrite_of(layer(), treatments)
-    assert insert_scores(rewrite) == expected
-    assert count(rewrite.graph, "lemo_mlp_0_score", "lemo_mlp_1_score") == expected
-    assert insert_elimination(rewrite) == expected
-    exact = treatments.count("exact")
-    assert count(rewrite.graph, eliminate_op) == expected
-    adds = 2 if layer is Layer else 1
-    assert insert_restoration(rewrite) == adds
-    remove_dead_nodes(rewrite.graph)
-    assert (count(rewrite.graph, restore_op), count(rewrite.graph, restore_exact)) == (expected - exact, exact)
-    assert fuse_shared_selection(rewrite) == 0, "two choices of their own"
-    assert outline_branches(rewrite) == 2 + exact
-    assert outline_branches(rewrite) == 0, "idempotent"
-    assert count(rewrite.graph, branch.token_wise_without_gradient) == exact
-    assert not any(META in node.meta for node in rewrite.graph.nodes)
-    check(rewrite, "the end", finished=True)
-
-
-def test_a_measured_mlp_is_scored_from_its_normed_input():
-    rewrite = rewrite_of(Layer(), score="measured")
-    assert insert_scores(rewrite) == 2
-    scores = next(n for n in rewrite.graph.nodes if n.target == "lemo_mlp_0_score")
-    assert scores.args[0].target == "norm"
-    assert scores.meta[META].gradient is False
-    assert scores.args[0].meta[META] == scores.meta[META]
-
-
-def test_shared_choices_are_fused_once():
-    layer = Layer()
-    rewrite = rewrite_of(layer)
-    insert_scores(rewrite)
-    insert_elimination(rewrite)
-    insert_restoration(rewrite)
-    one, two = (n for n in rewrite.graph.nodes if str(n.target).endswith("_select"))
-    two.replace_all_uses_with(one)
-    remove_dead_nodes(rewrite.graph)
-    assert count(rewrite.graph, restore_op, eliminate_op) == 4
-    assert fuse_shared_selection(rewrite) == 1
-    remove_dead_nodes(rewrite.graph)
-    assert count(rewrite.graph, restore_op, eliminate_op) == 2
-    assert fuse_shared_selection(rewrite) == 0, "idempotent"
-    assert outline_branches(rewrite) == 1
-    check(rewrite, "the end", finished=True)
-
-
-def test_exact_restores_are_not_fused():
-    rewrite = rewrite_of(Layer(), ("exact", "skip"))
-    for run in (insert_scores, insert_elimination, insert_restoration):
-        run(rewrite)
-    assert fuse_shared_selection(rewrite) == 0
-
-
-@pytest.mark.parametrize("layer", PARALLEL)
-def test_a_branch_that_nobody_planned_is_added_once(layer):
-    module = layer()
-    expected = module(x := torch.randn(2, 16, 8))
-    rewrite = rewrite_of(module)
-    del rewrite.sites[1], rewrite.modules["lemo_mlp_1_score"], rewrite.modules["lemo_mlp_1_select"]
-    rewrite.modules["lemo_mlp_0_select"].set_keep(1.0)
-    run_passes(rewrite)
-    torch.testing.assert_close(run(rewrite, x), expected)
-
-
-def run(rewrite, x):
-    """The rewritten layer's output."""
-    for name, part in rewrite.modules.items():
-        rewrite.layer.add_module(name, part)
-    return graph_module(rewrite.layer, rewrite.graph, rewrite.functions)(x)
-
-
-def test_the_pipeline_reports_counts_and_is_observed():
-    seen = []
-    changes = run_passes(rewrite_of(Layer()), lambda name, rewrite: seen.append((name, len(rewrite.graph.nodes))))
-    assert [name for name, _ in seen] == ["captured", *(p.__name__ for p in PASSES)]
-    assert changes == {
-        "insert_scores": 2,
-        "insert_elimination": 2,
-        "insert_restoration": 2,
-        "fuse_shared_selection": 0,
-        "outline_branches": 2,
-    }
+from lemo_fx.passes.rewrite import META
 
 
 def finished(treatments=("skip", "skip")):
@@ -317,15 +168,3 @@ class TestTheChecker:
     def test_all_is_well(self):
         for treatments in (("skip", "skip"), ("exact", None), (None, None)):
             finished(treatments)
-
-
-@pytest.mark.parametrize("layer", [Layer, *PARALLEL])
-def test_a_layer_with_every_token_kept_computes_the_same(layer):
-    module = layer()
-    expected = module(x := torch.randn(2, 16, 8))
-    rewrite = rewrite_of(module)
-    for part in rewrite.modules.values():
-        if isinstance(part, SelectBlocks):
-            part.set_keep(1.0)
-    run_passes(rewrite)
-    torch.testing.assert_close(run(rewrite, x), expected)
