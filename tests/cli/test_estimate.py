@@ -17,7 +17,7 @@ from lemo_fx.cli.app import app
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError, InputError, UnsupportedModelError
 
-ROOT = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[2] / "benchmarks"
 PLAN = re.compile(r"step-([\d.]+)(?:-slope-([\d.]+))?(-both-float8)?-checkpointed")
 BEFORE = "2026-11-25"
 """Steps in float8 took more memory and time until adapters beside them computed in bfloat16."""

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_from_its_last_finished_layer(tmp_path, monkeypatch
     module = fit_function_module()
     sequences = texts()
     whole = fit(tiny("llama"), sequences)
-    victims = {"_append": 9, "train": 2}
+    victims = {"statistics._append": 9, "fit.train": 2}
     in_clean_process(fit_and_be_killed_in, tmp_path, sequences.tolist(), CONFIG, RECIPE, victims)
     rest, real = [], module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: rest.append(1) or real(*a, **k))

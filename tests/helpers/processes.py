@@ -147,10 +147,11 @@ def fit_and_kill(folder):
 
 
 def fit_and_die_in(victim, calls, folder, sequences, config, recipe):
-    """kill -9 instead of a further call of one of lemo_fx.fit's functions after so many."""
+    """kill -9 instead of a further call of one of the fitting functions ("module.function") after so many."""
     torch.set_num_threads(1)
-    module, left = importlib.import_module("lemo_fx.fitting.fit"), [calls]
-    real = getattr(module, victim)
+    where, _, name = victim.partition(".")
+    module, left = importlib.import_module(f"lemo_fx.fitting.{where}"), [calls]
+    real = getattr(module, name)
 
     def dying(*args, **kwargs):
         if not left[0]:
@@ -158,7 +159,7 @@ def fit_and_die_in(victim, calls, folder, sequences, config, recipe):
         left[0] -= 1
         return real(*args, **kwargs)
 
-    setattr(module, victim, dying)
+    setattr(module, name, dying)
     lemo_fx.fit(tiny("llama"), torch.tensor(sequences), config, recipe=recipe, folder=folder, progress=False)
 
 

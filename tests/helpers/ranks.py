@@ -1,4 +1,5 @@
-"""What tests/test_distributed.py runs on each of two CPU ranks, all in one start of two processes: starting is slow.
+"""What tests/behaviour/test_distributed.py runs on each of two CPU ranks, in one start of two
+processes, since starting is slow.
 
 python tests/helpers/ranks.py FOLDER PORT PORT   (RANK, WORLD_SIZE and so on set as torchrun does)
 """

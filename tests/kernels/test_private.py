@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lemo_fx.kernels import private
 from lemo_fx.kernels.eliminate.op import eliminate
-from lemo_fx.runtime.branch import PRODUCTS
+from lemo_fx.runtime.branch import MATMULS
 
 ROOT = Path(__file__).parents[2]
 ATTRIBUTES = {"_cdata", "_compiled_call_impl", "_codegen", "_opname"}
@@ -79,7 +79,7 @@ def test_a_recompute_policy_knows_what_attention_and_products_dispatch_to():
         F.linear(matrix, matrix, matrix[0])
         torch.baddbmm(matrix[None], matrix[None], matrix[None])
         F.linear(matrix[None], matrix)
-    assert {op for op in ops.seen if "mm" in str(op)} == PRODUCTS.keys() - {
+    assert {op for op in ops.seen if "mm" in str(op)} == MATMULS.keys() - {
         private.GROUPED_PRODUCT,
         private.SCALED_PRODUCT,
     }

@@ -1,6 +1,6 @@
 """The rewritten Llama layer as text, reviewed by people.
 
-After an intended change: `LEMO_UPDATE_GOLDENS=1 pytest tests/test_golden.py`, then read the diff.
+After an intended change: `LEMO_UPDATE_GOLDENS=1 pytest tests/passes/test_golden.py`, then read the diff.
 """
 
 import os

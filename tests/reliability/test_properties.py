@@ -12,7 +12,7 @@ from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.restore import reference as restoring
 from lemo_fx.kernels.restore.op import restore, restore_exact
 from lemo_fx.kernels.select_blocks.reference import balanced, select_blocks, select_by_threshold
-from tests.test_elimination import Oracle
+from tests.behaviour.test_elimination import Oracle
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 """The same examples in every run."""
