@@ -19,7 +19,7 @@ from lemo_fx.errors import (
 )
 
 if TYPE_CHECKING:
-    from lemo_fx.api import graphs, labels, report, revert, set_dense, transform
+    from lemo_fx.api import graphs, labels, report, revert, set_dense, shard_sequence, transform
     from lemo_fx.callback import DenseFinish, LemoCallback
     from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
@@ -49,6 +49,7 @@ __all__ = [
     "report",
     "revert",
     "set_dense",
+    "shard_sequence",
     "transform",
 ]
 
@@ -64,6 +65,7 @@ _LATE = {
     "report": "api",
     "revert": "api",
     "set_dense": "api",
+    "shard_sequence": "api",
     "transform": "api",
 }
 

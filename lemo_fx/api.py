@@ -1,4 +1,4 @@
-"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`, `labels`."""
+"""The public verbs: `transform`, `revert`, `graphs`, `report`, `set_dense`, `labels`, `shard_sequence`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 
 from lemo_fx.config import LemoConfig, as_config
@@ -30,6 +31,7 @@ from lemo_fx.reporting import Report, SiteReport
 from lemo_fx.runtime.head import UNLABELLED
 from lemo_fx.runtime.layer import hooks_note, own_hooks, pass_by
 from lemo_fx.runtime.loss import segmented_loss
+from lemo_fx.runtime.parts import SequenceGroup, check_alike, shard
 from lemo_fx.runtime.scores import AttentionScore
 from lemo_fx.runtime.select import SelectBlocks
 
@@ -47,6 +49,7 @@ class Transformation:
     predictors: Predictors | None
     passes: tuple[Pass, ...]
     notes: list[str]
+    group: SequenceGroup | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transformation:
         return dataclasses.replace(self)
@@ -63,6 +66,7 @@ def transform(
     predictors: Predictors | None = None,
     dump: str | Path | None = None,
     passes: Sequence[Pass] = PASSES,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> Model:
     """Rewrite a causal language model in place so that each layer works on its informative token blocks only.
 
@@ -83,6 +87,8 @@ def transform(
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
         passes: what rewrites each layer's graph, in this order: `lemo_fx.passes.pipeline.PASSES`, and passes of your
             own between them (see "Writing a pass"). They must not change what a layer computes.
+        sequence_group: ranks that share each sequence, a part each (`mesh["sp"].get_group()`, `dist.group.WORLD`):
+            train on what `lemo_fx.shard_sequence` returns. Each of them calls `transform`.
 
     Returns:
         The same model.
@@ -105,8 +111,11 @@ def transform(
         raise ConfigError(f"dump={dump!r} must be a folder")
     check_passes(passes)
     passes = tuple(passes)
+    group = None if sequence_group is None else SequenceGroup.of(sequence_group)
+    if group is not None and config.sequence_parts == 1:
+        config = dataclasses.replace(config, sequence_parts=group.size)
     before = _find(model)
-    same = before is not None and (before.config, before.passes) == (config, passes)
+    same = before is not None and (before.config, before.passes, before.group) == (config, passes, group)
     if before is not None and same and before.predictors is predictors and dump is None:
         return model
     plans_before = plans_of(model)
@@ -114,12 +123,12 @@ def transform(
         revert(model)
     try:
         anatomy = anatomy_of(model)
-        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes)
+        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes, group)
         install(plans, _holder(model), anatomy.holders)
     except BaseException:
         _put_back(model, before, plans_before)
         raise
-    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, passes, notes)
+    vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, passes, notes, group)
     return model
 
 
@@ -278,11 +287,37 @@ def set_dense(model: Model, dense: bool = True) -> Model:
     _transformation(model)
     if isinstance(dense, torch.Tensor) or dense not in (True, False):
         raise ConfigError(f"dense={dense!r} must be True or False")
+    if dense and _transformation(model).group is not None:
+        raise ConfigError(
+            "ranks that share a sequence cannot run the layers' original code: transform with LemoConfig(None, None)"
+        )
     for _, module, record in installed(model):
         record.settings.step.dense = bool(dense)
         if dense:
             pass_by(module)
     return model
+
+
+def shard_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of a batch, where ranks share sequences: arguments [B, L] each of the model's call.
+
+    The loss of that call is the whole sequences', and gradients are to be averaged over the ranks, as DDP and FSDP2 do.
+
+    Args:
+        batch: the same on every rank of the group, which is checked: `input_ids`, `labels`, `attention_mask` [B, S];
+            `position_ids` [1 or B, S] that restart where a packed document does; `num_items_in_batch`, the labels of
+            all batches of a step, where several are accumulated. It is padded to whole blocks of every part.
+
+    Raises:
+        NotTransformedError, ConfigError: the model was not transformed, or without a `sequence_group`.
+        InputError: the batch is not of this form, or the ranks hold different ones, or train different weights.
+    """
+    done = _transformation(model)
+    if done.group is None:
+        raise ConfigError("the model's ranks share no sequence: lemo_fx.transform(model, sequence_group=...)")
+    part = shard(batch, done.group, done.config.sequence_parts * done.config.block_size)
+    check_alike(model, batch, done.group)
+    return part
 
 
 @contextmanager

@@ -157,6 +157,12 @@ class DenseFinish(TrainerCallback):
             raise ConfigError(f"share={share!r} must be in [0, 1]: the share of the steps that are dense")
         self.share = share
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises what the dense steps would, before the first one."""
+        set_dense(kwargs["model"], self.share > 0)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

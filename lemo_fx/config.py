@@ -226,6 +226,10 @@ class LemoConfig:
             model then multiply in bfloat16, as they do under autocast.
         active: `"training"`: in `eval()`, in `generate()` or with a cache that a call brings or asks for the original
             code runs. `"always"`: the sparse forward also runs in `eval()`, for studies, where there is no such cache.
+        sequence_parts: choose as many blocks from each of this many equal parts of the sequence, each with its ends and
+            from a hash of its own; its length must be a multiple of parts and `block_size`. Ranks that share a sequence
+            (`transform(sequence_group=...)`) have as many parts as there are ranks, or a multiple of that, and one
+            process with as many parts makes the same choice. Dense layers take part.
     """
 
     attention: Elimination | None = DEFAULT_SITE
@@ -238,9 +242,10 @@ class LemoConfig:
     forward: Literal["model", "float8"] = "model"
     backward: Literal["model", "float8"] = "model"
     active: Literal["training", "always"] = "training"
+    sequence_parts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "loss_segments"):
+        for name in ("block_size", "loss_segments", "sequence_parts"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         for kind in ("attention", "mlp"):
             site = getattr(self, kind)
@@ -258,6 +263,13 @@ class LemoConfig:
         segments = self.loss_segments
         if not (segments is None or is_count(segments) or (isinstance(segments, str) and segments == "auto")):
             raise ConfigError(f"loss_segments={segments!r} must be 'auto', None, or a positive count")
+        if not is_count(self.sequence_parts):
+            raise ConfigError(f"sequence_parts={self.sequence_parts!r} must be a positive number of parts")
+        if self.sequence_parts > 1 and any(site.threshold is not None for site in self.eliminations):
+            raise ConfigError(
+                "a threshold keeps another number of blocks in every part of a sequence: give keep instead of "
+                "threshold, or sequence_parts=1"
+            )
         _choice("recompute", self.recompute, ("all", "projections", "elementwise"))
         if not isinstance(self.offload, bool):
             raise ConfigError(f"offload={self.offload!r} must be True or False")
@@ -330,7 +342,7 @@ class LemoConfig:
     @property
     def rewrites_dense_layers(self) -> bool:
         """Whether layers without any elimination take part in something that a rewritten layer does."""
-        return self.offload or self.recompute != "all" or self.float8_everywhere
+        return self.offload or self.recompute != "all" or self.float8_everywhere or self.sequence_parts > 1
 
     def is_dense(self, layer: int, layers: int) -> bool:
         """Whether decoder layer `layer` of `layers` is left alone.

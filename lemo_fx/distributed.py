@@ -2,7 +2,7 @@
 
 Data parallelism leaves a layer whole while it runs, so nothing else here knows of it: DDP only adds up gradients, and
 FSDP2 gathers a unit's weights in hooks around its call. Everything that cuts a layer or a sequence into pieces would
-show a rewritten layer a part for the whole.
+show a rewritten layer a part for the whole, but for `lemo_fx.runtime.sequence`, which the layers know of.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.private import CheckpointWrapper
 
 _MEND = "train with DDP or FSDP2 instead, or without lemo_fx.transform"
+_SHARE = "to share sequences between ranks, use lemo_fx.transform(model, sequence_group=...) and lemo_fx.shard_sequence"
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -42,15 +43,15 @@ def refuse_process(model: nn.Module) -> None:
             "process per GPU (torchrun, accelerate launch) for DDP or FSDP2, or show one GPU only"
         )
     settings = AcceleratorState._shared_state.get("parallelism_config")
-    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+    for kind, name, mend in (("tp", "tensor", _MEND), ("cp", "context", _SHARE), ("sp", "sequence", _SHARE)):
         if (getattr(settings, f"{kind}_size", None) or 1) > 1:
             raise UnsupportedModelError(
                 f"accelerate's ParallelismConfig({kind}_size={getattr(settings, f'{kind}_size')}): {name} parallelism "
-                f"is not supported; {_MEND}"
+                f"is not supported; {mend}"
             )
     if (getattr(functional.scaled_dot_product_attention, "__module__", None) or "").startswith("torch.distributed."):
         raise UnsupportedModelError(
-            f"torch's context_parallel is active: context parallelism is not supported; {_MEND}"
+            f"torch's context_parallel is active: context parallelism is not supported; {_SHARE}"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lemo_fx.errors import ConfigError, GraphCheckError
 from lemo_fx.passes.checker import check
+from lemo_fx.passes.exchange_heads import exchange_heads
 from lemo_fx.passes.fuse_shared_selection import fuse_shared_selection
 from lemo_fx.passes.insert_elimination import insert_elimination
 from lemo_fx.passes.insert_restoration import insert_restoration
@@ -23,6 +24,7 @@ PASSES: tuple[Pass, ...] = (
     insert_scores,
     insert_elimination,
     insert_restoration,
+    exchange_heads,
     fuse_shared_selection,
     outline_branches,
 )

@@ -10,12 +10,13 @@ from torch import fx, nn
 
 from lemo_fx.config import Treatment
 from lemo_fx.graph.sites import Site, holds_matrix
+from lemo_fx.runtime.parts import SequenceGroup
 
 META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""
 
 
-ROLES = ("score", "predictor", "select", "stand_in", "probe", "keys", "queries")
+ROLES = ("score", "predictor", "select", "stand_in", "exchange", "probe", "keys", "queries")
 """What the parts are that a site adds to its layer."""
 
 
@@ -100,6 +101,7 @@ class LayerRewrite:
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
+        group: the ranks that share a sequence, or None.
         modules: parts to add to the layer by attribute name (see `part_name`).
         functions: graphs of the outlined functions by name.
         untouched: the layer's inventory before any pass.
@@ -111,6 +113,7 @@ class LayerRewrite:
     recompute: str = "all"
     forward: str = "model"
     presence: dict[str, bool] = field(default_factory=dict)
+    group: SequenceGroup | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
     functions: dict[str, fx.Graph] = field(default_factory=dict)
 

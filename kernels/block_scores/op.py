@@ -45,12 +45,14 @@ def _flops(query: torch.Size, key: torch.Size, *rest, **named) -> int:
 
 
 @torch.library.custom_op("lemo_fx::random_scores", mutates_args=())
-def random_scores(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+def random_scores(
+    stream: torch.Tensor, salt: torch.Tensor, block_size: int, parts: int = 1, first: int = 0
+) -> torch.Tensor:
     """Stateless random block scores; arguments and result as `reference.random_scores`."""
-    return reference.random_scores(stream, salt, block_size)
+    return reference.random_scores(stream, salt, block_size, parts, first)
 
 
 @random_scores.register_fake
-def _(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+def _(stream, salt, block_size, parts=1, first=0):
     blocks = (stream.shape[1] + block_size - 1) // block_size
     return stream.new_empty(stream.shape[0], blocks, dtype=torch.float32)

@@ -85,7 +85,9 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
-def random_scores(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> torch.Tensor:
+def random_scores(
+    stream: torch.Tensor, salt: torch.Tensor, block_size: int, parts: int = 1, first: int = 0
+) -> torch.Tensor:
     """Uniform scores in [0, 1) hashed from the layer's input and a salt: no random state is read or advanced.
 
     The same input gives the same choice, so a recompute, a resumed run and a second process agree.
@@ -93,14 +95,17 @@ def random_scores(stream: torch.Tensor, salt: torch.Tensor, block_size: int) -> 
     Args:
         stream: [B, S, H] the layer's input.
         salt: [1] int64, different for every site.
+        parts: how many equal parts of whole blocks the stream is taken for, each with a hash of its own.
+        first: number of the first of them in the sequence.
 
     Returns:
         [B, ceil(S / b)] float32.
     """
     blocks = -(-stream.shape[1] // block_size)
     bits = stream.detach()[:, ::block_size, :16].float().contiguous().view(torch.int32).long()
-    position = torch.arange(blocks, device=stream.device)
+    position = torch.arange(blocks, device=stream.device) + blocks // parts * first
     content = _mix(bits.sum(-1) + _mix(position + 1))
-    # The whole sample enters every block's hash, so that a block's luck changes with its neighbours.
-    mixed = _mix(content + content.sum(1, keepdim=True) * 31 + _mix(salt))
+    # All of a part enters every block's hash, so that a block's luck changes with its neighbours.
+    whole = content.unflatten(1, (parts, -1)).sum(-1, keepdim=True).expand(-1, -1, blocks // parts).flatten(1)
+    mixed = _mix(content + whole * 31 + _mix(salt))
     return (mixed & 0xFFFFFF).float() / 0x1000000

@@ -148,6 +148,7 @@ def select_blocks(
     site: torch.Tensor,
     block_size: int,
     keep: tuple[int, int],
+    parts: int = 1,
 ) -> torch.Tensor:
     """Tokens kept under a fixed budget, see `reference.select_blocks`; the same again in a recompute.
 
@@ -158,7 +159,7 @@ def select_blocks(
         site: [1] the site's identity tensor.
     """
     length = stream.shape[1]
-    tokens = reference.select_blocks(scores, valid, labelled, length, block_size, keep)
+    tokens = reference.select_blocks(scores, valid, labelled, length, block_size, keep, parts)
     return remember(tokens, _digest(stream, block_size), scores.isnan().any(), site, length, block_size)
 
 

@@ -101,6 +101,11 @@ def take(ranked: torch.Tensor, count: int, block_size: int, length: int) -> torc
     return blocks.index_select(1, kept // block_size) * block_size + kept % block_size
 
 
+def by_part(values: torch.Tensor, parts: int) -> torch.Tensor:
+    """[B, S] -> [B parts, S / parts]: the parts of a sequence as samples of their own."""
+    return values.unflatten(1, (parts, -1)).flatten(0, 1)
+
+
 def select_blocks(
     scores: torch.Tensor,
     valid: torch.Tensor | None,
@@ -108,6 +113,7 @@ def select_blocks(
     length: int,
     block_size: int,
     keep: tuple[int, int],
+    parts: int = 1,
 ) -> torch.Tensor:
     """Tokens of the best blocks under a fixed budget.
 
@@ -117,10 +123,16 @@ def select_blocks(
         labelled: [B, S] bool, tokens that carry a label; their blocks survive when they are few.
         length: S.
         keep: share of the blocks as a fraction.
+        parts: how many equal parts of whole blocks to choose from one by one, each as a sequence of its own.
 
     Returns:
         [B, K] int64, ascending and unique; K depends on S alone.
     """
+    if parts > 1:
+        valid, labelled = (None if values is None else by_part(values, parts) for values in (valid, labelled))
+        tokens = select_blocks(by_part(scores, parts), valid, labelled, length // parts, block_size, keep)
+        first = torch.arange(parts, device=tokens.device) * (length // parts)
+        return (tokens.unflatten(0, (-1, parts)) + first[:, None]).flatten(1)
     count = budget(scores.shape[1], keep)
     ranked = rank(scores, valid, labelled, length, block_size, count)
     return take(ranked, count, block_size, length)

@@ -136,6 +136,13 @@ def is_softmax_attention(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
+def window_of(attention: nn.Module) -> int | None:
+    """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[return-value]
+    return getattr(getattr(attention, "config", None), "sliding_window", None)
+
+
 def require_model(model: object, function: str) -> None:
     """Raises: UnsupportedModelError where a name, a path or nothing stands in the place of a model."""
     if not isinstance(model, nn.Module):

@@ -96,21 +96,28 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
         calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
-    states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
     try:
-        with quiet(runner), torch.no_grad():
+        with quiet(runner), rope_kept(runner), torch.no_grad():
             runner(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
+    return calls
+
+
+@contextmanager
+def rope_kept(runner: nn.Module) -> Iterator[None]:
+    """A RoPE that follows the length, and has grown to that of a probe, is what it was after a with block."""
+    scaled = [m for m in runner.modules() if "inv_freq" in m._buffers]
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in scaled]
+    try:
+        yield
+    finally:
         for module, attributes, buffers in states:
-            # A RoPE that follows the length has grown to that of the probe.
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
-    return calls
 
 
 def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from torch import nn
-
 from lemo_fx.config import Elimination
+from lemo_fx.graph.anatomy import window_of
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING
 from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.graph.watch import why_every_row
@@ -46,7 +45,7 @@ def why_dense(
             return f"{site.mixer.name} {seen}"
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
         implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
-        if implementation not in kept.MASKED_IMPLEMENTATIONS and _window(mixer):
+        if implementation not in kept.MASKED_IMPLEMENTATIONS and window_of(mixer):
             return (
                 f"{implementation} counts its sliding window in kept tokens, not in original positions; use "
                 "attn_implementation='sdpa'"
@@ -66,10 +65,3 @@ def _follows(usual: Mapping[str, Any], name: str) -> bool:
     value = usual.get(name)
     harmless = isinstance(value, bool | int | float | str | MutableMapping | None)
     return name in usual and (harmless or kept.runs_along(value, BATCH, LENGTH))
-
-
-def _window(attention: nn.Module) -> int | None:
-    """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[return-value]
-    return getattr(getattr(attention, "config", None), "sliding_window", None)

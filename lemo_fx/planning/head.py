@@ -53,7 +53,9 @@ def plan_head(
         notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
         logger.info("loss not segmented: %s", reason)
     arguments = _argument_names(head)
-    settings = HeadSettings(config, planning.step, arguments, loss_function, slices_itself, sparse_experts, presence)
+    settings = HeadSettings(
+        config, planning.step, arguments, loss_function, slices_itself, sparse_experts, presence, planning.group
+    )
     return Plan(name, head, graph, functions, {}, settings)
 
 

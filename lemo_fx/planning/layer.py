@@ -14,12 +14,13 @@ from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.pipeline import run_passes
-from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
+from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.planning.dense import why_dense
 from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
 from lemo_fx.planning.proof import Fault, Proofs
 from lemo_fx.planning.site import called_by, float8_asked, plan_site
+from lemo_fx.runtime.scores import StepScore
 
 
 def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> Plan | None:
@@ -29,7 +30,7 @@ def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> P
         UnsupportedModelError: the layer must stay as it is.
     """
     config, step = planning.config, planning.step
-    if config.attention is None and config.mlp is None and not config.rewrites_dense_layers:
+    if config.attention is None and config.mlp is None and not planning.rewrites_dense_layers:
         return None
     faults: dict[str, str] = {}
     while True:
@@ -69,7 +70,7 @@ def _rewrite_layer(
     planned.sort(key=lambda site: (order[site.site.add], order[site.site.branch]))
 
     rows = []
-    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, presence)
+    rewrite = LayerRewrite(layer, graph, planned, config.recompute, config.forward, presence, planning.group)
     untouched = snapshot(graph, [site.site for site in planned])
     for site in planned:
         elimination = config.site(site.site.kind)
@@ -87,6 +88,10 @@ def _rewrite_layer(
             row = plan_site(planning, f"{name}, {site.name}", rewrite, site, index)
         row.float8, row.called = float8_asked(site, config), called_by(site)
         rows.append(row)
+    draws = any(isinstance(part, StepScore) for part in rewrite.modules.values())
+    if index == 0 and not draws and config.sequence_parts > 1 and config.eliminations:
+        # Of the embeddings, which every number of ranks computes alike; what later layers read differs in the last bit.
+        rewrite.modules[part_name("step", "score")] = StepScore(config.block_size, planning.step, *planning.parts)
     observe = dumper(planning.dump, name) if planning.dump else None
     planning.changes[name] = run_passes(rewrite, observe, planning.passes)
     return rewrite, rows, planning.proofs.fault(rewrite, *untouched)

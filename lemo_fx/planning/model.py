@@ -20,6 +20,8 @@ from lemo_fx.planning.head import plan_head
 from lemo_fx.planning.layer import plan_layer
 from lemo_fx.planning.plans import Plan, Planning
 from lemo_fx.planning.proof import Proofs
+from lemo_fx.planning.shared import check_exchanged, check_shared
+from lemo_fx.runtime.parts import SequenceGroup
 from lemo_fx.runtime.step import Step
 
 if TYPE_CHECKING:
@@ -36,10 +38,14 @@ def make_plans(
     predictors: Predictors | None,
     dump: Path | None,
     passes: Sequence[Pass],
+    group: SequenceGroup | None = None,
 ) -> tuple[list[Plan], list[str]]:
     """The plans of all modules that `transform` rewrites, and notes on what is left alone.
 
     Nothing of the model is changed. Raises as `transform`.
+
+    Args:
+        group: the ranks that share a sequence.
     """
     model, layers = anatomy.model, anatomy.layers
     distributed.refuse_wrapped(model)
@@ -51,30 +57,36 @@ def make_plans(
             f"{why_no_layers(anatomy)}"
         )
     _check_model(anatomy, config)
+    if group is not None:
+        check_shared(anatomy, config, group)
     if predictors is not None:
         predictors.check_fits(anatomy.base)
     notes: list[str] = []
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
-    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes)
+    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group)
     for index, (name, layer) in enumerate(layers):
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
             last = config.dense_layers is None and index == len(layers) - 1
             # The backward reaches the last layer while everything saved is still alive. Under the default depth plan
             # its graph is installed with dense branches, so that its MLP is recomputed in segments.
-            if not (config.rewrites_dense_layers or last):
+            if not (planning.rewrites_dense_layers or last):
                 continue
         distributed.refuse_finer_units(name, layer)
         try:
             with distributed.gathered(layer):
                 plan = plan_layer(planning, name, layer, index)
         except UnsupportedModelError as error:
+            if group is not None:
+                raise UnsupportedModelError(f"ranks cannot share a sequence: {error}") from error
             lost = ", neither offloaded, nor recomputed in parts, nor in float8" if config.rewrites_dense_layers else ""
             notes.append(f"{name}: left as it is{lost}: {error}")
             continue
         if plan is not None:
-            if config.is_dense(index, len(layers)) and not config.rewrites_dense_layers:
+            if group is not None:
+                check_exchanged(plan)
+            if config.is_dense(index, len(layers)) and not planning.rewrites_dense_layers:
                 # Reported as a note, not as a row: nothing is eliminated here.
                 plan.rows.clear()
             plans.append(plan)
@@ -85,6 +97,8 @@ def make_plans(
     if planning.proofs.obstacle:
         notes.append(f"not proven by running: {planning.proofs.obstacle}")
     _check_rewritten(anatomy, config, plans, notes)
+    if group is not None:
+        notes.append(f"each sequence is shared by {group.size} ranks, which attend with some of the heads each")
     sparse_experts = _sparse_experts(anatomy.model, plans)
     head = plan_head(anatomy, planning, sparse_experts, notes)
     return plans + ([head] if head else []), notes

@@ -15,6 +15,7 @@ from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.planning.proof import Proofs
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.layer import LayerSettings, floats_of
+from lemo_fx.runtime.parts import SequenceGroup
 from lemo_fx.runtime.step import Step
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Planning:
         count: of the decoder layers.
         dump: folder for the graphs of every pass, or None.
         passes: that rewrite a layer; changes: how many each made, by layer.
+        group: the ranks that share a sequence.
     """
 
     config: LemoConfig
@@ -78,7 +80,21 @@ class Planning:
     proofs: Proofs
     dump: Path | None
     passes: Sequence[Pass]
+    group: SequenceGroup | None = None
     changes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def rewrites_dense_layers(self) -> bool:
+        """Whether layers without any elimination are rewritten too."""
+        return self.config.rewrites_dense_layers or self.group is not None
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """(parts of the sequence that this process chooses blocks from, number of the first)."""
+        if self.group is None:
+            return self.config.sequence_parts, 0
+        parts = max(1, self.config.sequence_parts // self.group.size)
+        return parts, self.group.rank * parts
 
 
 def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[SitePlan]) -> Plan:
@@ -99,5 +115,6 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step,
         step,
         tuple(sorted({"scaling", *floats})),
         rewrite.presence,
+        rewrite.group,
     )
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)

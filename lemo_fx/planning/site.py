@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lemo_fx.config import Elimination, LemoConfig
-from lemo_fx.errors import PredictorError, UnsupportedModelError
+from lemo_fx.errors import ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.graph.sites import scored_module
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.planning.plans import Planning, SitePlan
@@ -35,6 +35,11 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
         raise PredictorError(f"score='predicted' needs trained predictors: {HOW_TO_FIT} ({place})")
     if predictors is None and planned.treatment == "stand_in":
         raise PredictorError(f"eliminated='stand_in' needs fitted maps: {HOW_TO_FIT} ({place})")
+    if planning.group is not None and planned.site.kind == "attention" and planned.score in ("measured", "predicted"):
+        raise ConfigError(
+            f"score={planned.score!r} compares every query block with every key block, and ranks that share a sequence "
+            f"hold a part each: use score='step' ({place})"
+        )
     keep = elimination.at_layer("keep", index, count)
     threshold = elimination.at_layer("threshold", index, count)
     keeps = [elimination.at_layer("keep", i, count) or 1.0 for i in range(count) if not config.is_dense(i, count)]
@@ -48,9 +53,9 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
     parts, note = _score_parts(planning, place, rewrite.layer, planned, index)
     if planned.score in ("random", "step"):
         parts["score"] = (
-            RandomScore(salt, config.block_size)
+            RandomScore(salt, config.block_size, *planning.parts)
             if planned.score == "random"
-            else StepScore(config.block_size, planning.step)
+            else StepScore(config.block_size, planning.step, *planning.parts)
         )
     if elimination.keys == "every" and planned.treatment == "exact":
         planned.every_key = True
@@ -60,7 +65,7 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
     if not shared:
         varies = len(set(keeps)) > 1
         parts["select"] = SelectBlocks(
-            config.block_size, keep, threshold, salt, planning.step, elimination.balance, varies
+            config.block_size, keep, threshold, salt, planning.step, elimination.balance, varies, planning.parts[0]
         )
     if predictors is not None and elimination.eliminated == "stand_in":
         parts["stand_in"] = predictors.stand_in(index, planned.name)

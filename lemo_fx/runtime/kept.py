@@ -218,10 +218,15 @@ def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
 
 
 def labelled_tokens(labels: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor | None:
-    """[B, S] bool: tokens that are a target or predict one; None where the step has no labels of this shape."""
-    if labels is None or labels.shape != stream.shape[:2]:
+    """[B, S] bool: tokens that are a target or predict one; None where the step has no labels of this shape.
+
+    Args:
+        labels: [B, S], or [B, S + 1] where more of the sequence follows elsewhere.
+    """
+    batch, length = stream.shape[:2]
+    if labels is None or labels.shape[0] != batch or labels.shape[1] - length not in (0, 1):
         return None
     target = (labels != -100).to(stream.device)
     predicts = torch.zeros_like(target)
     predicts[:, :-1] = target[:, 1:]
-    return target | predicts
+    return (target | predicts)[:, :length]

@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import LemoConfig
-from lemo_fx.errors import LemoError
+from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
 from lemo_fx.runtime.offload import offloading
+from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.scores import StepScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
@@ -76,6 +77,7 @@ class LayerSettings:
     Attributes:
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
+        group: the ranks that share a sequence, or None.
         hooked: whether `look_for_hooks` found someone's hooks within it.
     """
 
@@ -86,6 +88,7 @@ class LayerSettings:
     step: Step
     floats: tuple[str, ...]
     presence: Mapping[str, bool]
+    group: SequenceGroup | None = None
     hooked: bool = False
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
@@ -104,6 +107,18 @@ class LayerSettings:
             if not (taken and hasattr(value, "get_seq_length") and value.get_seq_length() == 0):
                 return False
         return True
+
+    def check_part(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], applies: bool) -> None:
+        """Raise where ranks share a sequence and a layer would take a part of it for the whole."""
+        if applies != is_told(by_name(self.arguments, args, kwargs).get("attention_mask")):
+            raise InputError(
+                "ranks share a sequence, but a rewritten layer was called without being told of the whole of it: call "
+                "the causal model with what lemo_fx.shard_sequence returns"
+                if applies
+                else "a part of a sequence reached a layer that runs its original code, which would attend within that "
+                "part alone: train with model.train(), parts of at least one block, no hooks within layers and no "
+                "cache, and evaluate whole sequences"
+            )
 
     def applies(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this call runs the rewritten graph; otherwise the original code runs."""
@@ -293,7 +308,10 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
         settings = settings_of(self)
         if settings is None:
             return original(self, *args, **kwargs)
-        if settings.applies(self, args, kwargs):
+        applies = settings.applies(self, args, kwargs)
+        if settings.group is not None:
+            settings.check_part(args, kwargs, applies)
+        if applies:
             if torch.compiler.is_compiling():
                 read_floats(self, settings.floats)
             return graph_forward(self, *args, **kwargs)

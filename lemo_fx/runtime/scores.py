@@ -21,6 +21,7 @@ from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
 from lemo_fx.runtime import kept, network
+from lemo_fx.runtime.select import check_parts
 from lemo_fx.runtime.step import Step
 from lemo_fx.runtime.twin import twin_of
 
@@ -258,23 +259,30 @@ class Candidates(Predictor):
 
 
 class RandomScore(nn.Module):
-    """Uniform scores hashed from the layer's input: choosing costs nothing and reads no random state."""
+    """Uniform scores hashed from the layer's input: choosing costs nothing and reads no random state.
 
-    def __init__(self, salt: int, block_size: int) -> None:
+    Args:
+        salt: identifies the site.
+        parts, first: of the sequence that the input is, see `random_scores`.
+    """
+
+    def __init__(self, salt: int, block_size: int, parts: int = 1, first: int = 0) -> None:
         super().__init__()
         self.block_size = block_size
+        self.parts, self.first = parts, first
         self.register_buffer("salt", torch.tensor([salt]), persistent=False)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n]."""
-        return random_scores(stream.detach(), self.salt, self.block_size)
+        check_parts(stream, self.parts, self.block_size)
+        return random_scores(stream.detach(), self.salt, self.block_size, self.parts, self.first)
 
 
 class StepScore(RandomScore):
     """Random scores that the first site of a step draws and all others take."""
 
-    def __init__(self, block_size: int, step: Step) -> None:
-        super().__init__(0, block_size)
+    def __init__(self, block_size: int, step: Step, parts: int = 1, first: int = 0) -> None:
+        super().__init__(0, block_size, parts, first)
         self.step = step
 
     def draw(self, stream: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_fx.errors import InputError
 from lemo_fx.kernels.private import may_vary
 from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
@@ -18,6 +19,15 @@ SHARES = 2**20
 """Denominator of a budget; fine enough that rounding the share down leaves a whole number of blocks what it is."""
 
 
+def check_parts(stream: torch.Tensor, parts: int, block_size: int) -> None:
+    """Raise InputError unless the stream [B, S, H] is this many equal parts of whole blocks."""
+    if parts > 1 and stream.shape[1] % (parts * block_size):
+        raise InputError(
+            f"a sequence of {stream.shape[1]} tokens is not {parts} parts of whole blocks of {block_size}: pad its end "
+            f"to a multiple of {parts * block_size} (sequence_parts)"
+        )
+
+
 class SelectBlocks(nn.Module):
     """The tokens of a site's kept blocks, by budget or by threshold.
 
@@ -26,6 +36,7 @@ class SelectBlocks(nn.Module):
         step: labels of the running step, whose blocks survive when they are few.
         balance: rank blocks within windows of the sequence, see `selection.balanced`.
         varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
+        parts: of the stream, from each of which as many blocks are chosen, see `LemoConfig.sequence_parts`.
     """
 
     site: torch.Tensor
@@ -41,11 +52,13 @@ class SelectBlocks(nn.Module):
         step: Step,
         balance: bool = False,
         varies: bool = False,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.balance = balance
         self.varies = varies
+        self.parts = parts
         self.set_keep(1.0 if keep is None else keep)
         self.set_threshold(threshold)
         self.step = step
@@ -53,14 +66,18 @@ class SelectBlocks(nn.Module):
 
     def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
         """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
-        scores = scores.detach()
-        if self.balance:
-            scores = selection.balanced(scores)
+        check_parts(stream, self.parts, self.block_size)
+        scores = self._balanced(scores.detach())
         valid = valid_tokens(attention_mask, stream)
         labelled = labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
             return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep)
+        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep, self.parts)
+
+    def _balanced(self, scores: torch.Tensor) -> torch.Tensor:
+        if not self.balance:
+            return scores
+        return selection.balanced(selection.by_part(scores, self.parts)).reshape(scores.shape)
 
     # A compiler takes a module's numbers for constants, and would compile every layer whose budget differs anew. Of
     # tensors it reads the values at run time, and finds out which sizes vary. No buffers: those move, are cast, and
@@ -86,12 +103,12 @@ class SelectBlocks(nn.Module):
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
-        scores = selection.balanced(scores) if self.balance else scores
+        scores = self._balanced(scores)
         labelled, length = labelled_tokens(self.step.labels, stream), stream.shape[1]
         if self.threshold is not None:
             tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
         else:
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep)
+            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep, self.parts)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
 
