@@ -251,15 +251,19 @@ def _step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tenso
     return loss.item(), hidden[0].float(), gradients
 
 
-def prepare(model: torch.nn.Module, variant: Variant) -> None:
-    """Put a model into a variant's state, whatever state it was in."""
+def prepare(model: torch.nn.Module, variant: Variant, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Put a model into a variant's state, whatever state it was in.
+
+    Args:
+        group: ranks that share each sequence.
+    """
     lemo_fx.revert(model)
     base = model.get_base_model()
     base.config._attn_implementation = variant.attention
     if variant.config is not None:
         # Of their real size and random weights: they cost what trained ones cost.
         predictors = Predictors.random(base, variant.config) if variant.config.predicts else None
-        lemo_fx.transform(model, variant.config, predictors=predictors)
+        lemo_fx.transform(model, variant.config, predictors=predictors, sequence_group=group)
     if variant.checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     else:

@@ -1,4 +1,5 @@
-"""Strong scaling on the GPUs of one host (LeMo, Figure 21): one LoRA training step under DDP and FSDP2.
+"""Strong scaling on the GPUs of one host (LeMo, Figure 21): one LoRA training step under DDP, under FSDP2, or with
+every sequence shared by all GPUs.
 
 Models and variants are those of tools/bench_model.py: random weights, adapters of rank 8, compiled per layer, loss in
 segments. A correctness gate comes first: losses and gradients of the wrapped model must be those of one process that
@@ -9,7 +10,8 @@ runs the samples of all ranks one after another. On a CPU the same runs over glo
     done
     python tools/plot_benchmarks.py benchmarks/scaling/llama3-8b-{1,2}.json
 
-Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. What is
+Without --samples each GPU has one sample per step; with it, the step's samples are shared out and accumulated. Under
+`--wraps sequence` all GPUs share each sample, whose gradients DDP averages; --samples are then accumulated. What is
 named first in --tokens, --variants and --wraps is measured first, so that --seconds leaves out the last of each.
 
 A run that fails on every rank (too little memory) is written down as such, and the next one starts. If only some ranks
@@ -30,6 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +49,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import lemo_fx
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.install import installed
 from lemo_fx.kernels.private import compiled_call, set_compiled_call
 
 PICKED = (
@@ -58,12 +63,15 @@ PICKED = (
 )
 """LoRA, the presets careful, balanced and fast, and LeMo's own rule with one selection a layer."""
 
+MOST_ALONE = 65536
+"""Tokens of a shared sample up to which each process computes its loss by itself, too."""
+
 ENDED = "the command ended during it"
 
 
 def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn.Module:
-    """The model under "none", "ddp", or "fsdp2" (a unit per decoder layer, then the root)."""
-    if wrap == "ddp":
+    """The model under "none", "ddp", "sequence", or "fsdp2" (a unit per decoder layer, then the root)."""
+    if wrap in ("ddp", "sequence"):
         # The only buffers are constants: rotary frequencies, predictors, sites.
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -93,10 +101,22 @@ def run_step(model: torch.nn.Module, samples: list[torch.Tensor]) -> torch.Tenso
         elif isinstance(model, DistributedDataParallel) and not last:
             waiting = model.no_sync()
         with waiting:
-            loss = model(input_ids=ids, labels=ids).loss / len(samples)
+            loss = model(**arguments(model, ids)).loss / len(samples)
             loss.backward()
         total += loss.detach().float()
     return total
+
+
+def arguments(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a sample's call is made with: this rank's part of it where the ranks share it."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    batch = {"input_ids": ids, "labels": ids}
+    return lemo_fx.shard_sequence(bare, batch) if sequence_group(bare) else batch
+
+
+def sequence_group(model: torch.nn.Module) -> bool:
+    """Whether the ranks share a model's sequences."""
+    return any(getattr(record.settings, "group", None) is not None for _, _, record in installed(model))
 
 
 def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str, float]:
@@ -106,15 +126,22 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
         ArithmeticError: they differ by more than the rounding of the dtype.
     """
     worst = {"loss": 0.0, "gradient": 0.0}
-    for config in (None, plans.named("skip-0.5"), plans.named("exact-0.25")):
+    shared = wrap == "sequence"
+    names = ("lora", "skip-0.5", "step-0.25") if shared else (None, "skip-0.5", "exact-0.25")
+    for name in names:
+        config = None if name is None else plans.named(name, "step" if shared else "measured")
+        if shared:
+            config = replace(config, sequence_parts=dist.get_world_size())
         model = build(shape, device, adapters, layers=4)
         prepare(model, Variant("gate", config, compiled=False, checkpointed=True))
-        samples = make_samples(model, 1000, 1, device)
+        samples = make_samples(model, 1024 if shared else 1000, 1, device, shared)
         loss = run_step(model, samples)
         gradient = _gradient(model)
         dist.all_reduce(loss)
         dist.all_reduce(gradient)
         model.zero_grad(set_to_none=True)
+        if shared:
+            prepare(model, Variant("gate", config, compiled=False, checkpointed=True), dist.group.WORLD)
         model = wrapped(model, wrap, device)
         found = run_step(model, samples)
         dist.all_reduce(found)
@@ -133,9 +160,11 @@ def _gradient(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).float().flatten() for g in grads])
 
 
-def make_samples(model: torch.nn.Module, tokens: int, count: int, device: torch.device) -> list[torch.Tensor]:
-    """This rank's share of the step's samples, [1, tokens] each."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
+def make_samples(
+    model: torch.nn.Module, tokens: int, count: int, device: torch.device, shared: bool = False
+) -> list[torch.Tensor]:
+    """This rank's share of the step's samples, [1, tokens] each; all ranks have the same ones where they share them."""
+    generator = torch.Generator().manual_seed(0 if shared else dist.get_rank())
     vocabulary = model.config.vocab_size
     return [torch.randint(0, vocabulary, (1, tokens), generator=generator).to(device) for _ in range(count)]
 
@@ -162,10 +191,21 @@ def measure(
     """
     began = time.perf_counter()
     tokens = record["tokens"]
+    shared = record["wrap"] == "sequence"
+    if shared and variant.config is None:
+        raise ValueError(f"{variant.name} runs the model as it is, whose sequences no ranks can share")
+    sets = 1 if shared else dist.get_world_size()
     model = build(shape, device, adapters)
-    prepare(model, variant)
-    samples = make_samples(model, tokens, count, device)
-    alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
+    samples = make_samples(model, tokens, count, device, shared)
+    alone = None
+    if not shared:
+        prepare(model, variant)
+        alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
+    elif tokens <= MOST_ALONE:
+        prepare(model, replace(variant, config=replace(variant.config, sequence_parts=dist.get_world_size())))
+        alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
+    if shared:
+        prepare(model, variant, dist.group.WORLD)
     model = wrapped(model, record["wrap"], device)
     if variant.compiled:
         # After sharding: a method bound before it would belong to the class without FSDP2.
@@ -189,18 +229,18 @@ def measure(
         times.append((time.perf_counter() - start) * 1e3)
         if len(times) >= warm_up + 2 and _on_any_rank(sum(times[warm_up:]) > cap * 1e3, device):
             break
-    figures = torch.tensor([float(losses[0]), alone], device=device)
+    figures = torch.tensor([float(losses[0]), alone or 0.0], device=device)
     dist.all_reduce(figures)
-    loss, alone = (figures / dist.get_world_size()).tolist()
+    loss, mean = (figures / dist.get_world_size()).tolist()
     step_ms = statistics.median(times[warm_up:])
     record |= {
-        "samples": count * dist.get_world_size(),
+        "samples": count * sets,
         "step_ms": round(step_ms, 1),
         "slowest_step_ms": round(max(times[warm_up:]), 1),
         "timed_steps": len(times) - warm_up,
-        "tokens_per_s": round(tokens * count * dist.get_world_size() / step_ms * 1e3),
+        "tokens_per_s": round(tokens * count * sets / step_ms * 1e3),
         "loss": loss,
-        "loss_one_process": alone,
+        "loss_one_process": None if alone is None else mean,
         "first_step_s": round(times[0] / 1e3, 1),
     }
     if device.type == "cuda":
@@ -342,7 +382,7 @@ def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
     tokens: Annotated[str, typer.Option(help="tokens of a sample, comma-separated")] = "32768,8192",
     variants: Annotated[str, typer.Option(help="comma-separated, from tools/bench_model.py")] = ",".join(PICKED),
-    wraps: Annotated[str, typer.Option(help="ddp, fsdp2; a single process runs unwrapped")] = "ddp,fsdp2",
+    wraps: Annotated[str, typer.Option(help="ddp, fsdp2, sequence; a single process runs unwrapped")] = "ddp,fsdp2",
     samples: Annotated[int, typer.Option(help="samples of a step over all ranks; 0 for one on each")] = 0,
     adapters: Annotated[str, typer.Option(help="dtype of the adapters: float32 or bfloat16")] = "float32",
     steps: Annotated[int, typer.Option(help="timed steps after the warm-up")] = 3,
@@ -426,7 +466,8 @@ def main(
         elif late:
             run["skipped"] = "out of time"
         else:
-            parts = (shape, by_name[name], max(samples // world, 1), steps, warm_up, cap, device, adapters)
+            count = samples if kind == "sequence" else samples // world
+            parts = (shape, by_name[name], max(count, 1), steps, warm_up, cap, device, adapters)
             attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
         write()
         report(run)

@@ -110,11 +110,11 @@ def draw_scaling(paths: list[Path]) -> Path:
     figure = Figure(figsize=(5.2 * len(lengths), 4.6), layout="constrained")
     for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
         for number, variant in enumerate(variants):
-            for wrap, line in (("ddp", "-"), ("fsdp2", "--")):
+            for wrap, line in (("ddp", "-"), ("fsdp2", "--"), ("sequence", "-.")):
                 points = [r for r in runs if (r["tokens"], r["variant"]) == (length, variant)]
                 points = [r for r in points if r["wrap"] in (wrap, "none")]
                 # A variant that only one process ran is drawn once.
-                if all(r["wrap"] == "none" for r in points) and (wrap == "fsdp2" or not points):
+                if all(r["wrap"] == "none" for r in points) and (wrap != "ddp" or not points):
                     continue
                 gpus, rates = [r["gpus"] for r in points], [r["tokens_per_s"] for r in points]
                 label = f"{words(variant)}, {wrap}"
@@ -165,14 +165,14 @@ def scaling_table(paths: list[Path]) -> str:
             f"{run['tokens']:,}",
             words(run["variant"]),
             str(run["gpus"]),
-            {"none": "", "ddp": "DDP", "fsdp2": "FSDP2"}[run["wrap"]],
+            {"none": "", "ddp": "DDP", "fsdp2": "FSDP2", "sequence": "shared sequence"}[run["wrap"]],
             f"{run['step_ms']:,.0f} ms",
             f"{run['tokens_per_s']:,}",
             f"{run['efficiency']:.1%}" if "efficiency" in run else "",
             f"{run['tokens_per_s'] / base:.2f}x" if base else "",
             f"{run['peak_allocated_gb']:.1f} GB" if "peak_allocated_gb" in run else "",
             "" if share is None else f"{share:.1%} ({run['communication_overlapped']:.0%})",
-            f"{abs(run['loss'] / run['loss_one_process'] - 1):.1e}",
+            f"{abs(run['loss'] / run['loss_one_process'] - 1):.1e}" if run["loss_one_process"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

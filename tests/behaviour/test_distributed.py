@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import ranks
 import torch
 from peft import PeftModel
+from processes import free_ports
 from tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,16 +19,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lemo_fx
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +23,17 @@ from lemo_fx import Elimination, LemoConfig
 from lemo_fx.fitting.training import Recipe
 
 KILLED = -signal.SIGKILL
+
+
+def free_ports(count: int) -> list[str]:
+    """Ports on which processes of this machine may meet."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 def die():

@@ -51,6 +51,7 @@ def test_the_pipeline_reports_counts_and_is_observed():
         "insert_scores": 2,
         "insert_elimination": 2,
         "insert_restoration": 2,
+        "exchange_heads": 0,
         "fuse_shared_selection": 0,
         "outline_branches": 2,
     }
