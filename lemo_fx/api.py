@@ -87,8 +87,7 @@ def transform(
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
         passes: what rewrites each layer's graph, in this order: `lemo_fx.passes.pipeline.PASSES`, and passes of your
             own between them (see "Writing a pass"). They must not change what a layer computes.
-        sequence_group: ranks that share each sequence, a part each (`mesh["sp"].get_group()`, `dist.group.WORLD`):
-            train on what `lemo_fx.shard_sequence` returns. Each of them calls `transform`.
+        sequence_group: ranks that share each sequence: train on what `lemo_fx.shard_sequence` returns on each of them.
 
     Returns:
         The same model.

@@ -21,8 +21,8 @@ from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import anatomy_of
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.select_blocks import reference as selection
-from lemo_fx.proof_of_parts import prove_parts
-from lemo_fx.runtime import sequence
+from lemo_fx.planning.proof_of_parts import prove_parts
+from lemo_fx.runtime import parts
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "tests" / "helpers" / "shared.py"
@@ -169,18 +169,18 @@ def test_the_choice_is_the_first_layers(layers):
 
 def test_what_a_part_is_told():
     """No rows for plain causal order, one for padding at the end, two for documents or other padding."""
-    assert sequence.tell(None, None).shape == (1, 1, 0, 0)
+    assert parts.tell(None, None).shape == (1, 1, 0, 0)
     end = torch.tensor([[True, True, False]])
-    assert sequence.tell(end, None).tolist() == [[[[1, 1, 0]]]]
+    assert parts.tell(end, None).tolist() == [[[[1, 1, 0]]]]
     begin = torch.tensor([[False, True, True]])
-    assert sequence.tell(begin, None).tolist() == [[[[0, 1, 1], [-1, 0, 0]]]]
+    assert parts.tell(begin, None).tolist() == [[[[0, 1, 1], [-1, 0, 0]]]]
     restarting = torch.tensor([[0, 1, 0]])
-    assert sequence.tell(None, restarting).tolist() == [[[[1, 1, 1], [0, 0, 1]]]]
-    assert sequence.tell(end, restarting).tolist() == [[[[1, 1, 0], [0, 0, -1]]]]
-    for rows in (sequence.tell(None, None), sequence.tell(end, None)):
-        assert sequence.is_told(rows)
-    assert not sequence.is_told(torch.zeros(1, 1, 3, 3))
-    assert not sequence.is_told(torch.ones(1, 3, dtype=torch.int64))
+    assert parts.tell(None, restarting).tolist() == [[[[1, 1, 1], [0, 0, 1]]]]
+    assert parts.tell(end, restarting).tolist() == [[[[1, 1, 0], [0, 0, -1]]]]
+    for rows in (parts.tell(None, None), parts.tell(end, None)):
+        assert parts.is_told(rows)
+    assert not parts.is_told(torch.zeros(1, 1, 3, 3))
+    assert not parts.is_told(torch.ones(1, 3, dtype=torch.int64))
 
 
 def test_one_rank_alone(gloo):
@@ -231,19 +231,21 @@ def test_a_model_compiled_as_a_whole(gloo):
 def test_uneven_batches_are_padded(gloo, size):
     """To whole blocks in every part; padding is no token, no label and no document."""
     inputs = {**batch(1, 61), "position_ids": torch.cat([torch.arange(40), torch.arange(21)])[None]}
-    parts = [
-        sequence.shard(inputs, dataclasses.replace(sequence.SequenceGroup.of(gloo), rank=rank, size=size), 8 * size)
+    pieces = [
+        parts.shard(inputs, dataclasses.replace(parts.SequenceGroup.of(gloo), rank=rank, size=size), 8 * size)
         for rank in range(size)
     ]
-    whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in ("input_ids", "labels", "shift_labels")}
+    whole = {
+        name: torch.cat([part[name] for part in pieces], dim=1) for name in ("input_ids", "labels", "shift_labels")
+    }
     padded = -(-61 // (8 * size)) * 8 * size
     assert all(value.shape == (1, padded) for value in whole.values())
     assert torch.equal(whole["input_ids"][:, :61], inputs["input_ids"])
     assert torch.equal(whole["shift_labels"][:, :60], inputs["labels"][:, 1:])
     assert (whole["labels"][:, 61:] == -100).all()
     assert (whole["shift_labels"][:, 60:] == -100).all()
-    assert {int(part["num_items_in_batch"]) for part in parts} == {int((inputs["labels"][:, 1:] != -100).sum())}
-    real, documents = parts[0]["attention_mask"][0, 0]
+    assert {int(part["num_items_in_batch"]) for part in pieces} == {int((inputs["labels"][:, 1:] != -100).sum())}
+    real, documents = pieces[0]["attention_mask"][0, 0]
     assert real.tolist() == [1] * 61 + [0] * (padded - 61)
     assert documents.tolist() == [0] * 40 + [1] * 21 + [-1] * (padded - 61)
 

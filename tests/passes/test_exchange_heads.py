@@ -15,12 +15,12 @@ from lemo_fx.passes.insert_restoration import insert_restoration
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.outline_branches import outline_branches
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
-from lemo_fx.runtime import sequence
+from lemo_fx.runtime import parts, sequence
 from lemo_fx.runtime.scores import RandomScore
 from lemo_fx.runtime.select import SelectBlocks
 from lemo_fx.runtime.step import Step
 
-GROUP = sequence.SequenceGroup("nobody", 0, 2)
+GROUP = parts.SequenceGroup("nobody", 0, 2)
 
 
 def rewrite_of(treatment, group=GROUP, layer=None):
@@ -68,7 +68,7 @@ def test_only_the_choice_reads_the_mask_of_a_part():
     rewrite = rewrite_of("exact")
     exchange_heads(rewrite)
     mask = rewrite.argument("attention_mask")
-    assert {user.target for user in mask.users} == {sequence.told, sequence.own_mask, sequence.mask_within}
+    assert {user.target for user in mask.users} == {sequence.told, sequence.own_mask, parts.mask_within}
     own = next(node for node in rewrite.graph.nodes if node.target is sequence.own_mask)
     assert {user.target for user in own.users} == {"lemo_attention_select", "lemo_mlp_select"}
 
