@@ -1,4 +1,4 @@
-"""What tests/test_sequence.py runs on each of several CPU ranks that share every sequence.
+"""What tests/behaviour/test_sequence.py runs on each of several CPU ranks that share every sequence.
 
 python tests/helpers/shared.py FOLDER [CHECK ...]   (RANK, WORLD_SIZE and so on set as torchrun does)
 """

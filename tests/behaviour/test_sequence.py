@@ -24,7 +24,7 @@ from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.planning.proof_of_parts import prove_parts
 from lemo_fx.runtime import parts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT / "tests" / "helpers" / "shared.py"
 
 
