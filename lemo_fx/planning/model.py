@@ -51,6 +51,8 @@ def make_plans(
             f"{why_no_layers(anatomy)}"
         )
     _check_model(anatomy, config)
+    if config.base == "float8":
+        distributed.refuse_sharded_base(layer for _, layer in layers)
     if predictors is not None:
         predictors.check_fits(anatomy.base)
     notes: list[str] = []
