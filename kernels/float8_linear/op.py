@@ -152,7 +152,7 @@ class Float8Switch(nn.Module):
         for layer in self.layers:
             if type(layer) is HeldLinear:
                 layer.weight.data = layer.dequantised()
-                layer.__class__ = SwitchedLinear
+                layer.__class__ = SwitchedLinear  # type: ignore[assignment]
                 del vars(layer)[DTYPE]
             vars(layer).pop(SWITCH, None)
             if type(layer) is SwitchedLinear:

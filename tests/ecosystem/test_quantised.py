@@ -71,7 +71,7 @@ def reads_of_a_step(folder, config, treatment, compiled, checkpointing=True):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if treatment:
-        lemo_fx.transform(model, plan(eliminated=treatment))
+        lemo_fx.transform(model, plan(eliminated=treatment, score="random"))
     (layer,) = model.get_base_model().model.layers
     model.enable_input_require_grads()
     if compiled:
