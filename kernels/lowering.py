@@ -26,6 +26,7 @@ KERNELS: dict[str, tuple[str, tuple[Limit, ...]]] = {
     "eliminate": ("eliminate/triton.py", ()),
     "scatter_rows": ("eliminate/triton.py", ()),
     "restore": ("eliminate/triton.py", ()),
+    "held_gradient": ("float8_linear/triton.py", ()),
     "segmented_cross_entropy": ("segmented_cross_entropy/triton.py", ()),
     "block_scores": (
         "block_scores/triton.py",

@@ -20,7 +20,7 @@ from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
 from lemo_fx.graph.capture import graph_module
 from lemo_fx.install import TRANSFORMATION, install, installed, plans_of, uninstall
 from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import has_float8_layers
+from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers
 from lemo_fx.kernels.private import is_op
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
@@ -132,7 +132,10 @@ def transform(
 
 
 def revert(model: Model) -> Model:
-    """Undo `transform` exactly; a model that was not transformed is returned as it is."""
+    """Undo `transform` exactly; a model that was not transformed is returned as it is.
+
+    Weights that were held in float8 (`LemoConfig(base="float8")`) come back in their dtype, but rounded.
+    """
     require_model(model, "revert")
     for module in model.modules():
         uninstall(module)
@@ -227,7 +230,8 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
             )
     dense = any(installation.settings.step.dense for _, _, installation in installed(model))
     unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
-    notes = [*done.notes, *([UNLABELLED] if unlabelled else []), *_lowerings(model, done.config.block_size)]
+    held = _held(model) if done.config.base == "float8" else []
+    notes = [*done.notes, *held, *([UNLABELLED] if unlabelled else []), *_lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=dense)
 
 
@@ -251,6 +255,19 @@ def _float8(module: nn.Module, row: SitePlan) -> str:
         return ""
     taken = any(has_float8_layers(module.get_submodule(name)) for name in row.called)
     return row.float8 if taken else "no frozen linear layer that float8 takes"
+
+
+def _held(model: nn.Module) -> list[str]:
+    """How much of the base is held in float8."""
+    layers = held_layers(model)
+    if not layers:
+        return ["base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)"]
+    held = sum(layer.weight.numel() for layer in layers) / 1e9
+    return [
+        f"base: the weights of {len(layers)} frozen linear layers are held in float8 ({held:.2f} GB); evaluation and "
+        "generation compute with them de-quantised, and revert gives them back so; merge adapters into the model as it "
+        "was loaded"
+    ]
 
 
 def _lowerings(model: nn.Module, block_size: int) -> list[str]:

@@ -224,6 +224,13 @@ class LemoConfig:
             recomputation and are rounded as well. With `forward="float8"` too, all other branches of the decoder layers
             run in float8, those of dense layers included, but for sites with `keep=1.0`. Float32 adapters of a bfloat16
             model then multiply in bfloat16, as they do under autocast.
+        base: `"float8"`: frozen linear layers of the layers that compute in float8 are held in it from the transform
+            on, or from the step before which adapters freeze them, rounded once as `forward="float8"` rounds them in
+            every step: half of the memory of bfloat16 weights. Needs `forward` and `backward` in float8. Gradients go
+            through the same rounded weights, where else the backward rounds them anew. Whatever does not multiply in
+            float8 (`eval()`, `generate()`, `set_dense`, a site with `keep=1.0`, GPUs without float8) computes with
+            them de-quantised. `revert` gives de-quantised weights back, not the ones before. Adapters are saved as
+            always; merge them into the model as it was loaded. Not for adapters that read the weights (DoRA).
         active: `"training"`: in `eval()`, in `generate()` or with a cache that a call brings or asks for the original
             code runs. `"always"`: the sparse forward also runs in `eval()`, for studies, where there is no such cache.
         sequence_parts: choose as many blocks from each of this many equal parts of the sequence, each with its ends and
@@ -241,6 +248,7 @@ class LemoConfig:
     offload: bool = False
     forward: Literal["model", "float8"] = "model"
     backward: Literal["model", "float8"] = "model"
+    base: Literal["model", "float8"] = "model"
     active: Literal["training", "always"] = "training"
     sequence_parts: int = 1
 
@@ -275,6 +283,9 @@ class LemoConfig:
             raise ConfigError(f"offload={self.offload!r} must be True or False")
         _choice("forward", self.forward, ("model", "float8"))
         _choice("backward", self.backward, ("model", "float8"))
+        _choice("base", self.base, ("model", "float8"))
+        if self.base == "float8" and not self.float8_everywhere:
+            raise ConfigError("base='float8' is for plans that multiply in it: forward='float8', backward='float8'")
         _choice("active", self.active, ("training", "always"))
         if self.mlp is not None and self.mlp.keys != "kept":
             raise ConfigError("keys='every' is for attention: an MLP has none")

@@ -7,7 +7,7 @@ show a rewritten layer a part for the whole, but for `lemo_fx.runtime.sequence`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +76,16 @@ def _by_data_parallelism(module: nn.Module, parameter: DTensor) -> bool:
     *others, last = parameter.placements
     managed = getattr(module, "_is_fsdp_managed_module", False)
     return managed and last.is_shard() and all(placement.is_replicate() for placement in others)
+
+
+def refuse_sharded_base(layers: Iterable[nn.Module]) -> None:
+    """Raise if the base is to be held in float8, but its weights are cut into shards already."""
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if isinstance(parameter, DTensor):
+                raise UnsupportedModelError(
+                    f"base='float8' rounds whole weights, but {name} is a shard: use base='model' with FSDP2"
+                )
 
 
 def refuse_finer_units(name: str, layer: nn.Module) -> None:

@@ -187,6 +187,11 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
         for module in above if plans else ():
             done.append(module)
             add_teller(module, plans[0].settings.config, plans[0].settings.step, labels=not head)
+        # Last, since what failed later could not give the weights back as they were.
+        for plan in plans:
+            for part in plan.parts.values():
+                if isinstance(part, Float8Switch) and plan.settings.config.base == "float8":
+                    part.hold()
     except BaseException:
         for module in done:
             uninstall(module)

@@ -37,6 +37,8 @@ SITE_WORDS: dict[str, dict[str, Any]] = {
 WORDS: dict[str, dict[str, Any]] = {
     "float8": {"forward": "float8"},
     "both-float8": FLOAT8,
+    # After both-float8.
+    "base-float8": {"base": "float8"},
     "elementwise": {"recompute": "elementwise"},
     "attention-kept": {"recompute": "projections"},
     "offload": {"offload": True},

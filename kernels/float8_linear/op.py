@@ -5,6 +5,7 @@ Plain torch rather than a custom op: a compiler fuses the rounding of x into wha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.errors import UnsupportedModelError
+from lemo_fx.kernels.float8_linear import held, reference
 from lemo_fx.kernels.private import scaled_product
 
 
@@ -55,14 +57,20 @@ def has_float8(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def fits(x: torch.Tensor, layer: nn.Linear) -> bool:
     """Whether a linear layer is one of those: frozen, in half precision on a GPU, sides that float8 products take."""
-    half = not x.is_cuda or torch.bfloat16 in (x.dtype, weight.dtype)
-    return half and _takes_float8(weight) and has_float8(x.device)
+    half = not x.is_cuda or torch.bfloat16 in (x.dtype, _dtype(layer))
+    return half and _takes_float8(layer) and has_float8(x.device)
 
 
-def _takes_float8(weight: torch.Tensor, frozen: bool = True) -> bool:
-    return not (frozen and weight.requires_grad) and all(side % 16 == 0 for side in weight.shape)
+def _takes_float8(layer: nn.Linear, frozen: bool = True) -> bool:
+    weight = layer.weight
+    return not (frozen and weight.requires_grad) and layer.in_features % 16 == layer.out_features % 16 == 0
+
+
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    """Of the weight, or of what it was before it was held in float8."""
+    return vars(layer).get(DTYPE, layer.weight.dtype)
 
 
 def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -71,7 +79,7 @@ def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _plain_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
     """Those of torch's own class: a quantised layer's computes in its own way."""
-    kinds = (nn.Linear, SwitchedLinear)
+    kinds = (nn.Linear, SwitchedLinear, HeldLinear)
     return tuple(layer for layer in module.modules() if isinstance(layer, nn.Linear) and type(layer) in kinds)
 
 
@@ -81,7 +89,12 @@ def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
     Args:
         frozen: as the layers are now; else as they will be once they are frozen (under adapters that come later).
     """
-    return any(_takes_float8(layer.weight, frozen) for layer in _plain_linears(module))
+    return any(_takes_float8(layer, frozen) for layer in _plain_linears(module))
+
+
+def held_layers(module: nn.Module) -> list[HeldLinear]:
+    """The layers whose weights a switch holds in float8."""
+    return [layer for layer in module.modules() if isinstance(layer, HeldLinear)]
 
 
 class Float8Switch(nn.Module):
@@ -94,6 +107,7 @@ class Float8Switch(nn.Module):
     """
 
     on = False
+    holding = False
     in_bfloat16 = False
     module: tuple[nn.Module, ...] = ()
     layers: tuple[nn.Linear, ...] = ()
@@ -116,12 +130,30 @@ class Float8Switch(nn.Module):
                 vars(layer)[SWITCH] = self
                 layer.__class__ = SwitchedLinear
         self.in_bfloat16 = any(
-            layer.weight.dtype is torch.bfloat16 and _takes_float8(layer.weight, frozen=False) for layer in self.layers
+            _dtype(layer) is torch.bfloat16 and _takes_float8(layer, frozen=False) for layer in self.layers
         )
+        if self.holding:
+            self.hold()
+
+    def hold(self) -> None:
+        """Hold the weights of frozen layers in float8 from now on, of those that freeze later too; frees the others."""
+        self.holding = True
+        for layer in self.layers:
+            # A weight of another class is sharded, or quantised already.
+            if type(layer) is SwitchedLinear and type(layer.weight) is nn.Parameter and _takes_float8(layer):
+                vars(layer)[DTYPE] = layer.weight.dtype
+                # The parameter stays the object that others may know.
+                layer.weight.data = held.pack(layer.weight)
+                layer.__class__ = HeldLinear
 
     def disconnect(self) -> None:
-        """Give the layers their class back."""
+        """Give the layers their class back, and weights that were held in float8 their dtype, rounded as they are."""
+        self.holding = False
         for layer in self.layers:
+            if type(layer) is HeldLinear:
+                layer.weight.data = layer.dequantised()
+                layer.__class__ = SwitchedLinear  # type: ignore[assignment]
+                del vars(layer)[DTYPE]
             vars(layer).pop(SWITCH, None)
             if type(layer) is SwitchedLinear:
                 layer.__class__ = nn.Linear  # type: ignore[assignment]
@@ -136,6 +168,8 @@ class Float8Switch(nn.Module):
 
 
 SWITCH = "_lemo_fx_float8"
+DTYPE = "_lemo_fx_dtype"
+"""Attribute of a layer whose weight is held in float8: the dtype that it had."""
 
 
 class SwitchedLinear(nn.Linear):
@@ -144,7 +178,7 @@ class SwitchedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
         switch = vars(self)[SWITCH]
-        if switch.on and fits(x, self.weight):
+        if switch.on and fits(x, self):
             run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
             out = run(x, self.weight)
             # Not within: a bias may be trained where the weight is frozen.
@@ -160,5 +194,33 @@ class SwitchedLinear(nn.Linear):
         return object.__new__, (nn.Linear,), state
 
 
-for name in ("__name__", "__qualname__", "__module__"):
-    setattr(SwitchedLinear, name, getattr(nn.Linear, name))
+class HeldLinear(SwitchedLinear):
+    """One whose weight is held in float8, see `held`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]: in float8 where the switch is on, else with the weight de-quantised."""
+        if self.weight.dtype is not torch.uint8:
+            raise UnsupportedModelError(
+                f"the base is held in float8 (base='float8'), but its bytes were cast to {self.weight.dtype}: leave "
+                "them out of mixed precision policies, or transform with base='model'"
+            )
+        if vars(self)[SWITCH].on and fits(x, self):
+            out = held.Float8Product.apply(x, self.weight, self.in_features)
+        else:
+            out = held.DequantisedProduct.apply(x, self.weight, self.in_features, _dtype(self))
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantised(self) -> torch.Tensor:
+        """The weight [N, K] in the dtype that it had."""
+        return held.dequantise(self.weight.detach(), self.in_features, _dtype(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copied and pickled as the linear layer that it would be without a switch."""
+        make, arguments, state = super().__reduce_ex__(protocol)
+        del state[DTYPE]
+        weight = nn.Parameter(self.dequantised(), requires_grad=False)
+        return make, arguments, {**state, "_parameters": {**self._parameters, "weight": weight}}
+
+
+for name, kind in itertools.product(("__name__", "__qualname__", "__module__"), (SwitchedLinear, HeldLinear)):
+    setattr(kind, name, getattr(nn.Linear, name))

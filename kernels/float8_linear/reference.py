@@ -12,7 +12,7 @@ def quantise(rows: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, tor
         again: the same numbers from other operations (a factor of two is exact). A compiler that meets equal operations
             in forward and recompute does them once and keeps the result, here a copy of the weights, between them.
     """
-    largest = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12)
+    largest = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-30)
     scale = largest / (2 * LARGEST) * 2 if again else largest / LARGEST
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 

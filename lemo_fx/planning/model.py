@@ -59,6 +59,8 @@ def make_plans(
     _check_model(anatomy, config)
     if group is not None:
         check_shared(anatomy, config, group)
+    if config.base == "float8":
+        distributed.refuse_sharded_base(layer for _, layer in layers)
     if predictors is not None:
         predictors.check_fits(anatomy.base)
     notes: list[str] = []

@@ -27,6 +27,8 @@ MATMULS = {
     torch.ops.aten.baddbmm.default: 1,
     GROUPED_PRODUCT: 0,
     SCALED_PRODUCT: 0,
+    # Its second argument, the scales of the first, counts as a narrow matrix: a held weight is no adapter's.
+    torch.ops.lemo_fx.held_product.default: 0,
 }
 """Matmuls, and which argument is the left matrix."""
 

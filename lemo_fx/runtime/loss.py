@@ -14,6 +14,7 @@ from typing_extensions import TypeIs
 
 from lemo_fx import distributed
 from lemo_fx.errors import InputError
+from lemo_fx.kernels.eliminate.op import eliminate
 from lemo_fx.kernels.segmented_cross_entropy.op import segmented_cross_entropy
 
 MOST_ROWS = 512
@@ -64,28 +65,73 @@ def segmented_loss(
     Raises:
         InputError: hidden states and labels differ in number.
     """
+    given = labels if shift_labels is None else shift_labels
     if shift_labels is None:
         labels = functional.pad(labels, (0, 1), value=ignore_index)
         shift_labels = labels[..., 1:]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    targets = shift_labels.reshape(-1).to(rows.device)
-    if targets.shape[0] != rows.shape[0]:
+    shifted = shift_labels.reshape(-1).to(rows.device)
+    if shifted.shape[0] != rows.shape[0]:
         raise InputError(
-            f"{rows.shape[0]} hidden states meet {targets.shape[0]} labels: with logits_to_keep, pass shift_labels "
+            f"{rows.shape[0]} hidden states meet {shifted.shape[0]} labels: with logits_to_keep, pass shift_labels "
             "for the positions that are kept"
         )
 
+    few = _few_labels(head, shifted, given, ignore_index)
+
     def loss(rows: torch.Tensor) -> torch.Tensor:
+        rows, targets = _labelled(rows, shifted, ignore_index) if few else (rows, shifted)
         if not isinstance(softcap, str) and _is_plain_linear(head):
             total = _fused(head, rows, targets, softcap, segments, ignore_index)
         else:
             total = _recomputed(logits_of, rows, targets, segments, ignore_index)
-        count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (shifted != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, device=total.device)
         # Without labels the loss is NaN, as the original's, and its gradient zero: an infinite one would reach weights.
         return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
     return distributed.call_once(head, loss, rows) if isinstance(head, FSDPModule) else loss(rows)
+
+
+FEW = 0.5
+"""Share of rows with labels up to which the head runs for these alone. Finding them waits for the device once."""
+
+COUNTED = "_lemo_fx_labels_counted"
+DECIDED = "_lemo_fx_few_labels"
+
+
+def _few_labels(head: nn.Module, targets: torch.Tensor, given: torch.Tensor, ignore_index: int) -> bool:
+    """Whether to run the head for rows with labels alone; asked again about the same labels, it says the same.
+
+    Args:
+        targets: [N], on the head's device.
+        given: the labels of the call, which an outer checkpoint hands to its recompute: that must do the same.
+
+    The count of an accelerator's labels is on its way for as long as the step before runs, so the decision is by those
+    of the call before, without waiting.
+    """
+    if torch.compiler.is_compiling() or targets.device.type == "meta" or not targets.numel():
+        return False
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    if DECIDED not in vars(given):
+        counted = (targets != ignore_index).float().mean(0, keepdim=True)
+        before = vars(head).get(COUNTED)
+        if not targets.is_cuda:
+            before = counted
+        elif before is None:
+            vars(head)[COUNTED] = torch.zeros(1, pin_memory=True)
+        # A list of one number, since asking a tensor for its only number counts as waiting for a device.
+        vars(given)[DECIDED] = before is None or before.tolist()[0] <= FEW
+        if targets.is_cuda:
+            vars(head)[COUNTED].copy_(counted, non_blocking=True)
+    return vars(given)[DECIDED]
+
+
+def _labelled(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows [n, H] that have a label, and these labels [n]."""
+    places = (targets != ignore_index).nonzero()[:, 0]
+    return eliminate(rows[None], places[None])[0], targets[places]
 
 
 def segmentable(head: nn.Module) -> bool:

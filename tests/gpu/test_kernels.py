@@ -133,6 +133,24 @@ def test_float8_linear(shape, dtype):
     torch.testing.assert_close(x.grad, reference.float8_linear(grad, weight.t()), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("shape", [(1, 1000, 64), (2, 130, 4096), (7, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_held_in_float8(shape, dtype):
+    from lemo_fx.kernels.float8_linear import held, op
+
+    x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(48, shape[-1], device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+    packed = held.pack(weight)
+    out = held.Float8Product.apply(x, packed, shape[-1])
+    assert torch.equal(out, op.float8_linear(x, weight))
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, x, grad)
+    at_home = x.detach().cpu().requires_grad_()
+    held.Float8Product.apply(at_home, packed.cpu(), shape[-1]).backward(grad.cpu())
+    torch.testing.assert_close(found.cpu(), at_home.grad, rtol=2e-2, atol=2e-2)
+    assert torch.equal(held.dequantise(packed, shape[-1], dtype).cpu(), held.dequantise(packed.cpu(), shape[-1], dtype))
+
+
 def test_attention_dispatches_to_what_recompute_policies_keep():
     """An op under another name would be computed again in every backward, without a word."""
     query, key = (torch.randn(1, heads, 256, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2))

@@ -218,6 +218,30 @@ def test_float8_backward_keeps_no_weights():
     assert held["float8"] < 1.02 * held["model"], held
 
 
+def test_a_base_held_in_float8_takes_half_and_is_not_copied():
+    """Compiled and checkpointed: neither the step's peak above the weights nor what a forward keeps grows."""
+    weights, kept = {}, {}
+    for base in ("model", "float8"):
+        model, batch = model_and_batch(6)
+        model.to(torch.bfloat16).gradient_checkpointing_enable({"use_reentrant": False})
+        config = dataclasses.replace(
+            both(keep=0.375, eliminated="exact"), forward="float8", backward="float8", base=base
+        )
+        lemo_fx.transform(model, config)
+        weights[base] = sum(p.nbytes for _, layer in decoder_layers(model) for p in layer.parameters())
+        for _, layer in decoder_layers(model):
+            layer.compile()
+        step(model, batch)
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        loss = model(**batch, use_cache=False).loss
+        kept[base] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        torch.compiler.reset()
+    assert weights["float8"] < 0.75 * weights["model"], weights
+    assert kept["float8"] < 1.02 * kept["model"], kept
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_key_compiled_is_every_key(padded):
     model, batch = model_and_batch()

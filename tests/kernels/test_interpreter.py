@@ -47,6 +47,15 @@ def test_rows_move_there_and_back(batch, length, kept, width):
 
 
 @inside
+@pytest.mark.parametrize("shape", [(16, 16), (64, 128), (80, 144)])
+def test_bytes_are_transposed(shape):
+    from lemo_fx.kernels.float8_linear import triton
+
+    matrix = torch.randint(256, shape, dtype=torch.uint8)
+    assert torch.equal(triton.transposed(matrix), matrix.t())
+
+
+@inside
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("heads", "group", "length", "width", "block"), [(4, 2, 70, 8, 16), (2, 1, 150, 20, 48)])
 def test_block_scores(heads, group, length, width, block, packed):

@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, NO_SDPA, TOLERANCE, Largest, assert_same_step, batch, gradients, step, tiny, with_lora
+from tiny import (
+    ARCHITECTURES,
+    NO_SDPA,
+    TOLERANCE,
+    VOCABULARY,
+    Largest,
+    assert_same_step,
+    batch,
+    gradients,
+    step,
+    tiny,
+    with_lora,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import lemo_fx
 from lemo_fx import LemoConfig
@@ -186,6 +200,77 @@ def test_a_loss_function_of_the_users_own_is_called():
     lemo_fx.transform(model, only_loss())
     model.loss_function = lambda logits, labels, **kwargs: logits.mean()
     assert torch.equal(model(**inputs).loss, model(inputs["input_ids"]).logits.mean())
+
+
+def labelled(share, length=64):
+    """Labels in one run of a share of the tokens, as an answer has them; the first sample has none."""
+    inputs = batch(2, length)
+    inputs["labels"][:] = -100
+    inputs["labels"][1, length - int(share * 2 * length) :] = inputs["input_ids"][1, length - int(share * 2 * length) :]
+    return inputs
+
+
+@pytest.mark.parametrize("head", ["plain", "trained", "adapted", "softcapped"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.3, 0.5])
+@pytest.mark.parametrize("segments", ["auto", 7])
+def test_the_head_runs_for_rows_with_labels_alone(share, segments, head):
+    model = tiny("gemma2" if head == "softcapped" else "llama")
+    if head in ("adapted", "plain"):
+        model = with_lora(model, targets=["lm_head"] if head == "adapted" else "all-linear")
+    inputs = labelled(share)
+    expected = step(model, inputs)
+    lemo_fx.transform(model, only_loss(segments))
+    with Rows() as seen:
+        found = step(model, inputs)
+    if share:
+        assert_same_step(found, expected, "fp32")
+    else:
+        assert found[0].isnan()
+        assert not any(g.any() for g in found[1].values())
+    assert max(seen.rows, default=0) <= max(1, int(share * 128))
+
+
+class Rows(TorchDispatchMode):
+    """Rows of every product into the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.lemo_fx.segmented_cross_entropy.default:
+            self.rows.append(args[0].shape[0])
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and out.shape[1] == VOCABULARY:
+            self.rows.append(out.shape[0])
+        return out
+
+
+def test_labels_everywhere_move_no_row():
+    model = lemo_fx.transform(tiny("llama"), only_loss())
+    with Rows() as seen:
+        step(model, batch(2, 64))
+    assert 128 in seen.rows
+
+
+def test_a_recompute_of_the_whole_model_does_as_its_forward_did():
+    model, inputs = lemo_fx.transform(tiny("llama"), only_loss()), labelled(0.05)
+    expected = step(model, inputs)
+    model.zero_grad()
+    loss = checkpoint(lambda: model(**inputs).loss, use_reentrant=False)
+    model(**batch(2, 64)).loss.detach()
+    loss.backward()
+    assert_same_step((loss.detach(), gradients(model)), expected, "fp32")
+
+
+def test_a_compiled_model_reads_no_label_on_the_host():
+    model, inputs = tiny("llama"), labelled(0.05)
+    expected = step(model, inputs)
+    lemo_fx.transform(model, only_loss())
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_step((*step(compiled, inputs)[:1], gradients(model)), expected, "compiled")
+    torch.compiler.reset()
 
 
 def test_two_losses_one_backward():
