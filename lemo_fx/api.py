@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,20 +18,15 @@ from lemo_fx.errors import ConfigError, InputError, NotTransformedError, Predict
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
 from lemo_fx.graph.capture import graph_module
 from lemo_fx.install import TRANSFORMATION, install, installed, plans_of, uninstall
-from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers
-from lemo_fx.kernels.private import is_op
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
 from lemo_fx.planning.model import make_plans
-from lemo_fx.planning.plans import Plan, SitePlan
+from lemo_fx.planning.plans import Plan
 from lemo_fx.recall import measure_recall
-from lemo_fx.reporting import Report, SiteReport
+from lemo_fx.reporting import Report, SiteReport, held_in_float8, in_float8, lowerings
 from lemo_fx.runtime.head import UNLABELLED
 from lemo_fx.runtime.layer import hooks_note, own_hooks, pass_by
-from lemo_fx.runtime.loss import segmented_loss
 from lemo_fx.runtime.parts import SequenceGroup, check_alike, shard
-from lemo_fx.runtime.scores import AttentionScore
 from lemo_fx.runtime.select import SelectBlocks
 
 if TYPE_CHECKING:
@@ -223,15 +217,15 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                     note="; ".join(
                         filter(
                             None,
-                            [row.note, hooked, _float8(module, row), "NaN among the last scores" if nan else ""],
+                            [row.note, hooked, in_float8(module, row), "NaN among the last scores" if nan else ""],
                         )
                     ),
                 )
             )
     dense = any(installation.settings.step.dense for _, _, installation in installed(model))
     unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
-    held = _held(model) if done.config.base == "float8" else []
-    notes = [*done.notes, *held, *([UNLABELLED] if unlabelled else []), *_lowerings(model, done.config.block_size)]
+    held = held_in_float8(model) if done.config.base == "float8" else []
+    notes = [*done.notes, *held, *([UNLABELLED] if unlabelled else []), *lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=dense)
 
 
@@ -247,47 +241,6 @@ def _check_batch(model: nn.Module, batch: object) -> None:
     size = getattr(embedding, "num_embeddings", None)
     if size is not None and ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise InputError(f"recall_on: token ids go from {ids.min()} to {ids.max()}; the model has {size} tokens")
-
-
-def _float8(module: nn.Module, row: SitePlan) -> str:
-    """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
-    if not row.float8:
-        return ""
-    taken = any(has_float8_layers(module.get_submodule(name)) for name in row.called)
-    return row.float8 if taken else "no frozen linear layer that float8 takes"
-
-
-def _held(model: nn.Module) -> list[str]:
-    """How much of the base is held in float8."""
-    layers = held_layers(model)
-    if not layers:
-        return ["base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)"]
-    held = sum(layer.weight.numel() for layer in layers) / 1e9
-    return [
-        f"base: the weights of {len(layers)} frozen linear layers are held in float8 ({held:.2f} GB); evaluation and "
-        "generation compute with them de-quantised, and revert gives them back so; merge adapters into the model as it "
-        "was loaded"
-    ]
-
-
-def _lowerings(model: nn.Module, block_size: int) -> list[str]:
-    """What the ops of the rewritten graphs run as where their layers are now."""
-    ops: dict[str, list[str]] = {}
-    for _, module, record in installed(model):
-        device = next(module.parameters()).device
-        for node in itertools.chain.from_iterable(g.nodes for g in (record.graph, *record.functions.values())):
-            if is_op(node.target) and node.target.namespace == "lemo_fx":
-                op = node.target.overloadpacket.__name__
-            elif node.target is segmented_loss:
-                op = "segmented_cross_entropy"
-            elif isinstance(module._modules.get(str(node.target)), AttentionScore):
-                op = "block_scores"
-            else:
-                continue
-            known = ops.setdefault(lowering.explain(op, device, block_size=block_size), [])
-            if op not in known:
-                known.append(op)
-    return [f"{', '.join(sorted(names))}: {what}" for what, names in ops.items()]
 
 
 def set_dense(model: Model, dense: bool = True) -> Model:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
+from torch import nn
 
 from lemo_fx.config import LemoConfig
+from lemo_fx.install import installed
+from lemo_fx.kernels import lowering
+from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers
+from lemo_fx.kernels.private import is_op
+from lemo_fx.planning.plans import SitePlan
+from lemo_fx.runtime.loss import segmented_loss
+from lemo_fx.runtime.scores import AttentionScore
 
 
 @dataclass(frozen=True)
@@ -85,3 +94,44 @@ class Report:
         text = io.StringIO()
         Console(file=text, width=140, color_system=None).print(self)
         return text.getvalue()
+
+
+def in_float8(module: nn.Module, row: SitePlan) -> str:
+    """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
+    if not row.float8:
+        return ""
+    taken = any(has_float8_layers(module.get_submodule(name)) for name in row.called)
+    return row.float8 if taken else "no frozen linear layer that float8 takes"
+
+
+def held_in_float8(model: nn.Module) -> list[str]:
+    """How much of the base is held in float8."""
+    layers = held_layers(model)
+    if not layers:
+        return ["base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)"]
+    held = sum(layer.weight.numel() for layer in layers) / 1e9
+    return [
+        f"base: the weights of {len(layers)} frozen linear layers are held in float8 ({held:.2f} GB); evaluation and "
+        "generation compute with them de-quantised, and revert gives them back so; merge adapters into the model as it "
+        "was loaded"
+    ]
+
+
+def lowerings(model: nn.Module, block_size: int) -> list[str]:
+    """What the ops of the rewritten graphs run as where their layers are now."""
+    ops: dict[str, list[str]] = {}
+    for _, module, record in installed(model):
+        device = next(module.parameters()).device
+        for node in itertools.chain.from_iterable(g.nodes for g in (record.graph, *record.functions.values())):
+            if is_op(node.target) and node.target.namespace == "lemo_fx":
+                op = node.target.overloadpacket.__name__
+            elif node.target is segmented_loss:
+                op = "segmented_cross_entropy"
+            elif isinstance(module._modules.get(str(node.target)), AttentionScore):
+                op = "block_scores"
+            else:
+                continue
+            known = ops.setdefault(lowering.explain(op, device, block_size=block_size), [])
+            if op not in known:
+                known.append(op)
+    return [f"{', '.join(sorted(names))}: {what}" for what, names in ops.items()]
