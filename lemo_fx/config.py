@@ -228,8 +228,8 @@ class LemoConfig:
             on, or from the step before which adapters freeze them, rounded once as `forward="float8"` rounds them in
             every step: half of the memory of bfloat16 weights. Needs `forward` and `backward` in float8. Gradients go
             through the same rounded weights, where else the backward rounds them anew. Whatever does not multiply in
-            float8 (`eval()`, `generate()`, `set_dense`, `keep=1.0`, GPUs without float8) computes with them de-quantised,
-            and `revert` gives them back so. Merge adapters into the model as it was loaded; not for DoRA.
+            float8 (`eval()`, `generate()`, `set_dense`, `keep=1.0`, other GPUs) computes with them de-quantised, and
+            `revert` gives them back so. Merge adapters into the model as it was loaded; not for DoRA.
         active: `"training"`: in `eval()`, in `generate()` or with a cache that a call brings or asks for the original
             code runs. `"always"`: the sparse forward also runs in `eval()`, for studies, where there is no such cache.
         sequence_parts: choose as many blocks from each of this many equal parts of the sequence, each with its ends and
