@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,9 @@ def segmented_loss(
 FEW = 0.5
 """Share of rows with labels up to which the head runs for these alone. Finding them waits for the device once."""
 
-COUNTED = "_lemo_fx_labels_counted"
+_counted: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
+"""Share of the rows of a head's last call that had labels, [1] in pinned memory; no part of the model."""
+
 DECIDED = "_lemo_fx_few_labels"
 
 
@@ -116,21 +119,24 @@ def _few_labels(head: nn.Module, targets: torch.Tensor, given: torch.Tensor, ign
         return False
     if DECIDED not in vars(given):
         counted = (targets != ignore_index).float().mean(0, keepdim=True)
-        before = vars(head).get(COUNTED)
+        before = _counted.get(head)
         if not targets.is_cuda:
             before = counted
         elif before is None:
-            vars(head)[COUNTED] = torch.zeros(1, pin_memory=True)
+            _counted[head] = torch.zeros(1, pin_memory=True)
         # A list of one number, since asking a tensor for its only number counts as waiting for a device.
         vars(given)[DECIDED] = before is None or before.tolist()[0] <= FEW
         if targets.is_cuda:
-            vars(head)[COUNTED].copy_(counted, non_blocking=True)
+            _counted[head].copy_(counted, non_blocking=True)
     return vars(given)[DECIDED]
 
 
 def _labelled(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows [n, H] that have a label, and these labels [n]."""
     places = (targets != ignore_index).nonzero()[:, 0]
+    if not places.numel():
+        # One row without a label, since kernels are not launched for none.
+        places = places.new_zeros(1)
     return eliminate(rows[None], places[None])[0], targets[places]
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lemo_fx
 from lemo_fx import LemoConfig
+from lemo_fx.runtime import loss as segmented
 from lemo_fx.runtime.logits import LateLogits
 
 
@@ -281,3 +282,9 @@ def test_two_losses_one_backward():
     (model(**one).loss + 2 * model(**two).loss).backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[0][name] + 2 * expected[1][name], **TOLERANCE["fp32"])
+
+
+def test_without_labels_one_row_is_left_to_launch_kernels_on():
+    rows, targets = segmented._labelled(torch.randn(5, 3), torch.full((5,), -100), -100)
+    assert rows.shape == (1, 3)
+    assert targets.tolist() == [-100]
