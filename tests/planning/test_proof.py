@@ -347,8 +347,9 @@ def test_one_proof_for_layers_of_one_kind_and_for_models_of_one_config(monkeypat
     assert proofs(copy.deepcopy(lemo_fx.revert(wider))) == 0
 
 
+@pytest.mark.slow
 def test_a_proof_takes_less_than_fifty_milliseconds_a_layer(monkeypatch):
-    """Of the processor's time, at best of a few, beside the same without proofs: machines are busy."""
+    """Of the processor's time, at best of a few, beside the same without proofs; on a machine without other work."""
 
     def seconds(proven):
         model = tiny("llama")
