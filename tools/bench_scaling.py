@@ -39,11 +39,12 @@ from typing import Annotated
 # Multicast over NVLink can put GPUs that are shared between machines out of service; read when NCCL starts.
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
+import masked_reference
 import plans
 import torch
 import torch.distributed as dist
 import typer
-from bench_model import SHAPES, Variant, build, environment, prepare
+from bench_model import BOUNDS, SHAPES, Variant, build, environment, prepare
 from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -120,12 +121,15 @@ def sequence_group(model: torch.nn.Module) -> bool:
 
 
 def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str, float]:
-    """Relative errors of loss and gradients against one process, on a model cut to four layers.
+    """Relative errors of loss and gradients, on a model cut to four layers.
+
+    Those of one process against a reference of its own (`masked_reference`), and the wrapped model's against those.
 
     Raises:
         ArithmeticError: they differ by more than the rounding of the dtype.
     """
     worst = {"loss": 0.0, "gradient": 0.0}
+    independent = {"loss": 0.0, "gradient": 0.0}
     shared = wrap == "sequence"
     names = ("lora", "skip-0.5", "step-0.25") if shared else (None, "skip-0.5", "exact-0.25")
     for name in names:
@@ -137,6 +141,12 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
         samples = make_samples(model, 1024 if shared else 1000, 1, device, shared)
         loss = run_step(model, samples)
         gradient = _gradient(model)
+        if config is not None and config.eliminations:
+            expected = _reference(model, samples)
+            independent["loss"] = max(independent["loss"], abs(float(expected[0] / loss - 1)))
+            error = float((gradient - expected[1]).norm() / expected[1].norm())
+            independent["gradient"] = max(independent["gradient"], error)
+            prepare(model, Variant("gate", config, compiled=False, checkpointed=True))
         dist.all_reduce(loss)
         dist.all_reduce(gradient)
         model.zero_grad(set_to_none=True)
@@ -152,7 +162,22 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
     bound = {"loss": 1e-3, "gradient": 3e-2} if device.type == "cuda" else {"loss": 1e-6, "gradient": 1e-4}
     if any(not worst[name] <= bound[name] for name in bound):
         raise ArithmeticError(f"correctness gate failed under {wrap}: relative errors {worst}, allowed {bound}")
+    bound = BOUNDS["bfloat16" if device.type == "cuda" else "float32"]
+    if any(not independent[name] <= bound[name] for name in independent):
+        raise ArithmeticError(f"a process alone differs from the reference by {independent}, allowed {bound}")
     return worst
+
+
+def _reference(model: torch.nn.Module, samples: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of the model without its transform, attention masked to the tokens that it has just kept."""
+    kept = masked_reference.kept_by(model)
+    model.zero_grad(set_to_none=True)
+    prepare(model, Variant("reference", None, compiled=False))
+    with masked_reference.masked(model, kept):
+        found = run_step(model, samples)
+    gradient = _gradient(model)
+    model.zero_grad(set_to_none=True)
+    return found, gradient
 
 
 def _gradient(model: torch.nn.Module) -> torch.Tensor:
