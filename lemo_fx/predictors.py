@@ -291,7 +291,8 @@ class Predictors:
             record = json.loads((folder / RECORD).read_text())
             version, listed, digest = record["format_version"], record.pop("tensors"), record.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise PredictorError(f"{folder / RECORD} is missing or damaged: {error!r}") from error
+            state = "damaged" if (folder / RECORD).exists() else "missing"
+            raise PredictorError(f"{folder / RECORD} is {state}; fit or save the predictors again") from error
         if version != FORMAT_VERSION:
             raise PredictorError(f"{folder} has format version {version}; this lemo_fx reads {FORMAT_VERSION}")
         _check_record(folder / RECORD, record, listed, digest)
@@ -318,7 +319,8 @@ class Predictors:
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             if isinstance(error, PredictorError):
                 raise
-            raise PredictorError(f"{path} is missing or damaged: {error}") from error
+            state = "damaged" if path.exists() else "missing"
+            raise PredictorError(f"{path} is {state}; fit or save the predictors again") from error
 
 
 def _digest(path: Path) -> str:

@@ -177,6 +177,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         page.figures_of(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no summary of a finished run of lemo-fx train: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is no summary of a finished run: give the --out folder of a lemo-fx train that has ended"
+        ) from error
     return found

@@ -79,6 +79,7 @@ def test_the_leader_of_a_shared_choice_is_compiled_with_the_others(whole, slope)
 
 
 @pytest.mark.parametrize(("layers", "whole"), [(9, False), (4, True)])
+@pytest.mark.slow
 def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole, monkeypatch):
     # In as many pieces for all of them: 10 to 70 tokens of 80.
     monkeypatch.setattr(branch, "SEGMENT", 16)
@@ -95,6 +96,7 @@ def test_budgets_that_differ_by_layer_cost_one_compilation(layers, whole, monkey
     [(Elimination(keep=0.4), 2, 2), (Elimination(threshold=3.0), 1, 1)],
     ids=["keep_by_layer", "threshold_whole_model"],
 )
+@pytest.mark.slow
 def test_any_length_compiles_twice(site, layers, kinds):
     # Static, then dynamic, which takes a ragged tail too.
     batches = [batch(2, length, padding="both") for length in (64, 96, 73)]
@@ -102,6 +104,7 @@ def test_any_length_compiles_twice(site, layers, kinds):
     assert compilations(model, batches, whole=layers == 1) == [kinds, kinds, 0]
 
 
+@pytest.mark.slow
 def test_any_threshold_and_count_compiles_once(monkeypatch):
     monkeypatch.setattr(branch, "SEGMENT", 16)
     thresholds = [0.2, 0.5, 0.7, 0.9]
@@ -117,6 +120,7 @@ def test_any_threshold_and_count_compiles_once(monkeypatch):
     [("skip", None, (16, 1e-6, 4)), ("exact", 16, (32, 1e-4, 2))],
     ids=["one_piece", "pieces"],
 )
+@pytest.mark.slow
 def test_models_of_other_scalings_compile_in_one_process(treatment, segment, other, monkeypatch):
     if segment:
         monkeypatch.setattr(branch, "SEGMENT", segment)
@@ -195,6 +199,7 @@ def test_elementwise_recompute_repeats_no_product_of_a_frozen_weight_and_keeps_l
     assert kept["elementwise"] < 0.8 * kept[None]
 
 
+@pytest.mark.slow
 def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward():
     """The layer's recompute gives the input from which a compiler could choose in the backward alone."""
     site = Elimination(keep=0.5, eliminated="exact", score="step")

@@ -37,6 +37,11 @@ CASES = [
     ("train model data.json --report-to mlflow", "--report-to mlflow is not one of wandb, tensorboard"),
     ("train model data.json --push name", "--push name is no name on the Hub: give owner/name"),
     ("train model data.json --compare-with empty", "is no summary of a finished run"),
+    (
+        "train model data.json --compare-with list.json",
+        "no summary of a finished run: give the --out folder",
+    ),
+    ("train model data.json --predictors empty", "predictors.json is missing; fit or save the predictors again"),
     ("train model data.json --out old", "old holds a run already: add --resume to go on with it"),
     ("train model data.json --preset fastest", "preset='fastest' is not one of 'careful', 'balanced', 'fast', 'dense'"),
     ("train model data.json --preset dense --keep 0.5", "--preset dense eliminates nothing: leave out --keep"),
@@ -110,6 +115,7 @@ def place(tmp_path_factory):
         "chats.jsonl": json.dumps(chat), "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
         "list/settings.json": "[]", "deep.json": "[" * 100_000, "half.jsonl": '{"text": "a \\ud800 b"}',
         "ids.jsonl": '{"input_ids": [9999]}',
+        "list.json": "[]",
     }  # fmt: skip
     for name, content in files.items():
         (place / name).write_text(content)

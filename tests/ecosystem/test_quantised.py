@@ -86,6 +86,7 @@ def reads_of_a_step(folder, config, treatment, compiled, checkpointing=True):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.slow
 def test_weights_are_read_no_more_often_than_by_lora(compiled, tmp_path):
     """Checkpointed: forward, recompute, backward; `exact` uncompiled once more, for its dropped tokens' values."""
     config = bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -98,6 +98,7 @@ def test_arguments(case, tmp_path):
     assert losses(half) != losses(complete)
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path):
     """`torch_compile=True` compiles the whole model; one program for all steps."""
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}

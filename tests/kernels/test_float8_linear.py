@@ -226,6 +226,7 @@ def test_keep_one_stays_the_originals_arithmetic():
     [(FORWARD, False, "all"), (BOTH, True, "all"), (BOTH, True, "elementwise")],
     ids=["forward", "both", "elementwise"],
 )
+@pytest.mark.slow
 def test_compiled_without_a_break(precision, checkpointing, recompute):
     model = with_lora(tiny("llama", 2))
     if checkpointing:

@@ -24,6 +24,7 @@ EXACT = Elimination(keep=0.5, eliminated="exact", score="step")
     [(MEASURED, False, 1000), (BY_THRESHOLD, True, 300), (EXACT, True, 300)],
     ids=["measured", "threshold", "exact"],
 )
+@pytest.mark.slow
 def test_memory_does_not_grow(site, checkpointing, steps):
     processes.in_clean_process(processes.assert_no_growth, {"attention": site, "mlp": site}, checkpointing, steps)
 

@@ -115,7 +115,9 @@ def test_the_block_mask_is_causal_order_at_the_kept_positions(count, length):
     torch.testing.assert_close(flex_attention(query, key, value, block_mask=mask), expected)
 
 
-@pytest.mark.parametrize("score", ["step", "random", "measured"])
+@pytest.mark.parametrize(
+    "score", ["step", pytest.param("random", marks=pytest.mark.slow), pytest.param("measured", marks=pytest.mark.slow)]
+)
 def test_compiled_it_is_the_same(score):
     site = Elimination(keep=0.5, eliminated="exact", keys="every", score=score)
     inputs, found = batch(2, 64), []

@@ -163,6 +163,7 @@ def test_nothing_happens_without_checkpointing_or_on_the_cpu(lane, monkeypatch):
     step(transformed(sparse()), inputs)
 
 
+@pytest.mark.slow
 def test_a_whole_compiled_model_keeps_its_rows_on_the_device(lane):
     model = lemo_fx.transform(tiny("llama", 3), sparse())
     expected = step(model, batch(1, 64))
