@@ -292,6 +292,8 @@ class Predictors:
             version, listed, digest = record["format_version"], record.pop("tensors"), record.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             state = "damaged" if (folder / RECORD).exists() else "missing"
+            if str(error).startswith("larger than"):
+                state = str(error)
             raise PredictorError(f"{folder / RECORD} is {state}; fit or save the predictors again") from error
         if version != FORMAT_VERSION:
             raise PredictorError(f"{folder} has format version {version}; this lemo_fx reads {FORMAT_VERSION}")
