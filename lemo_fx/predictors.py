@@ -285,15 +285,15 @@ class Predictors:
             raise PredictorError(
                 f"there is no folder {folder} of predictors: lemo-fx fit, or Predictors.save, makes one"
             )
+        if (folder / RECORD).is_file() and (folder / RECORD).stat().st_size > LARGEST_RECORD:
+            raise PredictorError(
+                f"{folder / RECORD} is larger than {LARGEST_RECORD} bytes; fit or save the predictors again"
+            )
         try:
-            if (folder / RECORD).stat().st_size > LARGEST_RECORD:
-                raise ValueError(f"larger than {LARGEST_RECORD} bytes")
             record = json.loads((folder / RECORD).read_text())
             version, listed, digest = record["format_version"], record.pop("tensors"), record.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             state = "damaged" if (folder / RECORD).exists() else "missing"
-            if str(error).startswith("larger than"):
-                state = str(error)
             raise PredictorError(f"{folder / RECORD} is {state}; fit or save the predictors again") from error
         if version != FORMAT_VERSION:
             raise PredictorError(f"{folder} has format version {version}; this lemo_fx reads {FORMAT_VERSION}")

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 import lemo_fx
 from lemo_fx.graph.anatomy import decoder_layers
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, by_name, capture
 from lemo_fx.graph.oracle import Changes, run_captured
 from lemo_fx.graph.probe import eager
 from lemo_fx.graph.sites import Site, find_sites, site_name
@@ -72,7 +72,7 @@ def _forward(layer: nn.Module, kept: Mapping[str, tuple[str, torch.Tensor]]) -> 
     arguments = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        given = by_name(arguments, args, kwargs)
         stream = given[arguments[0]]
         rows = {}
         for site, (_, tokens) in planned.items():

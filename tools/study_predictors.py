@@ -7,8 +7,8 @@ python tools/study_predictors.py cost --shape llama3-8b --tokens 32768          
 The base model is the shipped one, or the folder that --model names, to every stage. On a GPU, which one training leaves
 mostly idle, several sites are trained side by side:
 
-python tools/study_predictors.py profile --model base --corpus corpus --work /tmp/work --sequences 192
-python tools/study_predictors.py train --model base --work /tmp/work --out out --docs out --compare "" --workers 8
+python tools/study_predictors.py profile --model base --corpus corpus --work work --sequences 192
+python tools/study_predictors.py train --model base --work work --out out --docs out --compare "" --workers 8
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ one's keys, their projections) is never computed.
 
 from __future__ import annotations
 
-import sys
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.runtime import kept
-from lemo_fx.runtime.twin import twin_of
+from lemo_fx.runtime.twin import function_of, twin_of
 
 KEYS, QUERIES = "lemo_fx_keys", "lemo_fx_queries"
 BLOCK = 128
@@ -45,6 +44,8 @@ def _queries(module: Any, query, key, value, attention_mask, *, lemo_keys, lemo_
         lemo_keys: keys and values [B, M, S, D]; lemo_tokens: [B, K].
     """
     key, value = lemo_keys
+    if not module.lemo_attention.training:
+        kwargs["dropout"] = 0.0
     if attention_mask is None and _flexible(module, query, kwargs):
         mask = causal_block_mask(lemo_tokens, key.shape[2])
         out = flex_attention(
@@ -52,7 +53,7 @@ def _queries(module: Any, query, key, value, attention_mask, *, lemo_keys, lemo_
         )
         return out.transpose(1, 2), None
     mask = query_rows(attention_mask, lemo_tokens, key.shape[2], module.lemo_implementation, query.dtype)
-    return _implementation(module)(module, query, key, value, mask, **kwargs)
+    return module.lemo_function(module, query, key, value, mask, **kwargs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(KEYS, _keys)
@@ -66,12 +67,6 @@ def _flexible(module: Any, query: torch.Tensor, settings: dict[str, Any]) -> boo
     """
     sdpa = module.lemo_implementation == "sdpa" and not settings.get("dropout") and not settings.get("position_bias")
     return sdpa and query.is_cuda and torch.compiler.is_compiling()
-
-
-def _implementation(module: Any) -> Any:
-    if module.lemo_implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[module.lemo_implementation]
 
 
 def query_rows(mask: Any, tokens: torch.Tensor, length: int, implementation: str, dtype: torch.dtype) -> Any:
@@ -137,46 +132,32 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
 
-class _WithTwin(nn.Module):
-    """Holds an attention's twin, whose dropout is on where the attention's is."""
-
-    def __init__(self, attention: nn.Module, twin: nn.Module) -> None:
-        super().__init__()
-        # In tuples, so that they are not registered and their weights are not listed twice.
-        self.attention, self.twin = (attention,), (twin,)
-
-    def train(self, mode: bool = True) -> Self:
-        """As the model's other modules."""
-        self.twin[0].training = mode
-        return super().train(mode)
-
-    def _follow(self) -> None:
-        # A compiler does not let a checkpointed function change a module; `train` has told the twin by then.
-        if not torch.compiler.is_compiling():
-            self.twin[0].training = self.attention[0].training
-
-
-class Keys(_WithTwin):
+class Keys(nn.Module):
     """Keys and values of every token, of one layer's attention. Called exactly as the attention module is."""
 
     def __init__(self, attention: nn.Module) -> None:
-        super().__init__(attention, twin_of(attention, KEYS))
+        super().__init__()
+        # In a tuple, so that the twin is not registered and its weights are not listed twice.
+        self.twin = (twin_of(attention, KEYS, training=False),)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments of the attention module, of every token -> keys and values [B, M, S, D]."""
-        self._follow()
         found = self.twin[0](*args, **kwargs)[1]
         if not isinstance(found, tuple):
             raise LemoError(NO_INTERFACE.format(name=type(self.twin[0]).__name__))
         return found
 
 
-class Queries(_WithTwin):
+class Queries(nn.Module):
     """The attention of kept queries to every key."""
 
     def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
         implementation = getattr(attention.config, "_attn_implementation", None)
-        super().__init__(attention, twin_of(attention, QUERIES, lemo_implementation=implementation))
+        # The twin always trains, since a compiler lets no checkpointed function switch it; whether there is dropout the
+        # attention says.
+        known = {"lemo_implementation": implementation, "lemo_function": function_of(attention)}
+        self.twin = (twin_of(attention, QUERIES, lemo_attention=attention, training=True, **known),)
         self.names = argument_names(attention)
 
     def forward(
@@ -191,5 +172,4 @@ class Queries(_WithTwin):
             args, kwargs: arguments of the attention module, of the kept tokens; the mask among them is not used.
         """
         given = {**by_name(self.names, args, kwargs), "attention_mask": mask, "lemo_keys": keys, "lemo_tokens": tokens}
-        self._follow()
         return self.twin[0](**given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.anatomy import window_of
 from lemo_fx.runtime.parts import SequenceGroup, is_told, process_group
-from lemo_fx.runtime.twin import twin_of
+from lemo_fx.runtime.twin import function_of, twin_of
 
 EXCHANGE = "lemo_fx_exchange"
 """Name in transformers' registry of the attention that swaps tokens for heads."""
@@ -151,8 +150,7 @@ class ExchangedAttention(nn.Module):
                 f"{type(attention).__name__} runs {implementation!r}: where ranks share a sequence, its attention is "
                 "computed by attn_implementation='sdpa' or 'eager'"
             )
-        eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-        function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        function = function_of(attention)
         self.group, self.window, self.masked = group, window_of(attention), implementation == "eager"
         known = Exchange(group, function, self.window, self.masked, attention, _with_some_heads(attention, group))
         # In what a proof is known by: another number of ranks may be one that cannot share the heads.

@@ -12,6 +12,7 @@ from lemo_fx.passes import insert_elimination
 from lemo_fx.planning import proof
 from lemo_fx.runtime import keys
 from lemo_fx.runtime.keys import causal_block_mask, query_rows
+from lemo_fx.runtime.twin import function_of
 
 SITE = Elimination(keep=0.5, eliminated="exact")
 EVERY = Elimination(keep=0.5, eliminated="exact", keys="every")
@@ -71,7 +72,7 @@ def test_gradients_of_dropped_keys_reach_their_layers_adapters():
     [
         (lambda patch: patch.setattr(insert_elimination, "gradient_at", through), "gradients are off"),
         (lambda patch: patch.setattr(keys, "query_rows", one_more), "gradients are off"),
-        (lambda patch: patch.setattr(keys, "_implementation", scaled), "gradients are off"),
+        (lambda patch: patch.setattr(keys, "function_of", scaled), "gradients are off"),
     ],
     ids=["gradient_through_every_row", "mask_off_by_one", "scaled_keys"],
 )
@@ -93,8 +94,8 @@ def one_more(mask, tokens, length, *others):
     return query_rows(mask, (tokens + 1).clamp_max(length - 1), length, *others)
 
 
-def scaled(module):
-    original = keys.ALL_ATTENTION_FUNCTIONS[module.lemo_implementation]
+def scaled(attention):
+    original = function_of(attention)
     return lambda m, query, key, *args, **kwargs: original(m, query, key * 1.1, *args, **kwargs)
 
 
@@ -156,6 +157,19 @@ def test_it_keeps_bits_when_everything_is_kept():
     site = Elimination(keep=1.0, eliminated="exact", keys="every")
     expected = step(lemo_fx.transform(tiny("llama"), plan(Elimination(keep=1.0), mlp=None)), inputs)
     assert_same_step(step(lemo_fx.transform(tiny("llama"), plan(site, mlp=None)), inputs), expected, "same")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_on_where_the_attentions_is(training):
+    model = lemo_fx.transform(tiny("llama", attention_dropout=0.9), plan())
+    layer = model.get_decoder().layers[0]
+    layer.self_attn.training = training
+    drops = []
+    twin = layer.lemo_attention_queries.twin[0]
+    original = twin.lemo_function
+    vars(twin)["lemo_function"] = lambda *args, dropout, **kwargs: [drops.append(dropout), original(*args, **kwargs)][1]
+    step(model, batch(1, 64))
+    assert set(drops) == {0.9 if training else 0.0}
 
 
 def test_what_it_is_not_for_is_refused():
