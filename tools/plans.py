@@ -50,11 +50,16 @@ WORDS: dict[str, dict[str, Any]] = {
     "dense-last-two": {"dense_layers": (0, -2, -1)},
     "last-two": {"dense_layers": (0, -2, -1)},
 }
-OTHER = ("slope-SHARE", "block-TOKENS", "shared (the MLP keeps what attention kept)")
+OTHER = (
+    "slope-SHARE",
+    "block-TOKENS",
+    "shared (the MLP keeps what attention kept)",
+    "every-key (gradient through every key and value of attention)",
+)
 HELP = f"{', '.join(TREATMENTS)} and a share, or lora; then {', '.join((*SITE_WORDS, *WORDS, *OTHER))}"
 _SHARE = r"\d*\.?\d+"
 _START = re.compile(rf"(?:lora|({'|'.join(TREATMENTS)})-({_SHARE}))(?=-|$)")
-_LONGEST_FIRST = "|".join(sorted((*SITE_WORDS, *WORDS, "shared"), key=len, reverse=True))
+_LONGEST_FIRST = "|".join(sorted((*SITE_WORDS, *WORDS, "shared", "every-key"), key=len, reverse=True))
 _WORD = re.compile(rf"-(?:(?P<word>{_LONGEST_FIRST})|slope-(?P<slope>-?{_SHARE})|block-(?P<block>\d+))(?=-|$)")
 
 
@@ -73,7 +78,8 @@ def named(name: str, score: Score = "measured") -> LemoConfig:
     treatment, keep = start.groups()
     site: dict[str, Any] = {}
     plan: dict[str, Any] = {}
-    shared, at = False, start.end()
+    words: set[str] = set()
+    at = start.end()
     while at < len(name):
         found = _WORD.match(name, at)
         if found is None:
@@ -86,14 +92,17 @@ def named(name: str, score: Score = "measured") -> LemoConfig:
             raise ValueError(f"{name!r} says {min(twice)} twice")
         site |= of_site
         plan |= of_plan
-        shared |= word == "shared"
+        words.add(word)
         at = found.end()
     if treatment is None:
-        if site or shared:
+        if site or words & {"shared", "every-key"}:
             raise ValueError(f"{name!r}: without elimination there is nothing to rank or share")
         return LemoConfig(attention=None, mlp=None, **plan)
     attention = Elimination(**{"keep": float(keep), "score": score, **TREATMENTS[treatment], **site})
-    return LemoConfig(attention=attention, mlp=replace(attention, score="shared") if shared else attention, **plan)
+    mlp = replace(attention, score="shared") if "shared" in words else attention
+    if "every-key" in words:
+        attention = replace(attention, keys="every")
+    return LemoConfig(attention=attention, mlp=mlp, **plan)
 
 
 def each(names: str, of: Callable[[str], T]) -> list[T]:

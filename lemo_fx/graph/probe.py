@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +127,12 @@ def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any
     generator = torch.Generator().manual_seed(0)
     config: Any = runner.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator)
+    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator, device="cpu")
     longest = max(longest_context(config) or FAR, LENGTH)
     # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
-    spread = torch.linspace(0, longest - 1, LENGTH).long()
-    rows = [spread, spread] if masked else [torch.arange(LENGTH), torch.arange(longest - LENGTH, longest)]
+    spread = torch.linspace(0, longest - 1, LENGTH, device="cpu").long()
+    line = torch.arange(LENGTH, device="cpu")
+    rows = [spread, spread] if masked else [line, line + longest - LENGTH]
     mask = torch.ones_like(ids)
     if padded:
         mask[1, -PADDED:] = 0
@@ -147,20 +148,46 @@ def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any
 
 
 @contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
-    """Nothing random, compiled or rounded to TF32.
+def quiet(module: nn.Module, float32: bool = False) -> Iterator[None]:
+    """Nothing random, compiled or rounded to TF32; nor, where `float32` says so, by the autocast around it.
 
     Quantised modules keep their training mode, since bitsandbytes repacks a weight for good when evaluated.
     """
-    with modes_kept(module), torch.random.fork_rng(devices=[]), uncompiled():
-        precision = torch.get_float32_matmul_precision()
+    kind = next((p.device.type for p in module.parameters()), "cpu")
+    rounding = torch.autocast(kind, enabled=False) if float32 else nullcontext()
+    with modes_kept(module), torch.random.fork_rng(devices=[]), uncompiled(), _without_tf32(), rounding:
         for part in module.modules():
             part.training = part.training and is_quantised(part)
-        torch.set_float32_matmul_precision("highest")
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Float32 matmuls in float32; afterwards what was set before, through the same one of torch's two interfaces.
+
+    Each of them raises an error when it reads what was set through the other.
+    """
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        devices: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        own = [device.fp32_precision for device in devices]
         try:
+            for device in devices:
+                device.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
+            for device, precision in zip(devices, own, strict=True):
+                device.fp32_precision = precision
+        return
+    if old == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old)
 
 
 def with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], function: Callable[[], Any]) -> Any:

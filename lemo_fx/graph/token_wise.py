@@ -63,7 +63,7 @@ def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shap
     else:
         dtype, device = parameter.dtype, parameter.device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
     with modes_kept(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for submodule in module.modules():

@@ -143,11 +143,11 @@ class _Trial:
         self.output = outputs[0]
         generator = torch.Generator().manual_seed(3)
         ids = self.inputs["input_ids"]
-        labels = torch.randint(0, int(ids.max()) + 1, ids.shape, generator=generator).to(ids.device)
+        labels = torch.randint(0, int(ids.max()) + 1, ids.shape, generator=generator, device="cpu").to(ids.device)
         labels[0, :PADDED], labels[1, -PADDED:] = -100, -100
         self.labels = labels
         hidden = self.output[0]
-        self.hidden = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        self.hidden = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden.device)
         within = {name for name, _ in head.get_submodule(base).named_parameters(f"{base}")}
         own = {name: p for name, p in head.named_parameters() if name not in within}
         plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in own.values())
@@ -169,7 +169,7 @@ class _Trial:
     def inside(self, function: Callable[[torch.Tensor], str]) -> str:
         """`function(hidden states)` while the head's weights are swapped and its decoder returns these."""
         hidden = self.hidden.clone().requires_grad_()
-        with quiet(self.head), self._decoder_replaced(hidden):
+        with quiet(self.head, hidden.dtype == torch.float32), self._decoder_replaced(hidden):
             return with_weights(self.head, self.weights, lambda: function(hidden))
 
     def run(self, forward: Callable[..., Any], given: Mapping[str, Any], hidden: torch.Tensor) -> list[torch.Tensor]:

@@ -63,14 +63,15 @@ def probes(runner: nn.Module, size: int) -> list[dict[str, torch.Tensor]]:
     device = next(p.device for p in runner.parameters())
     length = TOKENS * size
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(0, text.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, text.vocab_size, (2, length), generator=torch.Generator().manual_seed(0), device="cpu")
     longest = max(longest_context(config) or FAR, length)
-    far = torch.arange(longest - (length - TOKENS), longest)
+    near = torch.arange(TOKENS, device="cpu")
+    far = torch.arange(longest - (length - TOKENS), longest, device="cpu")
     padded = torch.ones_like(ids)
     padded[1, -TOKENS // 2 :] = 0
     labels = ids.masked_fill(padded == 0, -100)
     batches = [
-        {"input_ids": ids, "labels": ids, "position_ids": torch.cat([torch.arange(TOKENS), far])[None]},
+        {"input_ids": ids, "labels": ids, "position_ids": torch.cat([near, far])[None]},
         {"input_ids": ids, "labels": labels, "attention_mask": padded},
     ]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]

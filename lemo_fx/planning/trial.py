@@ -89,8 +89,8 @@ class Trial:
         self.entry = str(rewrite.entry.target)
         stream = self.given[self.entry]
         generator = torch.Generator().manual_seed(1)
-        self.stream = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
-        self.cotangent = torch.randn(stream.shape, generator=generator).to(stream.device, stream.dtype)
+        self.stream = torch.randn(stream.shape, generator=generator, device="cpu").to(stream.device, stream.dtype)
+        self.cotangent = torch.randn(stream.shape, generator=generator, device="cpu").to(stream.device, stream.dtype)
         self.padded, self.gradients = probe.padded, gradients
         if probe.padded:
             self.cotangent[1, -PADDED:] = 0
@@ -125,7 +125,7 @@ class Trial:
             if self.float32 and buffer.is_floating_point():
                 swapped[name] = buffer.float()
         self.parameters = [value for value in swapped.values() if value.requires_grad]
-        with quiet(layer):
+        with quiet(layer, self.float32):
             return with_weights(layer, swapped, self._compare)
 
     # Inside, the layer's own modules hold the swapped weights.
@@ -206,7 +206,7 @@ class Trial:
         for name, count in counts.items():
             # No padding: an implementation may do what it likes with a query that sees no key.
             real = LENGTH if count == LENGTH else LENGTH - PADDED
-            rows = [torch.randperm(real, generator=generator)[:count].sort().values for _ in range(BATCH)]
+            rows = [torch.randperm(real, generator=generator, device="cpu")[:count].sort().values for _ in range(BATCH)]
             self.tokens[name] = torch.stack(rows).to(self.stream.device)
         for planned in self.rewrite.sites:
             if planned.score == "shared":

@@ -123,7 +123,7 @@ def _few_labels(head: nn.Module, targets: torch.Tensor, given: torch.Tensor, ign
         if not targets.is_cuda:
             before = counted
         elif before is None:
-            _counted[head] = torch.zeros(1, pin_memory=True)
+            _counted[head] = torch.zeros(1, pin_memory=True, device="cpu")
         # A list of one number, since asking a tensor for its only number counts as waiting for a device.
         vars(given)[DECIDED] = before is None or before.tolist()[0] <= FEW
         if targets.is_cuda:

@@ -202,17 +202,18 @@ def initial_weights(
     networks, outputs = (2, outputs) if kind == "attention" else (1, 1)
 
     def matrix(rows: int, columns: int, gain: float = 2.0) -> torch.Tensor:
-        return torch.randn(networks, rows, columns, generator=generator) * math.sqrt(gain / rows)
+        return torch.randn(networks, rows, columns, generator=generator, device="cpu") * math.sqrt(gain / rows)
 
     weights = {
         "first": matrix(inputs, hidden),
-        "first_bias": torch.zeros(networks, hidden),
+        "first_bias": torch.zeros(networks, hidden, device="cpu"),
         "second": matrix(hidden, hidden),
-        "second_bias": torch.zeros(networks, hidden),
+        "second_bias": torch.zeros(networks, hidden, device="cpu"),
         # Small, so that training starts from the distance bias or the offset alone.
         "third": matrix(hidden, outputs, gain=0.02),
     }
-    weights["distance" if kind == "attention" else "offset"] = torch.zeros(len(DECAYS) if kind == "attention" else 1)
+    name, size = ("distance", len(DECAYS)) if kind == "attention" else ("offset", 1)
+    weights[name] = torch.zeros(size, device="cpu")
     return weights
 
 

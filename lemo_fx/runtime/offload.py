@@ -58,7 +58,7 @@ class Lane:
             self.stream.synchronize()  # What is unpinned must not be read any more.
             self.free.pop(max(range(len(self.free)), key=lambda i: self.free[i].numel()))
         try:
-            buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
             raise _too_little(size) from error
         if self.device.type == "cuda":

@@ -270,7 +270,7 @@ class RandomScore(nn.Module):
         super().__init__()
         self.block_size = block_size
         self.parts, self.first = parts, first
-        self.register_buffer("salt", torch.tensor([salt]), persistent=False)
+        self.register_buffer("salt", torch.tensor([salt], device="cpu"), persistent=False)
 
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, n]."""

@@ -62,7 +62,7 @@ class SelectBlocks(nn.Module):
         self.set_keep(1.0 if keep is None else keep)
         self.set_threshold(threshold)
         self.step = step
-        self.register_buffer("site", torch.tensor([salt]), persistent=False)
+        self.register_buffer("site", torch.tensor([salt], device="cpu"), persistent=False)
 
     def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
         """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""

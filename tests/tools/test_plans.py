@@ -32,6 +32,8 @@ def test_words_come_in_any_order():
     assert (plan.mlp.score, plan.block_size, plan.offload, plan.dense_layers) == ("shared", 16, True, (0, -2, -1))
     assert plans.named("exact-0.25-both-float8").float8_everywhere
     assert plans.named("lora-float8") == LemoConfig(None, None, forward="float8")
+    every = plans.named("step-0.25-every-key-both-float8")
+    assert (every.attention.keys, every.mlp.keys, every.float8_everywhere) == ("every", "kept", True)
 
 
 def test_variants_of_the_benchmark():
@@ -48,7 +50,7 @@ def test_variants_of_the_benchmark():
     assert not named("step-0.5").checkpointed
 
 
-@pytest.mark.parametrize("name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random", "step-."])
+@pytest.mark.parametrize("name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random", "lora-every-key", "step-."])
 def test_a_name_that_says_nothing(name):
     with pytest.raises(ValueError, match=repr(name)):
         plans.named(name)
