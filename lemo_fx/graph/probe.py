@@ -170,7 +170,8 @@ def _without_tf32() -> Iterator[None]:
     try:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:
-        devices: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        backends: Any = torch.backends
+        devices = [backends.cuda.matmul, backends.mkldnn.matmul]
         own = [device.fp32_precision for device in devices]
         try:
             for device in devices:
