@@ -106,30 +106,57 @@ def _block_rows(mask: Any, tokens: torch.Tensor, length: int) -> BlockMask:
 
 
 def causal_block_mask(tokens: torch.Tensor, length: int) -> BlockMask:
-    """What the kept queries [B, K] may see of all keys, in causal order: read off at the ends of blocks of 128.
-
-    `create_block_mask` would look at every pair of tokens.
-    """
-    count = tokens.shape[1]
-    blocks = -(-count // BLOCK)
-    ends = torch.arange(blocks, device=tokens.device) * BLOCK
-    first, last = tokens[:, ends], tokens[:, (ends + BLOCK - 1).clamp_max(count - 1)]
-    keys = torch.arange(-(-length // BLOCK), device=tokens.device) * BLOCK
-    full = keys + (BLOCK - 1) <= first[..., None]
-    some = (keys <= last[..., None]) & ~full
+    """What the kept queries [B, K] may see of all keys, in causal order."""
 
     def sees(b, h, q, kv):
         return kv <= tokens[b, q]
 
-    return BlockMask.from_kv_blocks(
-        *_listed(some), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(count, length)
-    )
+    size = (tokens.shape[1], length)
+    return BlockMask(size, *causal_blocks(tokens, length), (BLOCK, BLOCK), sees)
+
+
+_T = torch.Tensor
+_Blocks = tuple[_T, _T, _T, _T, _T, _T, _T, _T]
+
+
+# A custom op, so that these tensors are contiguous in compiled code too: flex_attention's kernels take them to be,
+# while a compiler gives what it computes itself any layout.
+
+
+@torch.library.custom_op("lemo_fx::causal_blocks", mutates_args=())
+def causal_blocks(tokens: torch.Tensor, length: int) -> _Blocks:
+    """The blocks of a mask of kept queries [B, K] by all keys, by rows and by columns, as `BlockMask` takes them.
+
+    Read off at the ends of blocks of queries; `create_block_mask` would look at every pair of tokens.
+
+    Returns:
+        Of Q blocks of queries and N of keys: how many blocks a row has that are seen in part [B, 1, Q], and which
+        [B, 1, Q, N]; those seen whole; then the same by columns.
+    """
+    count = tokens.shape[1]
+    ends = torch.arange(-(-count // BLOCK), device=tokens.device) * BLOCK
+    first, last = tokens[:, ends], tokens[:, (ends + BLOCK - 1).clamp_max(count - 1)]
+    keys = torch.arange(-(-length // BLOCK), device=tokens.device) * BLOCK
+    full = keys + (BLOCK - 1) <= first[..., None]
+    some = (keys <= last[..., None]) & ~full
+    return (*_listed(some), *_listed(full), *_listed(some.mT), *_listed(full.mT))
+
+
+@causal_blocks.register_fake
+def _(tokens: torch.Tensor, length: int) -> _Blocks:
+    batch, rows, columns = tokens.shape[0], -(-tokens.shape[1] // BLOCK), -(-length // BLOCK)
+
+    def listed(rows: Any, columns: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = tokens.new_empty(batch, 1, rows, dtype=torch.int32)
+        return counts, tokens.new_empty(batch, 1, rows, columns, dtype=torch.int32)
+
+    return (*listed(rows, columns), *listed(rows, columns), *listed(columns, rows), *listed(columns, rows))
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, Q, N] bool -> (how many are True [B, 1, Q], their indices first [B, 1, Q, N])."""
+    """[B, Q, N] bool -> (how many are True [B, 1, Q], their indices first [B, 1, Q, N]), contiguous int32."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+    return blocks.sum(-1, dtype=torch.int32)[:, None].contiguous(), order.to(torch.int32)[:, None].contiguous()
 
 
 class Keys(nn.Module):

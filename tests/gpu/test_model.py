@@ -17,7 +17,7 @@ from lemo_fx.runtime import offload
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
-def model_and_batch(layers: int = 3):
+def model_and_batch(layers: int = 3, length: int = 700):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,
@@ -29,7 +29,7 @@ def model_and_batch(layers: int = 3):
     )
     model = LlamaForCausalLM(config).cuda()
     model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")).train()
-    ids = torch.randint(0, 1000, (2, 700), device="cuda")
+    ids = torch.randint(0, 1000, (2, length), device="cuda")
     mask = torch.ones_like(ids)
     mask[0, -90:] = 0
     return model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
@@ -242,9 +242,10 @@ def test_a_base_held_in_float8_takes_half_and_is_not_copied():
     assert kept["float8"] < 1.02 * kept["model"], kept
 
 
+@pytest.mark.parametrize("length", [700, 1024])
 @pytest.mark.parametrize("padded", [False, True])
-def test_every_key_compiled_is_every_key(padded):
-    model, batch = model_and_batch()
+def test_every_key_compiled_is_every_key(padded, length):
+    model, batch = model_and_batch(length=length)
     if not padded:
         del batch["attention_mask"]
     site = Elimination(keep=0.5, eliminated="exact")

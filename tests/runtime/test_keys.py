@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import ARCHITECTURES, assert_same_step, batch, packed, step, tiny, with_lora
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import lemo_fx
@@ -11,7 +11,7 @@ from lemo_fx import ConfigError, Elimination, LemoConfig, UnsupportedModelError
 from lemo_fx.passes import insert_elimination
 from lemo_fx.planning import proof
 from lemo_fx.runtime import keys
-from lemo_fx.runtime.keys import causal_block_mask, query_rows
+from lemo_fx.runtime.keys import causal_block_mask, causal_blocks, query_rows
 from lemo_fx.runtime.twin import function_of
 
 SITE = Elimination(keep=0.5, eliminated="exact")
@@ -114,6 +114,17 @@ def test_the_block_mask_is_causal_order_at_the_kept_positions(count, length):
     assert torch.equal(mask.to_dense().bool(), dense)
     expected = scaled_dot_product_attention(query, key, value, attn_mask=seen)
     torch.testing.assert_close(flex_attention(query, key, value, block_mask=mask), expected)
+    other = BlockMask.from_kv_blocks(
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        seq_lengths=(count, length),
+    )
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        assert torch.equal(getattr(mask, name), getattr(other, name))
+        assert getattr(mask, name).is_contiguous()
+    torch.library.opcheck(causal_blocks, (tokens, length))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def test_variants_of_the_benchmark():
     assert not named("step-0.5").checkpointed
 
 
-@pytest.mark.parametrize("name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random", "lora-every-key", "step-."])
+@pytest.mark.parametrize(
+    "name", ["", "skip", "skip-0.5x", "step-0.5-fast", "exact-0.5-slope", "lora-random", "lora-every-key", "step-."]
+)
 def test_a_name_that_says_nothing(name):
     with pytest.raises(ValueError, match=repr(name)):
         plans.named(name)
