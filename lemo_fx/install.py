@@ -19,7 +19,6 @@ from lemo_fx import distributed
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.capture import PATCHING, graph_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
-from lemo_fx.kernels.select_blocks.op import forget
 from lemo_fx.planning.plans import Plan, SitePlan
 from lemo_fx.runtime.head import HeadSettings, make_generate, make_head_forward
 from lemo_fx.runtime.layer import (
@@ -32,7 +31,6 @@ from lemo_fx.runtime.layer import (
     make_layer_forward,
 )
 from lemo_fx.runtime.scores import StepScore
-from lemo_fx.runtime.select import SelectBlocks
 
 TRANSFORMATION = "_lemo_fx_transformation"
 """Instance attribute of a transformed model that holds its `Transformation`."""
@@ -247,9 +245,7 @@ def uninstall(module: nn.Module) -> None:
         module.__class__ = restored
     for name in record.parts:
         part = module._modules.pop(name, None)
-        if isinstance(part, SelectBlocks):
-            forget(part.site)
-        elif isinstance(part, Float8Switch):
+        if isinstance(part, Float8Switch):
             part.disconnect()
             record.settings.step.switches.remove(part)
     del vars(module)[STATE]

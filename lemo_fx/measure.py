@@ -1,15 +1,13 @@
-"""What one training step costs: bytes kept for the backward, floating-point operations, wall time and peak memory."""
+"""What a training step costs: bytes kept for the backward, floating-point operations and peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
-import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lemo_fx.kernels.private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, storage_key
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """One forward and backward.
-
-    Attributes:
-        saved_bytes: most bytes that autograd kept for the backward at one time, see `saved_bytes`.
-        flops: floating-point operations of the matrix products, see `flops`.
-        seconds: wall time, measured on a run of its own without counting.
-    """
-
-    saved_bytes: int
-    flops: int
-    seconds: float
-
-
 class _Saved:
     """A tensor that autograd keeps; autograd drops this object when it no longer needs the tensor."""
 
@@ -42,10 +25,6 @@ class _Saved:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-
-
-def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
@@ -67,7 +46,8 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module | None = None) -> int:
         run: a forward, or a forward with its backward. Of a forward alone, return the loss: what it holds on to counts.
         model: its parameters and buffers are left out.
     """
-    ignored = {storage_key(tensor) for tensor in _tensors_of(model)} if model is not None else set()
+    held = [] if model is None else [*model.parameters(), *model.buffers()]
+    ignored = {storage_key(tensor) for tensor in held}
     holders: Counter[int] = Counter()
     now = most = 0
 
@@ -111,12 +91,8 @@ def _attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Si
     return 2 * batch * heads * length * key[2] * (3 * width + 2 * value[3])
 
 
-def _more_ops() -> dict[Any, Callable[..., int]]:
-    """FLOPs of attention on the CPU, which torch's counter does not know; our ops register theirs with it."""
-    return {
-        CPU_ATTENTION: _attention_flops,
-        CPU_ATTENTION_BACKWARD: _attention_backward_flops,
-    }
+ON_THE_CPU = {CPU_ATTENTION: _attention_flops, CPU_ATTENTION_BACKWARD: _attention_backward_flops}
+"""FLOPs of attention on the CPU, which torch's counter does not know; our ops register theirs with it."""
 
 
 def flops(run: Callable[[], Any]) -> int:
@@ -125,7 +101,7 @@ def flops(run: Callable[[], Any]) -> int:
     As `torch.utils.flop_counter` counts: attention in full, without a discount for causal order; the measuring of block
     scores from Q and K is counted in the same way. Elementwise work is not counted. The same on every run.
     """
-    with FlopCounterMode(display=False, custom_mapping=_more_ops()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ON_THE_CPU) as counter:
         run()
     return counter.get_total_flops()
 
@@ -140,32 +116,6 @@ def counts(run: Callable[[], Any], model: nn.Module | None = None) -> tuple[int,
 
     operations = flops(counted)
     return kept, operations
-
-
-def step_cost(model: nn.Module, batch: Mapping[str, Any]) -> StepCost:
-    """Cost of one forward and backward of `model(**batch).loss`, with the model in the mode it is in.
-
-    Runs the step twice: for the counts (which also warms up), and for the time. Gradients that the parameters had are
-    put back.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = [p.grad for p in parameters]
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    try:
-        kept, operations = counts(step, model)
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-    finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
-    return StepCost(kept, operations, seconds)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -103,7 +103,7 @@ def sequences(
 
 
 def profile(args: argparse.Namespace) -> None:
-    from lemo_fx.fitting.fit import run_probes
+    from lemo_fx.fitting.profile import run_probes
 
     model = load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)

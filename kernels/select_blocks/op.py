@@ -6,7 +6,9 @@ bit, and a different choice under a fixed count would be silently wrong gradient
 input may lie elsewhere, or where an earlier step's input lay.
 """
 
+import itertools
 import logging
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -35,28 +37,41 @@ class Choice:
     digest: torch.Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class SiteRecord:
-    """What the last forward passes through one site did."""
+    """What the last forward passes through one site did. A copied site begins a record of its own.
 
+    Attributes:
+        site: [1] its number, by which the ops find it: on the CPU, where it is read without waiting for a device.
+    """
+
+    site: torch.Tensor = field(init=False)
     choices: deque[Choice] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     kept_tokens: int = 0
     total_tokens: int = 0
     nan_seen: torch.Tensor | None = None
     nan_warned: bool = False
 
+    def __post_init__(self) -> None:
+        number = next(_numbers)
+        self.site = torch.tensor([number], device="cpu")
+        _records[number] = self
 
-_records: dict[int, SiteRecord] = {}
+    def __deepcopy__(self, memo: object) -> "SiteRecord":
+        return SiteRecord()
 
 
-def record_of(site: torch.Tensor) -> SiteRecord:
-    """The record of the site whose identity tensor this is."""
-    return _records.setdefault(site.data_ptr(), SiteRecord())
+_numbers = itertools.count()
+_records: weakref.WeakValueDictionary[int, SiteRecord] = weakref.WeakValueDictionary()
+"""By number, for the ops, which are handed nothing but tensors; a record lives as long as the module that holds it."""
 
 
-def forget(site: torch.Tensor) -> None:
-    """Drop a site's record."""
-    _records.pop(site.data_ptr(), None)
+def _record_of(site: torch.Tensor) -> SiteRecord:
+    # As a list, since asking a tensor for its only number counts as waiting for a device.
+    record = _records.get(site.tolist()[0])
+    if record is None:
+        raise SelectionError("a backward needs the choice of a layer that is rewritten no more: revert between steps")
+    return record
 
 
 def _digest(stream: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -76,6 +91,8 @@ def _remember(
 def _recall(record: SiteRecord, digest: torch.Tensor, length: int, block_size: int) -> torch.Tensor:
     """The tokens that the forward pass of this input chose; the latest such pass, without a host synchronisation."""
     known = [c for c in record.choices if c.length == length and c.digest.shape == digest.shape]
+    # A model may have moved since.
+    known = [c for c in known if c.digest.device == digest.device]
     if not known:
         raise SelectionError(_FORGOTTEN)
     digests = torch.stack([c.digest for c in known])
@@ -124,10 +141,10 @@ def remember(
 
     Args:
         digest: [B, 16] of the layer's input; nan: [] bool, whether a score is NaN.
-        site: [1] the site's identity tensor.
+        site: of its `SiteRecord`.
         length: S.
     """
-    record = record_of(site)
+    record = _record_of(site)
     if in_backward():
         return _recall(record, digest, length, block_size)
     # A compiler may use the memory of what it passes here again.
@@ -156,7 +173,7 @@ def select_blocks(
 
     Args:
         stream: [B, S, H] the layer's input; gives the length, and is told from other inputs by a digest.
-        site: [1] the site's identity tensor.
+        site: of its `SiteRecord`.
     """
     length = stream.shape[1]
     tokens = reference.select_blocks(scores, valid, labelled, length, block_size, keep, parts)
@@ -177,7 +194,7 @@ def select_by_threshold(
 
     The count depends on the data: a compiler leaves that size open, so one compilation does for every count.
     """
-    record, length, digest = record_of(site), stream.shape[1], _digest(stream, block_size)
+    record, length, digest = _record_of(site), stream.shape[1], _digest(stream, block_size)
     if in_backward():
         return _recall(record, digest, length, block_size)
     _note_nan(record, scores.isnan().any())

@@ -207,9 +207,6 @@ def peak(
         layer = 2 * kv + _wide(shape, adapters) * inner + _stream(adapters) * hidden
         if adapters.everywhere:
             layer += 2 * query
-        if name == AS_IT_IS:
-            # Nothing but the logits is alive when they are.
-            return fixed + context * (saved + ends) + max(head, context * layer)
         return fixed + context * (saved + ends) + max(head, context * layer)
     keeps = _keeps(plan, shape.layers)
     float8 = plan.float8_everywhere and not quantised

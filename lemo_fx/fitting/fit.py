@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind, as_config, is_count, is_number
 from lemo_fx.errors import ConfigError, PredictorError, UnsupportedModelError
 from lemo_fx.files import check_folder, write_tensors, write_text, writing
-from lemo_fx.fitting.profile import probe
+from lemo_fx.fitting.profile import run_probes
 from lemo_fx.fitting.sequences import read_sequences
 from lemo_fx.fitting.statistics import BranchStatistics, stream_files
 from lemo_fx.fitting.thresholds import tune
@@ -112,8 +111,8 @@ def fit(
         work = scratch / "unfinished"
         _prepare(work, _key(model, batches, config, rank, ridge, recipe))
         sparse = [i for i in range(len(layers)) if not config.is_dense(i, len(layers))]
-        longest = max(ids.shape[1] for ids in batches)
-        at_a_time = max(1, SCRATCH // (4 * hidden * longest * len(batches)))
+        lengths = [ids.shape[1] for ids in batches]
+        at_a_time = max(1, SCRATCH // (4 * hidden * max(lengths) * len(batches)))
         groups = [sparse[start : start + at_a_time] for start in range(0, len(sparse), at_a_time)]
         tensors: dict[str, torch.Tensor] = {}
         training: dict[str, Any] = {}
@@ -124,7 +123,7 @@ def fit(
                 what = f"profiling the base model, part {number + 1} of {len(groups)}"
                 track = functools.partial(bar.track, description=what)
                 probes = run_probes(model, batches, group, config, work, track)
-                profile = _solve(probes, work, group[0], rank or max(1, hidden // 8), ridge)
+                profile = _solve(probes, lengths, work, group[0], rank or max(1, hidden // 8), ridge)
             tensors.update(load_file(work / f"stand_ins.{group[0]}.safetensors"))
             explained.update(profile.explained)
             names = [site for site, kind in profile.kinds.items() if kind]
@@ -215,55 +214,19 @@ def _key(model: nn.Module, batches: list[torch.Tensor], config: LemoConfig, *set
     return digest.hexdigest()
 
 
-Track = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
-
-
-def run_probes(
-    model: nn.Module, batches: list[torch.Tensor], layers: list[int], config: LemoConfig, work: Path, track: Track
-) -> dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]]:
-    """Profile some of the base model's layers.
-
-    Returns:
-        By site: its probe, its kind where a predictor is to be trained (else None), and the sequences' lengths.
-    """
-    device = next(model.parameters()).device
-    hidden, lengths = hidden_size(model), [ids.shape[1] for ids in batches]
-    probes: dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]] = {}
-
-    def choose(index: int, name: str, kind: SiteKind) -> tuple[nn.Module, int | None] | None:
-        elimination = config.site(kind)
-        if elimination is None:
-            return None
-        scored = elimination.score in ("auto", "predicted")
-        # An MLP's score is a maximum over tokens, whose own scores teach a predictor more.
-        per_score = config.block_size if kind == "attention" else 1
-        site = f"layers.{index}.{name}"
-        statistics = BranchStatistics(hidden, device, work / site, max(lengths), per_score)
-        probes[site] = (statistics, kind if scored else None, lengths)
-        return statistics, per_score if scored else None
-
-    probe(model, ({"input_ids": ids.to(device)} for ids in track(batches)), layers, choose)
-    return probes
-
-
 def _solve(
-    probes: dict[str, tuple[BranchStatistics, SiteKind | None, list[int]]],
-    work: Path,
-    first: int,
-    rank: int,
-    ridge: float,
+    probes: dict[str, BranchStatistics], lengths: list[int], work: Path, first: int, rank: int, ridge: float
 ) -> Profile:
     """Solve the stand-ins and mark the profile as finished."""
     tensors: dict[str, torch.Tensor] = {}
-    profile = Profile([], {})
-    for site, (statistics, kind, lengths) in probes.items():
+    profile = Profile(lengths, {})
+    for site, statistics in probes.items():
         if statistics.count == 0:
             raise PredictorError(f"{site} saw no token: did the model run another path than its decoder layers?")
         parts, share = statistics.solve(rank, ridge)
         tensors.update({f"{site}.stand_in.{name}": value for name, value in parts.items()})
         profile.explained[site] = round(share, 4)
-        profile.kinds[site] = kind
-        profile.lengths = lengths
+        profile.kinds[site] = statistics.kind
     write_tensors(work / f"stand_ins.{first}.safetensors", tensors)
     write_text(work / f"profile.{first}.json", json.dumps(vars(profile)))
     return profile

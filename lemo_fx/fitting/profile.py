@@ -1,15 +1,16 @@
-"""Observe the branches of a base model and the true scores of their blocks while it computes what it always does."""
+"""Profile a base model: its branches and the true scores of their blocks, while it computes what it always does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lemo_fx.api import suspended
-from lemo_fx.config import LemoConfig, SiteKind
+from lemo_fx.config import LemoConfig
+from lemo_fx.fitting.statistics import BranchStatistics
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, modes_kept
 from lemo_fx.graph.sites import find_sites, scored_module, site_name
@@ -19,56 +20,68 @@ from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.planning.plans import Plan, layer_plan
+from lemo_fx.predictors import hidden_size
 from lemo_fx.runtime.scores import measured_score
 from lemo_fx.runtime.step import Step
 
-Choose = Callable[[int, str, SiteKind], tuple[nn.Module, int | None] | None]
-"""(layer index, site's name, its kind) -> its probe and how many tokens a score is for (None: it needs no scores); None
-for a site that is left alone."""
+Track = Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
 
 
-def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterable[int], choose: Choose) -> None:
-    """Run the model without elimination over batches, with probes in some of its layers; it is left as it was.
+def run_probes(
+    model: nn.Module, batches: list[torch.Tensor], layers: Iterable[int], config: LemoConfig, work: Path, track: Track
+) -> dict[str, BranchStatistics]:
+    """Run the model without elimination over token ids [1, S], with probes in some of its layers; it is left as it was.
 
-    A probe is called with the branch's normed input and output [B, S, H]; where it wants scores also with the stream
-    that the branch reads [B, S, H], the true scores [B, n] and the layer's attention mask.
+    Args:
+        config: which sites get a probe, and which of these true scores.
+        work: folder for the scored streams.
+        track: the batches one after the other, for a progress bar.
+
+    Returns:
+        By site ("layers.<index>.<site>"), its probe.
     """
+    device = next(model.parameters()).device
+    longest = max(ids.shape[1] for ids in batches)
+    probes: dict[str, BranchStatistics] = {}
     with modes_kept(model), suspended(model):
-        plans = _plans(model, layers, choose)
+        plans, decoder = [], decoder_layers(model)
+        for index in layers:
+            name, layer = decoder[index]
+            graph = capture(layer, ABSENT_IN_TRAINING)
+            found, _ = find_sites(graph)
+            rewrite = LayerRewrite(layer, graph, [], modules={})
+            for site in found:
+                elimination = config.site(site.kind)
+                if elimination is None:
+                    continue
+                own = site_name(site, found)
+                planned = PlannedSite(own, site, None)
+                # An MLP's score is a maximum over tokens, whose own scores teach a predictor more.
+                per_score = config.block_size if site.kind == "attention" else 1
+                at = f"layers.{index}.{own}"
+                kind = site.kind if elimination.score in ("auto", "predicted") else None
+                probes[at] = BranchStatistics(hidden_size(model), device, work / at, longest, per_score, kind)
+                rewrite.modules[part_name(own, "probe")] = probes[at]
+                if kind is not None:
+                    score = measured_score(scored_module(layer, site), kind, per_score)
+                    rewrite.modules[part_name(own, "score")] = score
+                    planned.treatment, planned.score = "skip", "measured"
+                rewrite.sites.append(planned)
+            plans.append(_observing(name, rewrite))
         install(plans)
         try:
             model.eval()
             with torch.no_grad():
-                for batch in batches:
-                    model(**{"use_cache": False, "logits_to_keep": 1, **batch})
+                for ids in track(batches):
+                    model(input_ids=ids.to(device), use_cache=False, logits_to_keep=1)
         finally:
             for plan in plans:
                 uninstall(plan.module)
+    return probes
 
 
-def _plans(model: nn.Module, indices: Iterable[int], choose: Choose) -> list[Plan]:
-    plans = []
-    observing = LemoConfig(block_size=1, active="always")
-    layers = decoder_layers(model)
-    for index in indices:
-        name, layer = layers[index]
-        graph = capture(layer, ABSENT_IN_TRAINING)
-        sites, _ = find_sites(graph)
-        planned, modules = [], {}
-        for site in sites:
-            own = site_name(site, sites)
-            chosen = choose(index, own, site.kind)
-            if chosen is None:
-                continue
-            planned.append(PlannedSite(own, site, None))
-            modules[part_name(own, "probe")], per_score = chosen
-            if per_score is not None:
-                mixer = scored_module(layer, site)
-                modules[part_name(own, "score")] = measured_score(mixer, site.kind, per_score)
-                planned[-1].treatment, planned[-1].score = "skip", "measured"
-        rewrite = LayerRewrite(layer, graph, planned, modules=modules)
-        insert_scores(rewrite)
-        insert_probes(rewrite)
-        check(rewrite, "insert_probes", finished=True)
-        plans.append(layer_plan(name, rewrite, observing, Step(), []))
-    return plans
+def _observing(name: str, rewrite: LayerRewrite) -> Plan:
+    insert_scores(rewrite)
+    insert_probes(rewrite)
+    check(rewrite, "insert_probes", finished=True)
+    return layer_plan(name, rewrite, LemoConfig(block_size=1, active="always"), Step(), [])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_fx.config import SiteKind
 from lemo_fx.files import writing
 
 
@@ -20,12 +21,15 @@ class BranchStatistics(nn.Module):
     Args:
         path: of the files, without their endings; written to where the probe is given scores.
         longest: tokens of the longest sequence; per_score: tokens that one score is for.
+        kind: of the site, where a predictor is to be trained for it.
     """
 
-    def __init__(self, hidden: int, device: torch.device, path: Path, longest: int, per_score: int) -> None:
+    def __init__(
+        self, hidden: int, device: torch.device, path: Path, longest: int, per_score: int, kind: SiteKind | None
+    ) -> None:
         super().__init__()
         self.stream_file, self.score_file = stream_files(path)
-        self.longest, self.per_score = longest, per_score
+        self.longest, self.per_score, self.kind = longest, per_score, kind
         self.count = 0
         self.sums = [torch.zeros(hidden, dtype=torch.float64, device=device) for _ in range(2)]
         self.products = [torch.zeros(hidden, hidden, dtype=torch.float32, device=device) for _ in range(2)]

@@ -108,16 +108,17 @@ class Tuning:
         """The threshold of every layer and kind."""
         return {key: self.threshold(key, share) for key, share in shares.items()}
 
-    def shares_from(self, threshold: Callable[[Key, float], float]) -> dict[Key, float]:
-        """Shares under thresholds `threshold(key, c)`, with the one c per kind that gives the mean share asked for."""
+    def start(self) -> dict[Key, float]:
+        """Shares under thresholds at one multiple c per kind of each layer's mean score: the mean share asked for."""
         shares: dict[Key, float] = {}
+        means = {key: float(scores.mean()) for key, scores in self.scores.items()}
         for kind, target in self.targets.items():
             keys = [key for key in self.selects if key[1] == kind]
             if not keys:
                 continue
 
             def found(c: float, keys: list[Key] = keys) -> dict[Key, float]:
-                return {key: float((self.scores[key] >= threshold(key, c)).float().mean()) for key in keys}
+                return {key: float((self.scores[key] >= c * means[key]).float().mean()) for key in keys}
 
             low, high = 0.0, 1.0
             while statistics.fmean(found(high).values()) > target:
@@ -127,14 +128,6 @@ class Tuning:
                 low, high = (middle, high) if statistics.fmean(found(middle).values()) > target else (low, middle)
             shares.update({key: max(share, LEAST) for key, share in found(high).items()})
         return shares
-
-    def start(self) -> dict[Key, float]:
-        """Thresholds at a multiple of each layer's mean block score."""
-        return self.shares_from(lambda key, c: c * float(self.scores[key].mean()))
-
-    def single(self) -> dict[Key, float]:
-        """One threshold for all layers."""
-        return self.shares_from(lambda key, c: c)
 
     def run(
         self, iterations: int = 3, epsilon: float = 0.125, rate: float = 0.15, tick: Callable[[], None] | None = None

@@ -49,11 +49,10 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
     elif planned.treatment == "exact":
         # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
-    salt = 2 * index + (planned.site.kind == "mlp") + 1
     parts, note = _score_parts(planning, place, rewrite.layer, planned, index)
     if planned.score in ("random", "step"):
         parts["score"] = (
-            RandomScore(salt, config.block_size, *planning.parts)
+            RandomScore(2 * index + (planned.site.kind == "mlp") + 1, config.block_size, *planning.parts)
             if planned.score == "random"
             else StepScore(config.block_size, planning.step, *planning.parts)
         )
@@ -65,7 +64,7 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
     if not shared:
         varies = len(set(keeps)) > 1
         parts["select"] = SelectBlocks(
-            config.block_size, keep, threshold, salt, planning.step, elimination.balance, varies, planning.parts[0]
+            config.block_size, keep, threshold, planning.step, elimination.balance, varies, planning.parts[0]
         )
     if predictors is not None and elimination.eliminated == "stand_in":
         parts["stand_in"] = predictors.stand_in(index, planned.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from lemo_fx.errors import InputError
 from lemo_fx.kernels.private import may_vary
 from lemo_fx.kernels.select_blocks import reference as selection
-from lemo_fx.kernels.select_blocks.op import SiteRecord, forget, record_of, select_blocks, select_by_threshold
+from lemo_fx.kernels.select_blocks.op import SiteRecord, select_blocks, select_by_threshold
 from lemo_fx.runtime.kept import labelled_tokens, valid_tokens
 from lemo_fx.runtime.step import Step
 
@@ -32,14 +31,15 @@ class SelectBlocks(nn.Module):
     """The tokens of a site's kept blocks, by budget or by threshold.
 
     Args:
-        salt: identifies the site; two sites of a model differ.
         step: labels of the running step, whose blocks survive when they are few.
         balance: rank blocks within windows of the sequence, see `selection.balanced`.
         varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
         parts: of the stream, from each of which as many blocks are chosen, see `LemoConfig.sequence_parts`.
+
+    Attributes:
+        record: what the last forward passes did here.
     """
 
-    site: torch.Tensor
     budget: torch.Tensor
     threshold: torch.Tensor | None
 
@@ -48,7 +48,6 @@ class SelectBlocks(nn.Module):
         block_size: int,
         keep: float | None,
         threshold: float | None,
-        salt: int,
         step: Step,
         balance: bool = False,
         varies: bool = False,
@@ -62,7 +61,7 @@ class SelectBlocks(nn.Module):
         self.set_keep(1.0 if keep is None else keep)
         self.set_threshold(threshold)
         self.step = step
-        self.register_buffer("site", torch.tensor([salt], device="cpu"), persistent=False)
+        self.record = SiteRecord()
 
     def forward(self, scores: torch.Tensor, stream: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
         """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
@@ -71,8 +70,10 @@ class SelectBlocks(nn.Module):
         valid = valid_tokens(attention_mask, stream)
         labelled = labelled_tokens(self.step.labels, stream)
         if self.threshold is not None:
-            return select_by_threshold(scores, valid, labelled, stream, self.site, self.block_size, self.threshold)
-        return select_blocks(scores, valid, labelled, stream, self.site, self.block_size, self.keep, self.parts)
+            return select_by_threshold(
+                scores, valid, labelled, stream, self.record.site, self.block_size, self.threshold
+            )
+        return select_blocks(scores, valid, labelled, stream, self.record.site, self.block_size, self.keep, self.parts)
 
     def _balanced(self, scores: torch.Tensor) -> torch.Tensor:
         if not self.balance:
@@ -111,20 +112,6 @@ class SelectBlocks(nn.Module):
             tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep, self.parts)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> SelectBlocks:
-        # The record is found by the address of the site's tensor, which changes here.
-        forget(self.site)
-        return super()._apply(fn, recurse)
-
-    def __del__(self) -> None:
-        if "site" in self._buffers:
-            forget(self.site)
-
-    @property
-    def record(self) -> SiteRecord:
-        """What the last forward passes did here."""
-        return record_of(self.site)
 
     def nothing_kept(self) -> None:
         """Note that a step passed this site by; choices that wait for their backward stay."""

@@ -157,7 +157,6 @@ def test_several_layers_in_one_checkpoint(reentrant, steps):
 
 
 def test_a_new_model_knows_nothing_of_a_deleted_one():
-    """Sites are told apart by address, and addresses are used again."""
     gc.collect()
     before = len(op._records)
     model = lemo_fx.transform(tiny("llama"), sparse())
@@ -165,7 +164,8 @@ def test_a_new_model_knows_nothing_of_a_deleted_one():
     for m in copies:
         m(**batch(2, 64))
     assert len(op._records) == before + 8
-    model.double()
+    lemo_fx.revert(model)
+    gc.collect()
     assert len(op._records) == before + 4
     del model, copies, m
     gc.collect()
@@ -173,14 +173,12 @@ def test_a_new_model_knows_nothing_of_a_deleted_one():
 
 
 def test_what_is_remembered_is_small():
-    site, scores = torch.tensor([1]), torch.randn(1, 256)
+    record, scores = op.SiteRecord(), torch.randn(1, 256)
     stream = torch.randn(1, 256 * 64, 16)
     for _ in range(op.REMEMBERED + 5):
-        op.select_blocks(scores, None, None, stream, site, 64, (1, 2))
-    choices = op.record_of(site).choices
-    assert len(choices) == op.REMEMBERED
-    assert sum(t.untyped_storage().nbytes() for c in choices for t in (c.blocks, c.digest)) < 64 * 1024
-    op.forget(site)
+        op.select_blocks(scores, None, None, stream, record.site, 64, (1, 2))
+    assert len(record.choices) == op.REMEMBERED
+    assert sum(t.untyped_storage().nbytes() for c in record.choices for t in (c.blocks, c.digest)) < 64 * 1024
 
 
 @pytest.mark.parametrize("outside", [None, False, True], ids=["transformers", "outside", "outside_reentrant"])

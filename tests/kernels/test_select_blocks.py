@@ -144,7 +144,7 @@ def test_the_only_label_survives(data):
         assert tokens.shape == select_blocks(scores, None, None, length, size, keep).shape
     else:
         threshold = data.draw(st.sampled_from([-1.0, 0.0, 1.0, float("inf")]))
-        part = SelectBlocks(size, None, threshold, 0, Step())
+        part = SelectBlocks(size, None, threshold, Step())
         tokens = select_by_threshold(scores, valid, labelled, length, size, part.threshold)
     for row, predicts in zip(tokens, target - 1, strict=True):
         assert predicts in row
@@ -238,10 +238,13 @@ def test_selection_to_restoration(data):
 
 
 @pytest.fixture
-def site():
-    tensor = torch.tensor([7])
-    yield tensor
-    op.forget(tensor)
+def record():
+    return op.SiteRecord()
+
+
+@pytest.fixture
+def site(record):
+    return record.site
 
 
 def test_opcheck(site):
@@ -277,25 +280,50 @@ def test_nan_warns_once(site, caplog):
     assert len([r for r in caplog.records if "NaN" in r.message]) == 1
 
 
+class Recompute(torch.autograd.Function):
+    """Runs a function in the backward, as a checkpoint does."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.function()
+        return grad, None
+
+
+def recompute(function):
+    Recompute.apply(torch.ones(1, requires_grad=True), function).sum().backward()
+
+
 def test_a_recompute_that_no_forward_made_is_an_error(site):
-    class Recompute(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), site, 4, (1, 2))
-            return grad
-
     with pytest.raises(SelectionError, match="did not record"):
-        Recompute.apply(torch.ones(1, requires_grad=True)).sum().backward()
+        recompute(lambda: op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), site, 4, (1, 2)))
+
+
+def test_a_site_that_is_gone_is_an_error():
+    with pytest.raises(SelectionError, match="revert between steps"):
+        op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), op.SiteRecord().site, 4, (1, 2))
+
+
+def test_a_recompute_passes_by_what_was_chosen_on_another_device(record):
+    """A model that moves keeps its record, and a step may have been dropped before its backward."""
+    stream, found = torch.randn(1, 20, 4), []
+    chosen = op.select_blocks(torch.tensor([[0.0, 1, 9, 3, 0]]), None, None, stream, record.site, 4, (1, 2))
+    record.choices.append(
+        op.Choice(*(x.to("meta") if torch.is_tensor(x) else x for x in vars(record.choices[0]).values()))
+    )
+    run = (torch.zeros(1, 5), None, None, stream, record.site, 4, (1, 2))
+    recompute(lambda: found.append(op.select_blocks(*run)))
+    assert torch.equal(found[0], chosen)
 
 
 def test_pinned_blocks_reach_every_threshold():
     valid = torch.arange(30) >= torch.tensor([[9], [0]])
     valid[:, 21:] = False
-    part = SelectBlocks(4, None, float("inf"), 0, Step())
+    part = SelectBlocks(4, None, float("inf"), Step())
     kept = part(torch.zeros(2, 8), torch.randn(2, 30, 4), valid.long())
     # The first and the last real block, and the ragged tail, in either sample.
     assert [row[-1] for row in blocks_of(kept, 4)] == [7, 7]
