@@ -29,6 +29,7 @@ __all__ = [
     "guard_or_false",
     "has_triton",
     "in_backward",
+    "in_transform",
     "is_op",
     "may_vary",
     "promise",
@@ -71,6 +72,12 @@ assert_on_device = torch._assert_async
 def in_backward() -> bool:
     """Whether autograd runs a backward now, as while a checkpoint recomputes."""
     return torch._C._current_graph_task_id() != -1
+
+
+def in_transform() -> bool:
+    """Whether a function transform of torch's runs now: `torch.func.grad`, `vmap`, `jvp`, or forward-mode gradients."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_op(target: Any) -> bool:

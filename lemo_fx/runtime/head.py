@@ -17,7 +17,14 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES, by_name
-from lemo_fx.runtime.layer import STATE, look_for_hooks, settings_of, without_default_cache
+from lemo_fx.kernels.private import in_transform
+from lemo_fx.runtime.layer import (
+    STATE,
+    look_for_hooks,
+    refuse_function_transforms,
+    settings_of,
+    without_default_cache,
+)
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.sequence import whole_loss
@@ -68,6 +75,7 @@ class HeadSettings:
             self._check_part(model, kwargs)
         if not model.training or self.step.dense:
             return
+        refuse_function_transforms(type(model).__name__)
         if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
@@ -108,6 +116,7 @@ class HeadSettings:
             (model.training or not torch.compiler.is_compiling())
             and labels is not None
             and self.loss_function is not None
+            and (torch.compiler.is_compiling() or not in_transform())
             and model.loss_function is self.loss_function
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")

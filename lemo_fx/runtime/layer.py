@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
+from lemo_fx.kernels.private import in_transform
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.scores import StepScore
@@ -140,12 +141,23 @@ class LayerSettings:
                         "nothing is eliminated; pack them, or choose a smaller block_size"
                     )
             return False
+        refuse_function_transforms(type(layer).__name__)
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
                 f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def refuse_function_transforms(name: str) -> None:
+    """Raise where torch.func or forward-mode gradients would go through a rewritten module, named so."""
+    if not torch.compiler.is_compiling() and in_transform():
+        raise InputError(
+            f"{name}: torch.func (grad, vmap, jvp) and forward-mode gradients do not know the operations of rewritten "
+            "modules: call lemo_fx.set_dense(model) before, which runs the original layers, and "
+            "lemo_fx.set_dense(model, False) after"
+        )
 
 
 def look_for_hooks(model: nn.Module, step: Step) -> None:
@@ -189,15 +201,31 @@ def without_default_cache(
     """Default `use_cache` to False where layers run sparse: transformers would make a cache, which they cannot fill.
 
     Said to the call and not in the model's config, which is saved with the model and holds in `eval()` too.
+
+    Without a cache and a mask transformers takes restarting positions for documents. Where the model would have made a
+    cache, a mask of ones says that they are none.
     """
     given = by_name(settings.arguments, args, kwargs)
     said = any(given.get(name) is not None for name in ("use_cache", *CACHE_NAMES))
     if said or "use_cache" not in settings.arguments or not (settings.config.active == "always" or model.training):
         return args, kwargs
-    at = settings.arguments.index("use_cache")
-    if at < len(args):
-        return (*args[:at], False, *args[at + 1 :]), kwargs
-    return args, {**kwargs, "use_cache": False}
+    changed: dict[str, Any] = {"use_cache": False}
+    inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    numbered = given.get("position_ids") is not None and given.get("attention_mask") is None
+    if numbered and isinstance(inputs, torch.Tensor) and _makes_a_cache(model):
+        changed["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    in_place = dict(zip(settings.arguments, args, strict=False))
+    more = {name: value for name, value in changed.items() if name not in in_place}
+    return tuple({**in_place, **changed}[name] for name in in_place), {**kwargs, **more}
+
+
+def _makes_a_cache(model: nn.Module) -> bool:
+    """Whether a call that says nothing of a cache makes one in the original model, which checkpointing forbids."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    checkpoints = model.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled())
+    forbids = checkpoints and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return bool(getattr(text, "use_cache", False)) and not forbids
 
 
 @dataclass
