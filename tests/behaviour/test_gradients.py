@@ -66,12 +66,13 @@ def in_forward_mode(model):
         return forward_ad.unpack_dual(loss).tangent, {}
 
 
-@pytest.mark.parametrize("how", [by_grad, by_jvp, by_vmap, in_forward_mode])
-def test_transforms_of_functions_are_refused_and_run_on_original_layers(how):
+def test_transforms_of_functions_are_refused_and_run_on_original_layers():
     rewritten = model(keep=0.5)
-    with pytest.raises(InputError, match=r"torch\.func .*set_dense"):
-        how(rewritten)
-    assert_same_step(how(model()), how(lemo_fx.set_dense(rewritten)), "fp32")
+    for how in (by_grad, by_jvp, by_vmap, in_forward_mode):
+        lemo_fx.set_dense(rewritten, False)
+        with pytest.raises(InputError, match=r"torch\.func .*set_dense"):
+            how(rewritten)
+        assert_same_step(how(model()), how(lemo_fx.set_dense(rewritten)), "fp32")
     base = lemo_fx.set_dense(rewritten, False).get_base_model().model
     with pytest.raises(InputError, match=r"LlamaDecoderLayer: torch\.func"):
         torch.func.vmap(lambda ids: base(input_ids=ids[None])[0])(batch()["input_ids"])
