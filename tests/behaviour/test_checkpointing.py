@@ -258,16 +258,11 @@ def test_scoring_reads_no_random_state():
     assert_same_step(states[1][0], states[0][0], "fp32")
 
 
-@pytest.mark.parametrize("how", ["another_token", "another_order"])
-def test_forwards_of_nearly_the_same_tokens(how):
-    """Embeddings that differ within blocks only, or in their order, as of two answers to one question."""
+def test_forwards_of_nearly_the_same_tokens():
+    """Embeddings that differ within blocks only, as of two answers to one question."""
     first = batch(1, 64)["input_ids"]
     second = first.clone()
-    if how == "another_token":
-        second[:, 10:15], second[:, 26:31], second[:, 41:46] = 7, 8, 9
-    else:
-        for start in range(1, 64, 8):
-            second[:, start : start + 7] = first[:, start : start + 7].flip(1)
+    second[:, 10:15], second[:, 26:31], second[:, 41:46] = 7, 8, 9
 
     def run(outside):
         model = lemo_fx.transform(tiny("llama"), sparse(score="measured"))
@@ -279,6 +274,12 @@ def test_forwards_of_nearly_the_same_tokens(how):
         return total.detach(), gradients(model)
 
     assert_same_step(run(False), run(True), "fp32")
+
+
+def test_inputs_of_other_order_are_told_apart_by_more_than_rounding():
+    stream = torch.randn(1, 4096, 32)
+    one, other = op._digest(stream), op._digest(stream.flip(1))
+    assert (one - other).abs().mean() > 1e-2 * one.abs().mean()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
