@@ -20,6 +20,7 @@ from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
 from lemo_fx.planning.proof import Fault, Proofs
 from lemo_fx.planning.site import called_by, float8_asked, plan_site
+from lemo_fx.runtime.captured import Captured, captured, summary
 from lemo_fx.runtime.scores import StepScore
 
 
@@ -34,9 +35,9 @@ def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> P
         return None
     faults: dict[str, str] = {}
     while True:
-        rewrite, rows, fault = _rewrite_layer(planning, name, layer, index, faults)
+        rewrite, rows, original, fault = _rewrite_layer(planning, name, layer, index, faults)
         if fault is None:
-            return layer_plan(name, rewrite, config, step, rows)
+            return layer_plan(name, rewrite, config, step, rows, original)
         if fault.site is None or fault.site in faults:
             raise UnsupportedModelError(f"{name}: {fault.what}")
         faults[fault.site] = fault.what
@@ -44,8 +45,8 @@ def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> P
 
 def _rewrite_layer(
     planning: Planning, name: str, layer: nn.Module, index: int, faults: Mapping[str, str]
-) -> tuple[LayerRewrite, list[SitePlan], Fault | None]:
-    """A layer rewritten, its rows of the report, and what its proof found.
+) -> tuple[LayerRewrite, list[SitePlan], Captured, Fault | None]:
+    """A layer rewritten, its rows of the report, what it was, and what its proof found.
 
     Args:
         faults: by site, what an earlier proof found.
@@ -53,9 +54,11 @@ def _rewrite_layer(
     config = planning.config
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
+        original = captured(layer, graph, {**ABSENT_IN_TRAINING, **_absent(presence)})
     except CaptureError as error:
         raise _refused(planning, name, layer, str(error)) from error
     sites, refusals = find_sites(graph)
+    original.found = summary(sites, refusals)
     for refusal in refusals:
         if refusal.site is None:
             raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
@@ -94,12 +97,16 @@ def _rewrite_layer(
         rewrite.modules[part_name("step", "score")] = StepScore(config.block_size, planning.step, *planning.parts)
     observe = dumper(planning.dump, name) if planning.dump else None
     planning.changes[name] = run_passes(rewrite, observe, planning.passes)
-    return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
+    return rewrite, rows, original, planning.proofs.fault(rewrite, *untouched)
 
 
 def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:
     """Of a whole layer, for what its graph shows, or for what it is handed in the place of one stream."""
     return UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or found}")
+
+
+def _absent(presence: Mapping[str, bool]) -> dict[str, None]:
+    return {name: None for name, given in presence.items() if not given}
 
 
 def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:
@@ -108,7 +115,7 @@ def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict
     names = matters_when_absent(layer, graph, ABSENT_IN_TRAINING)
     usual = proofs.usual(layer) if names else {}
     presence = {name: usual.get(name) is not None for name in names}
-    absent = {name: None for name, given in presence.items() if not given}
+    absent = _absent(presence)
     return (capture(layer, {**ABSENT_IN_TRAINING, **absent}) if absent else graph), presence
 
 

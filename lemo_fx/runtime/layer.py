@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
-from lemo_fx.kernels.private import in_transform
+from lemo_fx.kernels.private import global_hooks, in_transform
+from lemo_fx.runtime.captured import Captured, harmless
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.scores import StepScore
@@ -41,25 +42,22 @@ CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpoi
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
 
-HARMLESS = frozenset({"torch", "transformers", "accelerate", "bitsandbytes", "torchao", "lemo_fx"})
-"""Packages whose hooks within a layer see to weights or collect what a call asked for, whatever rows come by."""
-
-
 def own_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     """Hooks that someone put on modules within a layer, with the module's name: they count on seeing every token.
 
     A trained vector that is added at some positions, an adapter for the last tokens only (PEFT's aLoRA), or a record of
     activations would be shown kept rows, once for their values and once for their gradient.
     """
+    for hook in global_hooks():
+        if not harmless(hook):
+            yield "every module", hook
     if not any(any(_hooks_of(module)) for child in _children(layer) for module in child.modules()):
         return
     for name, module in layer.named_modules():
         if name and not name.startswith("lemo_"):
             for hook in itertools.chain.from_iterable(hooks.values() for hooks in _hooks_of(module)):
-                function = getattr(hook, "func", hook)
-                package = getattr(function, "__module__", None) or type(function).__module__
-                if package.partition(".")[0] not in HARMLESS:
-                    yield name, function
+                if not harmless(hook):
+                    yield name, getattr(hook, "func", hook)
 
 
 def _children(layer: nn.Module) -> list[nn.Module]:
@@ -79,6 +77,7 @@ class LayerSettings:
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         group: the ranks that share a sequence, or None.
+        captured: the layer as it was captured.
         hooked: whether `look_for_hooks` found someone's hooks within it.
     """
 
@@ -90,6 +89,7 @@ class LayerSettings:
     floats: tuple[str, ...]
     presence: Mapping[str, bool]
     group: SequenceGroup | None = None
+    captured: Captured | None = None
     hooked: bool = False
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
@@ -142,6 +142,8 @@ class LayerSettings:
                     )
             return False
         refuse_function_transforms(type(layer).__name__)
+        if self.captured is not None and not torch.compiler.is_compiling():
+            self.captured.check(layer, self.step.name_of(layer))
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
                 f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "

@@ -127,6 +127,19 @@ def test_transforms_of_functions_are_told_from_plain_calls():
     assert seen == [False, True, True, True, True]
 
 
+def test_hooks_of_every_module_are_found():
+    """Else rewritten layers would show them kept rows."""
+    before, kept = private.global_hooks(), []
+    module = torch.nn.modules.module
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        hook = lambda *_: None  # noqa: E731
+        kept.append((hook, getattr(module, f"register_module_{kind}_hook")(hook)))
+    assert set(private.global_hooks()) - set(before) == {hook for hook, _ in kept}
+    for _, handle in kept:
+        handle.remove()
+    assert private.global_hooks() == before
+
+
 def test_an_assertion_that_does_not_wait():
     private.assert_on_device(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="forgotten"):
