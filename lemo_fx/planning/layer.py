@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError, UnsupportedModelError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, matters_when_absent
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, kind_of, matters_when_absent, unread
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
-from lemo_fx.planning.dense import why_dense
+from lemo_fx.planning.dense import PASSED_THROUGH, why_dense
 from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
 from lemo_fx.planning.proof import Fault, Proofs
@@ -54,11 +56,12 @@ def _rewrite_layer(
     config = planning.config
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
+        kinds = _kinds(layer, graph, planning.proofs)
         original = captured(layer, graph, {**ABSENT_IN_TRAINING, **_absent(presence)})
     except CaptureError as error:
         raise _refused(planning, name, layer, str(error)) from error
     sites, refusals = find_sites(graph)
-    original.found = summary(sites, refusals)
+    original.found, original.kinds = summary(sites, refusals), kinds
     for refusal in refusals:
         if refusal.site is None:
             raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
@@ -103,6 +106,17 @@ def _rewrite_layer(
 def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:
     """Of a whole layer, for what its graph shows, or for what it is handed in the place of one stream."""
     return UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or found}")
+
+
+def _kinds(layer: nn.Module, graph: fx.Graph, proofs: Proofs) -> dict[str, tuple[Any, ...]]:
+    """Of the arguments that a graph does not use, the kinds of values that are proven: left out, and as usual."""
+    names = [name for name in unread(graph) if name not in (*PASSED_THROUGH, "output_router_logits")]
+    usual = proofs.usual(layer) if names else {}
+    defaults = {
+        name: p.default for name, p in inspect.signature(inspect.unwrap(type(layer).forward)).parameters.items()
+    }
+    left_out = {name: kind_of(defaults.get(name)) for name in names}
+    return {name: (kind, kind_of(usual[name])) if name in usual else (kind,) for name, kind in left_out.items()}
 
 
 def _absent(presence: Mapping[str, bool]) -> dict[str, None]:

@@ -9,7 +9,7 @@ is new, the layer is captured and analysed once more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.graph.anatomy import is_softmax_attention
-from lemo_fx.graph.capture import capture, readable_code
+from lemo_fx.graph.capture import capture, kind_of, readable_code
 from lemo_fx.graph.sites import Refusal, Site, find_sites
 
 Parts = tuple[tuple[str, nn.Module, Any], ...]
@@ -52,6 +52,7 @@ class Captured:
     Attributes:
         code: of its graph, before any pass; found: its sites and what was refused.
         constants: arguments that it was captured with, by name.
+        kinds: of the arguments that its graph does not use -> the kinds of values (`kind_of`) for which that is right.
         numbers: its own plain attributes and those of its config; parts: its children and theirs, two levels deep,
             with their names and the forwards that were put on them.
     """
@@ -61,6 +62,11 @@ class Captured:
     constants: Mapping[str, Any]
     numbers: tuple[dict[str, Any], ...]
     parts: Parts
+    kinds: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def other_kind(self, given: Mapping[str, Any]) -> str:
+        """The argument of a call that the graph does not use, and the forward may; empty if there is none."""
+        return next((n for n, kinds in self.kinds.items() if n in given and kind_of(given[n]) not in kinds), "")
 
     def check(self, layer: nn.Module, name: str) -> None:
         """Raise where the layer would compute something else now than its captured graph.

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES, by_name
+from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
 from lemo_fx.kernels.private import in_transform
 from lemo_fx.runtime.layer import (
     STATE,
@@ -45,6 +45,7 @@ class HeadSettings:
 
     Attributes:
         presence: arguments whose absence changes the head -> whether the graph is for calls with them.
+        left_out: arguments that its graph does not use -> the kind of value (`kind_of`) that they have where left out.
         group: the ranks that share a sequence, or None.
     """
 
@@ -55,6 +56,7 @@ class HeadSettings:
     slices_itself: bool
     sparse_experts: bool
     presence: Mapping[str, bool]
+    left_out: Mapping[str, Any]
     group: SequenceGroup | None = None
     weights_checked: bool = False
 
@@ -121,6 +123,7 @@ class HeadSettings:
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
             and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
+            and all(name not in kwargs or kind_of(kwargs[name]) == kind for name, kind in self.left_out.items())
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
             and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments))

@@ -98,6 +98,10 @@ class LayerSettings:
             return False
         if any((given.get(name) is not None) != present for name, present in self.presence.items()):
             return False
+        other = None if self.captured is None else self.captured.other_kind(given)
+        if other:
+            warn_once(f"calls with another {other!r} than the model gives its layers by itself run the original layers")
+            return False
         # From a checkpointed layer transformers takes the cache away, so that only what it already holds counts.
         taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
         for name in ABSENT_IN_TRAINING:
