@@ -26,9 +26,11 @@ __all__ = [
     "as_it_is",
     "assert_on_device",
     "compiled_call",
+    "global_hooks",
     "guard_or_false",
     "has_triton",
     "in_backward",
+    "in_transform",
     "is_op",
     "may_vary",
     "promise",
@@ -71,6 +73,18 @@ assert_on_device = torch._assert_async
 def in_backward() -> bool:
     """Whether autograd runs a backward now, as while a checkpoint recomputes."""
     return torch._C._current_graph_task_id() != -1
+
+
+def global_hooks() -> tuple[Callable, ...]:
+    """Hooks of every module of the process, by `torch.nn.modules.module.register_module_forward_hook` and its like."""
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return tuple(hook for kind in kinds for hook in getattr(torch.nn.modules.module, f"_global_{kind}").values())
+
+
+def in_transform() -> bool:
+    """Whether a function transform of torch's runs now: `torch.func.grad`, `vmap`, `jvp`, or forward-mode gradients."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_op(target: Any) -> bool:

@@ -6,6 +6,7 @@ The forward computes the gradients too, so the backward only scales them and no 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from lemo_fx.errors import InputError
 from lemo_fx.kernels.lowering import obstacle
 from lemo_fx.kernels.segmented_cross_entropy import reference
 
@@ -51,6 +52,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *unused):
+    if torch.is_grad_enabled():
+        # What the forward has computed is a constant to autograd: a second gradient would lack all of it.
+        raise InputError(
+            "create_graph=True asks for gradients of gradients, which a loss in segments has none of: transform with "
+            "LemoConfig(loss_segments=None)"
+        )
     gradients = [
         saved * grad.to(saved.dtype) if wanted and grad is not None else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)

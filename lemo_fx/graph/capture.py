@@ -203,9 +203,40 @@ def capture(
     graph.owning_module = module  # type: ignore[assignment]
     for node in list(graph.nodes):
         _carry_mapping(graph, node)
+        _note_key(node)
     remove_dead_nodes(graph)
     graph.lint()
     return graph
+
+
+KEYS = "lemo_fx_keys"
+"""Mark of a `**kwargs` placeholder: the keys that a forward looked up in it, whether it then used them or not."""
+
+
+def _note_key(node: fx.Node) -> None:
+    """Mark the mapping that a node takes a key out of."""
+    looks_up = node.target is operator.getitem or (node.op == "call_method" and node.target in ("get", "pop"))
+    source = node.args[0] if looks_up and len(node.args) > 1 else None
+    if isinstance(source, fx.Node) and source.op == "placeholder" and isinstance(node.args[1], str):
+        source.meta.setdefault(KEYS, set()).add(node.args[1])
+
+
+def unread(graph: fx.Graph) -> tuple[str, ...]:
+    """Optional arguments that a captured graph does not use.
+
+    Its forward may have asked about them what a tracer answers once (`isinstance(bias, torch.Tensor)`), and do
+    something else in a call that brings another kind of value.
+    """
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    named = [str(n.target) for n in placeholders if n.args and not n.users and not str(n.target).startswith("*")]
+    used = {n.args[1] for p in placeholders for n in p.users if len(n.args) > 1 and isinstance(n.args[1], str)}
+    keys = {key for p in placeholders for key in p.meta.get(KEYS, ())}
+    return (*named, *sorted(keys - used))
+
+
+def kind_of(value: Any) -> Any:
+    """What a forward may ask of an argument without computing with it: a number or word itself, a tensor's type."""
+    return value if isinstance(value, bool | int | float | str | None) else type(value)
 
 
 def matters_when_absent(
@@ -226,27 +257,30 @@ def matters_when_absent(
     """
     constants = constants or {}
     function = inspect.unwrap(type(module).forward)
-    try:
-        source = inspect.getsource(function)
-    except OSError:
-        source = ""
-    optional = [
+    optional = tuple(
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is None
-        and name not in (*constants, *besides)
-        and (not source or re.search(rf"\b{name} is (not )?None\b", source))
-    ]
-    found = []
-    for name in optional:
-        try:
-            without = capture(module, {**constants, name: None}, **options)
-        except CaptureError:
-            found.append(name)
-            continue
-        if _text_without(graph, name) != _text_without(without, name):
-            found.append(name)
-    return tuple(found)
+        if parameter.default is None and name not in (*constants, *besides)
+    )
+    own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
+    key = (function, optional, own, readable_code(graph, "Forward"))
+    if key not in _known:
+        _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
+    return _known[key]
+
+
+_known: dict[tuple[Any, ...], tuple[str, ...]] = {}
+"""What was found in this process: layers of one kind need it once."""
+
+
+def _matters(
+    module: nn.Module, graph: fx.Graph, name: str, constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> bool:
+    try:
+        without = capture(module, {**constants, name: None}, **options)
+    except CaptureError:
+        return True
+    return _text_without(graph, name) != _text_without(without, name)
 
 
 def _text_without(graph: fx.Graph, name: str) -> str:

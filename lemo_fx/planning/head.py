@@ -12,7 +12,7 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import PATCHING, capture, matters_when_absent
+from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kind_of, matters_when_absent, unread
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
 from lemo_fx.planning.plans import Plan, Planning
@@ -48,13 +48,22 @@ def plan_head(
             write_dump(dump, f"{name or 'model'}.loss_head", stage, head, graph, functions)
 
     presence: dict[str, bool] = {}
-    graph, functions, loss_function, slices_itself, reason = _segmented(anatomy, config, presence, observe)
+    left_out: dict[str, Any] = {}
+    graph, functions, loss_function, slices_itself, reason = _segmented(anatomy, config, presence, left_out, observe)
     if reason:
         notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
         logger.info("loss not segmented: %s", reason)
     arguments = _argument_names(head)
     settings = HeadSettings(
-        config, planning.step, arguments, loss_function, slices_itself, sparse_experts, presence, planning.group
+        config,
+        planning.step,
+        arguments,
+        loss_function,
+        slices_itself,
+        sparse_experts,
+        presence,
+        left_out,
+        planning.group,
     )
     return Plan(name, head, graph, functions, {}, settings)
 
@@ -68,12 +77,14 @@ def _segmented(
     anatomy: Anatomy,
     config: LemoConfig,
     presence: dict[str, bool],
+    left_out: dict[str, Any],
     observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None],
 ) -> tuple[fx.Graph, dict[str, fx.Graph], Any, bool, str]:
     """(graph, functions, loss function, whether the head slices integers itself, why nothing was done).
 
     Args:
         presence: filled in: arguments whose absence changes the head -> whether the graph is for calls with them.
+        left_out: filled in: arguments that the graph does not use -> the kind of value that they have where left out.
     """
     head: Any = anatomy.head
     pass_through = fx.Graph()
@@ -97,6 +108,9 @@ def _segmented(
         absent = {name: None for name, given in presence.items() if not given}
         if absent:
             graph = capture(head, {**constants, **absent}, **leaves)
+        asked = [name for name in unread(graph) if name not in (*constants, *presence, *NO_CACHE, "return_dict")]
+        defaults = inspect.signature(inspect.unwrap(type(head).forward)).parameters
+        left_out |= {name: kind_of(defaults[name].default if name in defaults else None) for name in asked}
     except CaptureError as error:
         return *unchanged, str(error)
     observe("0_captured", graph, {})

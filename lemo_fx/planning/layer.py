@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError, UnsupportedModelError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, matters_when_absent
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, kind_of, matters_when_absent, unread
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
 from lemo_fx.kernels.float8_linear.op import has_float8_layers
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
-from lemo_fx.planning.dense import why_dense
+from lemo_fx.planning.dense import PASSED_THROUGH, why_dense
 from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
 from lemo_fx.planning.proof import Fault, Proofs
 from lemo_fx.planning.site import called_by, float8_asked, plan_site
+from lemo_fx.runtime.captured import Captured, captured, summary
 from lemo_fx.runtime.scores import StepScore
 
 
@@ -34,9 +37,9 @@ def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> P
         return None
     faults: dict[str, str] = {}
     while True:
-        rewrite, rows, fault = _rewrite_layer(planning, name, layer, index, faults)
+        rewrite, rows, original, fault = _rewrite_layer(planning, name, layer, index, faults)
         if fault is None:
-            return layer_plan(name, rewrite, config, step, rows)
+            return layer_plan(name, rewrite, config, step, rows, original)
         if fault.site is None or fault.site in faults:
             raise UnsupportedModelError(f"{name}: {fault.what}")
         faults[fault.site] = fault.what
@@ -44,8 +47,8 @@ def plan_layer(planning: Planning, name: str, layer: nn.Module, index: int) -> P
 
 def _rewrite_layer(
     planning: Planning, name: str, layer: nn.Module, index: int, faults: Mapping[str, str]
-) -> tuple[LayerRewrite, list[SitePlan], Fault | None]:
-    """A layer rewritten, its rows of the report, and what its proof found.
+) -> tuple[LayerRewrite, list[SitePlan], Captured, Fault | None]:
+    """A layer rewritten, its rows of the report, what it was, and what its proof found.
 
     Args:
         faults: by site, what an earlier proof found.
@@ -53,9 +56,12 @@ def _rewrite_layer(
     config = planning.config
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
+        kinds = _kinds(layer, graph, planning.proofs)
+        original = captured(layer, graph, {**ABSENT_IN_TRAINING, **_absent(presence)})
     except CaptureError as error:
         raise _refused(planning, name, layer, str(error)) from error
     sites, refusals = find_sites(graph)
+    original.found, original.kinds = summary(sites, refusals), kinds
     for refusal in refusals:
         if refusal.site is None:
             raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
@@ -94,12 +100,27 @@ def _rewrite_layer(
         rewrite.modules[part_name("step", "score")] = StepScore(config.block_size, planning.step, *planning.parts)
     observe = dumper(planning.dump, name) if planning.dump else None
     planning.changes[name] = run_passes(rewrite, observe, planning.passes)
-    return rewrite, rows, planning.proofs.fault(rewrite, *untouched)
+    return rewrite, rows, original, planning.proofs.fault(rewrite, *untouched)
 
 
 def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:
     """Of a whole layer, for what its graph shows, or for what it is handed in the place of one stream."""
     return UnsupportedModelError(f"{name}: {why_no_stream(layer, planning.proofs.usual(layer)) or found}")
+
+
+def _kinds(layer: nn.Module, graph: fx.Graph, proofs: Proofs) -> dict[str, tuple[Any, ...]]:
+    """Of the arguments that a graph does not use, the kinds of values that are proven: left out, and as usual."""
+    names = [name for name in unread(graph) if name not in (*PASSED_THROUGH, "output_router_logits")]
+    usual = proofs.usual(layer) if names else {}
+    defaults = {
+        name: p.default for name, p in inspect.signature(inspect.unwrap(type(layer).forward)).parameters.items()
+    }
+    left_out = {name: kind_of(defaults.get(name)) for name in names}
+    return {name: (kind, kind_of(usual[name])) if name in usual else (kind,) for name, kind in left_out.items()}
+
+
+def _absent(presence: Mapping[str, bool]) -> dict[str, None]:
+    return {name: None for name, given in presence.items() if not given}
 
 
 def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:
@@ -108,7 +129,7 @@ def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict
     names = matters_when_absent(layer, graph, ABSENT_IN_TRAINING)
     usual = proofs.usual(layer) if names else {}
     presence = {name: usual.get(name) is not None for name in names}
-    absent = {name: None for name, given in presence.items() if not given}
+    absent = _absent(presence)
     return (capture(layer, {**ABSENT_IN_TRAINING, **absent}) if absent else graph), presence
 
 

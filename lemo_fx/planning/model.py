@@ -13,7 +13,7 @@ from torch import nn
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, UnsupportedModelError
-from lemo_fx.graph.anatomy import Anatomy, longest_context, why_no_layers
+from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, why_no_layers
 from lemo_fx.passes.pipeline import PASSES, Pass
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
@@ -67,7 +67,12 @@ def make_plans(
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
     planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group)
+    planned: dict[nn.Module, str] = {}
     for index, (name, layer) in enumerate(layers):
+        if layer in planned:
+            notes.append(f"{name}: is {planned[layer]} again")
+            continue
+        planned[layer] = name
         if config.is_dense(index, len(layers)):
             notes.append(f"{name}: dense (dense_layers)")
             last = config.dense_layers is None and index == len(layers) - 1
@@ -153,6 +158,7 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
                 f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
                 "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
             )
+    _refuse_a_shared_cache(anatomy)
     if getattr(anatomy.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
@@ -166,3 +172,25 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
     longest = longest_context(anatomy.config)
     if longest is not None and config.block_size > longest:
         raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
+
+
+def _refuse_a_shared_cache(anatomy: Anatomy) -> None:
+    """Raise where layers that have one number would read each other's keys from the model's default cache.
+
+    A rewritten model makes no cache in training, so that it would compute something else.
+    """
+    config = anatomy.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text, "use_cache", False):
+        return
+    numbered: dict[int, str] = {}
+    for name, layer in anatomy.layers[: getattr(text, "num_hidden_layers", None)]:
+        numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)} - {None}
+        for number in numbers:
+            if number in numbered:
+                raise UnsupportedModelError(
+                    f"{name} and {numbered[number]} both have layer_idx={number}: in training too, transformers' "
+                    "default cache shows the later one the keys of the earlier. Set model.config.use_cache = False, "
+                    "or give each layer's attention a layer_idx of its own, before lemo_fx.transform"
+                )
+            numbered[number] = name

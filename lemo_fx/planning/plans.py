@@ -13,6 +13,7 @@ from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.passes.pipeline import Pass
 from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.planning.proof import Proofs
+from lemo_fx.runtime.captured import Captured
 from lemo_fx.runtime.head import HeadSettings
 from lemo_fx.runtime.layer import LayerSettings, floats_of
 from lemo_fx.runtime.parts import SequenceGroup
@@ -97,7 +98,14 @@ class Planning:
         return parts, self.group.rank * parts
 
 
-def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step, rows: list[SitePlan]) -> Plan:
+def layer_plan(
+    name: str,
+    rewrite: LayerRewrite,
+    config: LemoConfig,
+    step: Step,
+    rows: list[SitePlan],
+    captured: Captured | None = None,
+) -> Plan:
     """The plan of one decoder layer from its finished rewrite."""
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
@@ -116,5 +124,6 @@ def layer_plan(name: str, rewrite: LayerRewrite, config: LemoConfig, step: Step,
         tuple(sorted({"scaling", *floats})),
         rewrite.presence,
         rewrite.group,
+        captured,
     )
     return Plan(name, rewrite.layer, rewrite.graph, rewrite.functions, rewrite.modules, settings, rows)

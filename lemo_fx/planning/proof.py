@@ -96,7 +96,10 @@ def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
     """Equal for layers of which one proof is enough: the same code on modules of like kinds, settings and shapes."""
     graphs = [rewrite.graph, *rewrite.functions.values()]
     called = [n.target for graph in graphs for n in graph.nodes if n.op == "call_function"]
-    modules = [(name, type(m), type(m).forward, _settings(m)) for name, m in rewrite.layer.named_modules()]
+    modules = [
+        (name, type(m), type(m).forward, vars(m).get("forward"), _settings(m))
+        for name, m in rewrite.layer.named_modules()
+    ]
     weights = [
         (name, type(p.data), p.shape, p.dtype, p.device.type, p.requires_grad)
         for name, p in rewrite.layer.named_parameters()

@@ -16,8 +16,15 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES, by_name
-from lemo_fx.runtime.layer import STATE, look_for_hooks, settings_of, without_default_cache
+from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
+from lemo_fx.kernels.private import in_transform
+from lemo_fx.runtime.layer import (
+    STATE,
+    look_for_hooks,
+    refuse_function_transforms,
+    settings_of,
+    without_default_cache,
+)
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.sequence import whole_loss
@@ -38,6 +45,7 @@ class HeadSettings:
 
     Attributes:
         presence: arguments whose absence changes the head -> whether the graph is for calls with them.
+        left_out: arguments that its graph does not use -> the kind of value (`kind_of`) that they have where left out.
         group: the ranks that share a sequence, or None.
     """
 
@@ -48,6 +56,7 @@ class HeadSettings:
     slices_itself: bool
     sparse_experts: bool
     presence: Mapping[str, bool]
+    left_out: Mapping[str, Any]
     group: SequenceGroup | None = None
     weights_checked: bool = False
 
@@ -68,6 +77,7 @@ class HeadSettings:
             self._check_part(model, kwargs)
         if not model.training or self.step.dense:
             return
+        refuse_function_transforms(type(model).__name__)
         if wanted(model, kwargs, "output_attentions") and self.config.attention is not None:
             raise InputError(
                 "output_attentions: in training, rewritten layers attend with the kept tokens besides, and what is "
@@ -108,10 +118,12 @@ class HeadSettings:
             (model.training or not torch.compiler.is_compiling())
             and labels is not None
             and self.loss_function is not None
+            and (torch.compiler.is_compiling() or not in_transform())
             and model.loss_function is self.loss_function
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
             and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
+            and all(name not in kwargs or kind_of(kwargs[name]) == kind for name, kind in self.left_out.items())
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
             and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments))

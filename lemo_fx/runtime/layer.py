@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
+from lemo_fx.kernels.private import global_hooks, in_transform
+from lemo_fx.runtime.captured import Captured, harmless
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.scores import StepScore
@@ -40,25 +42,22 @@ CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpoi
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 
 
-HARMLESS = frozenset({"torch", "transformers", "accelerate", "bitsandbytes", "torchao", "lemo_fx"})
-"""Packages whose hooks within a layer see to weights or collect what a call asked for, whatever rows come by."""
-
-
 def own_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     """Hooks that someone put on modules within a layer, with the module's name: they count on seeing every token.
 
     A trained vector that is added at some positions, an adapter for the last tokens only (PEFT's aLoRA), or a record of
     activations would be shown kept rows, once for their values and once for their gradient.
     """
+    for hook in global_hooks():
+        if not harmless(hook):
+            yield "every module", hook
     if not any(any(_hooks_of(module)) for child in _children(layer) for module in child.modules()):
         return
     for name, module in layer.named_modules():
         if name and not name.startswith("lemo_"):
             for hook in itertools.chain.from_iterable(hooks.values() for hooks in _hooks_of(module)):
-                function = getattr(hook, "func", hook)
-                package = getattr(function, "__module__", None) or type(function).__module__
-                if package.partition(".")[0] not in HARMLESS:
-                    yield name, function
+                if not harmless(hook):
+                    yield name, getattr(hook, "func", hook)
 
 
 def _children(layer: nn.Module) -> list[nn.Module]:
@@ -78,6 +77,7 @@ class LayerSettings:
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         group: the ranks that share a sequence, or None.
+        captured: the layer as it was captured.
         hooked: whether `look_for_hooks` found someone's hooks within it.
     """
 
@@ -89,6 +89,7 @@ class LayerSettings:
     floats: tuple[str, ...]
     presence: Mapping[str, bool]
     group: SequenceGroup | None = None
+    captured: Captured | None = None
     hooked: bool = False
 
     def _takes(self, layer: nn.Module, stream: torch.Tensor, given: Mapping[str, Any]) -> bool:
@@ -96,6 +97,10 @@ class LayerSettings:
         if stream.dim() != 3 or stream.shape[1] < self.config.block_size:
             return False
         if any((given.get(name) is not None) != present for name, present in self.presence.items()):
+            return False
+        other = None if self.captured is None else self.captured.other_kind(given)
+        if other:
+            warn_once(f"calls with another {other!r} than the model gives its layers by itself run the original layers")
             return False
         # From a checkpointed layer transformers takes the cache away, so that only what it already holds counts.
         taken = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
@@ -140,12 +145,25 @@ class LayerSettings:
                         "nothing is eliminated; pack them, or choose a smaller block_size"
                     )
             return False
+        refuse_function_transforms(type(layer).__name__)
+        if self.captured is not None and not torch.compiler.is_compiling():
+            self.captured.check(layer, self.step.name_of(layer))
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
                 f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "
                 f"{self.attention_config._attn_implementation!r} now: call lemo_fx.revert and lemo_fx.transform again"
             )
         return True
+
+
+def refuse_function_transforms(name: str) -> None:
+    """Raise where torch.func or forward-mode gradients would go through a rewritten module, named so."""
+    if not torch.compiler.is_compiling() and in_transform():
+        raise InputError(
+            f"{name}: torch.func (grad, vmap, jvp) and forward-mode gradients do not know the operations of rewritten "
+            "modules: call lemo_fx.set_dense(model) before, which runs the original layers, and "
+            "lemo_fx.set_dense(model, False) after"
+        )
 
 
 def look_for_hooks(model: nn.Module, step: Step) -> None:
@@ -189,15 +207,31 @@ def without_default_cache(
     """Default `use_cache` to False where layers run sparse: transformers would make a cache, which they cannot fill.
 
     Said to the call and not in the model's config, which is saved with the model and holds in `eval()` too.
+
+    Without a cache and a mask transformers takes restarting positions for documents. Where the model would have made a
+    cache, a mask of ones says that they are none.
     """
     given = by_name(settings.arguments, args, kwargs)
     said = any(given.get(name) is not None for name in ("use_cache", *CACHE_NAMES))
     if said or "use_cache" not in settings.arguments or not (settings.config.active == "always" or model.training):
         return args, kwargs
-    at = settings.arguments.index("use_cache")
-    if at < len(args):
-        return (*args[:at], False, *args[at + 1 :]), kwargs
-    return args, {**kwargs, "use_cache": False}
+    changed: dict[str, Any] = {"use_cache": False}
+    inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    numbered = given.get("position_ids") is not None and given.get("attention_mask") is None
+    if numbered and isinstance(inputs, torch.Tensor) and _makes_a_cache(model):
+        changed["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    in_place = dict(zip(settings.arguments, args, strict=False))
+    more = {name: value for name, value in changed.items() if name not in in_place}
+    return tuple({**in_place, **changed}[name] for name in in_place), {**kwargs, **more}
+
+
+def _makes_a_cache(model: nn.Module) -> bool:
+    """Whether a call that says nothing of a cache makes one in the original model, which checkpointing forbids."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    checkpoints = model.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled())
+    forbids = checkpoints and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return bool(getattr(text, "use_cache", False)) and not forbids
 
 
 @dataclass

@@ -118,6 +118,11 @@ _NONE = f"a compiled model computes its loss in segments and has no logits: {INS
 NO_LOGITS = _NoLogits()
 
 
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    """How often each was written to; what inference mode made is not counted, and nothing there trains."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
 def late_logits(logits_of: Callable, head: nn.Module, hidden: torch.Tensor, upcast: bool) -> Any:
     """`logits_of(hidden)`, put off until it is used.
 
@@ -131,10 +136,10 @@ def late_logits(logits_of: Callable, head: nn.Module, hidden: torch.Tensor, upca
     kind = hidden.device.type
     enabled, half = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     used = [hidden, *(p for p in head.parameters() if not isinstance(p, DTensor))]
-    versions = [tensor._version for tensor in used]
+    versions = _versions(used)
 
     def compute() -> torch.Tensor:
-        if versions != [tensor._version for tensor in used]:
+        if versions != _versions(used):
             raise InputError(
                 "the model's weights have changed since the call whose logits are used now; use them before the "
                 f"optimizer's step, or {INSTEAD}"

@@ -38,6 +38,12 @@ class Step:
     handles: int = -1
     owner: weakref.ref[nn.Module] | None = None
 
+    def name_of(self, module: nn.Module) -> str:
+        """A module's name in the model, or its class's where it is in none."""
+        owner = None if self.owner is None else self.owner()
+        names = () if owner is None else owner.named_modules()
+        return next((name for name, m in names if m is module), "") or type(module).__name__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         """A copy of the whole model has a step of its own; the copy of a layer joins the model (PEFT replicates so)."""
         owner = memo.get(id(self.owner())) if self.owner is not None else None

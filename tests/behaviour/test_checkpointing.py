@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, assert_same_step, batch, gradients, packed, step
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, UnsupportedModelError
 from lemo_fx.kernels.select_blocks import op
 
 
@@ -254,3 +254,54 @@ def test_scoring_reads_no_random_state():
         states.append((step(model, batch(2, 64)), torch.get_rng_state()))
     assert torch.equal(states[0][1], states[1][1])
     assert_same_step(states[1][0], states[0][0], "fp32")
+
+
+def test_forwards_of_nearly_the_same_tokens():
+    """Embeddings that differ within blocks only, as of two answers to one question."""
+    first = batch(1, 64)["input_ids"]
+    second = first.clone()
+    second[:, 10:15], second[:, 26:31], second[:, 41:46] = 7, 8, 9
+
+    def run(outside):
+        model = lemo_fx.transform(tiny("llama"), sparse(score="measured"))
+        loss = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
+        if outside:
+            loss = lambda ids: checkpoint(lambda x: model(input_ids=x, labels=x).loss, ids, use_reentrant=False)  # noqa: E731
+        total = loss(first) - 2 * loss(second)
+        total.backward()
+        return total.detach(), gradients(model)
+
+    assert_same_step(run(False), run(True), "fp32")
+
+
+def test_inputs_of_other_order_are_told_apart_by_more_than_rounding():
+    stream = torch.randn(1, 4096, 32)
+    one, other = op._digest(stream), op._digest(stream.flip(1))
+    assert (one - other).abs().mean() > 1e-2 * one.abs().mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_comes_twice(checkpointing):
+    def build(**settings):
+        model = tiny("llama", 4, **settings)
+        model.model.layers[1] = model.model.layers[0]
+        return model
+
+    def run(transformed, keep=1.0, treatment="skip"):
+        model = build(use_cache=False)
+        classes = [type(module) for module in model.modules()]
+        if transformed:
+            lemo_fx.transform(model, sparse(treatment, "random", keep))
+            assert any("layers.1: is model.layers.0 again" in note for note in lemo_fx.report(model).notes)
+        if checkpointing:
+            enable(model)
+        found = step(model, batch(2, 64))
+        if transformed:
+            assert [type(module) for module in lemo_fx.revert(model).modules()] == classes
+        return found
+
+    assert_same_step(run(False), run(True), "fp32")
+    torch.testing.assert_close(run(True, 0.5, "exact")[0], run(False)[0])
+    # Where layers have one number, a default cache mixes their keys, and a rewritten model makes none.
+    with pytest.raises(UnsupportedModelError, match="both have layer_idx=0"):
+        lemo_fx.transform(build(), sparse())

@@ -110,6 +110,36 @@ def test_a_recompute_is_told_from_a_forward():
     assert seen == [False, True]
 
 
+def test_transforms_of_functions_are_told_from_plain_calls():
+    """Else they would go through rewritten layers, and gradients be left out without a word."""
+    seen = []
+
+    def body(x):
+        seen.append(private.in_transform())
+        return x.sin().sum()
+
+    body(torch.ones(2, requires_grad=True)).backward()
+    torch.func.grad(body)(torch.ones(2))
+    torch.func.vmap(body)(torch.ones(2, 2))
+    torch.func.jvp(body, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        body(torch.ones(2))
+    assert seen == [False, True, True, True, True]
+
+
+def test_hooks_of_every_module_are_found():
+    """Else rewritten layers would show them kept rows."""
+    before, kept = private.global_hooks(), []
+    module = torch.nn.modules.module
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        hook = lambda *_: None  # noqa: E731
+        kept.append((hook, getattr(module, f"register_module_{kind}_hook")(hook)))
+    assert set(private.global_hooks()) - set(before) == {hook for hook, _ in kept}
+    for _, handle in kept:
+        handle.remove()
+    assert private.global_hooks() == before
+
+
 def test_an_assertion_that_does_not_wait():
     private.assert_on_device(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="forgotten"):

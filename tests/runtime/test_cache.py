@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, batch, tiny, with_lora
+from tiny import ARCHITECTURES, assert_same_step, batch, gradients, packed, step, tiny, with_lora
 from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import lemo_fx
@@ -180,3 +180,26 @@ def test_a_pass_without_gradient_is_as_sparse_as_one_with_it(eliminated, score, 
     with torch.no_grad():
         asked = policy(ids, use_cache=True).past_key_values
     assert asked.get_seq_length(1) == 64
+
+
+@pytest.mark.parametrize("said", [{}, {"use_cache": False}, {"use_cache": True}], ids=["unsaid", "no", "yes"])
+def test_restarting_positions_are_documents_where_they_are_for_the_original(said):
+    """For transformers they are none where a call makes a cache, which a rewritten one does not."""
+    inputs = {name: value for name, value in packed([20, 28]).items() if name != "use_cache"}
+
+    def run(transformed, checkpointing, positional):
+        built = with_lora(tiny("llama"))
+        if checkpointing:
+            built.gradient_checkpointing_enable({"use_reentrant": False})
+        if transformed:
+            site = Elimination(keep=1.0, score="random")
+            lemo_fx.transform(built, LemoConfig(site, site, block_size=8, dense_layers=()))
+        if not positional:
+            return step(built, {**inputs, **said})
+        model = built.get_base_model()
+        loss = model(inputs["input_ids"], None, inputs["position_ids"], labels=inputs["labels"], **said).loss
+        loss.backward()
+        return loss.detach(), gradients(built)
+
+    for how in [(False, False), (False, True), (True, False)]:
+        assert_same_step(run(False, *how), run(True, *how), "fp32")

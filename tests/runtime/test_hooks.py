@@ -88,3 +88,32 @@ def test_a_hook_that_is_removed_and_hooks_that_do_no_harm():
     step(model, batch(2, 64))
     assert [site.kept_share for site in lemo_fx.report(model).sites] == [0.5] * 4
     assert gradients(model)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["hook_first", "transform_first"])
+def test_a_hook_of_every_module(first):
+    """As debuggers and probes register them, for the whole process."""
+
+    def steer(module, args, output):
+        return (
+            output * (1 + torch.arange(output.shape[1])[:, None] / 50) if type(module).__name__ == "LlamaMLP" else None
+        )
+
+    def run(config):
+        model = tiny("llama")
+        if config is not None and not first:
+            lemo_fx.transform(model, config)
+        handle = torch.nn.modules.module.register_module_forward_hook(steer)
+        try:
+            if config is not None and first:
+                lemo_fx.transform(model, config)
+            found = step(model, batch(2, 64))
+            noted = "" if config is None else str(lemo_fx.report(model).sites[0].note)
+        finally:
+            handle.remove()
+        return found, noted
+
+    site = Elimination(keep=0.5, score="random")
+    found, noted = run(LemoConfig(site, site, block_size=8, dense_layers=()))
+    assert_same_step(run(None)[0], found, "fp32")
+    assert "every module has a hook" in noted
