@@ -73,7 +73,7 @@ def _quiet(
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
     plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
@@ -99,7 +99,7 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     warn_of_other_load()
     say(
         f"LoRA fine-tuning of a small Llama at {settings.context:,} tokens, {settings.steps} steps each: plainly, then "
-        "under plans. As set by default this takes about a minute on two idle CPU cores, and two or three beside other "
+        "under plans. As set by default this takes less than a minute on two idle CPU cores, and two beside other "
         "programs."
     )
     with bars() as (_, progress):
