@@ -235,7 +235,8 @@ def compare(
     for row in comparison.rows(found):
         table.add_row(*row)
     console.print(table)
-    say(comparison.verdict(found))
+    for line in comparison.verdict(found):
+        say(line)
     print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
 
 

@@ -135,7 +135,8 @@ def trainer_of(run: Run, model: Any, prepared: Prepared, predictors: Predictors 
         gradient_accumulation_steps=settings.batch // processes(),
         learning_rate=settings.rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=math.ceil(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
+        # The first step of a warm-up has rate 0: where its share is less than a step, there is none.
+        warmup_steps=int(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
         bf16=bf16,
         logging_steps=log_every,
         eval_strategy="steps",
