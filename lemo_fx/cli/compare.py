@@ -184,12 +184,12 @@ def verdict(found: Sequence[Contestant]) -> list[str]:
     for one in others:
         lost = math.exp(one.after - lora.after) - 1
         share, time = (one.after - lora.after) / (lora.before - lora.after), one.seconds / lora.seconds
-        beside = f"{lost:+.2%} perplexity beside LoRA ({share:+.0%} of what it gained), in {time:.2f} of its time."
+        beside = f"{1 - share:.0%} of what LoRA learns, in {time:.2f} of its time; perplexity {lost:+.2%} beside it."
         words.append(f"{one.name}: {beside}")
     quicker = [one for one in others if one.seconds < lora.seconds]
     if quicker:
         best = min(quicker, key=lambda one: one.after)
-        words.append(f"Of those that take less time than LoRA, {best.name} learns most.")
+        words.append(f"Of those quicker than LoRA this one learns most: {best.name}.")
     words.append("One seed: differences that another --seed turns around mean nothing.")
     return words
 

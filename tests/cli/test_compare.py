@@ -88,8 +88,8 @@ def one(name, after, seconds, before=3.0):
 def test_the_verdict_says_what_the_figures_say():
     words = "\n".join(compare.verdict([one("LoRA", 2.0, 100), one("careful", 2.01, 50), one(WORDS[FEWER], 2.1, 50)]))
     assert f"by {1 - math.exp(-1):.1%}" in words
-    assert "careful: +1.01% perplexity beside LoRA (+1% of what it gained), in 0.50 of its time." in words
-    assert "careful learns most" in words
+    assert "careful: 99% of what LoRA learns, in 0.50 of its time; perplexity +1.01% beside it." in words
+    assert "learns most: careful." in words
     assert "did not learn" in compare.verdict([one("LoRA", 3.1, 100), one("careful", 3.2, 50)])[0]
 
 
