@@ -42,6 +42,7 @@ app = typer.Typer(
     help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings=options.HELP,
 )
 NOISY = ("transformers", "torchao", "torch.utils._pytree")
 """Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
@@ -149,7 +150,7 @@ def inspect(
 def fit(
     model: ModelName,
     data: DataName,
-    out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fitted weights.", parser=options.folder, metavar="<path>")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Number of texts that are read.")] = None,

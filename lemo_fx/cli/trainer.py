@@ -75,6 +75,17 @@ def adapted(
     """
     model.config.use_cache = False
     named = targets if isinstance(targets, str) else list(targets)
+    if not named:
+        raise ConfigError("targets: name modules, with commas, or all-linear")
+    modules = dict(model.named_modules())
+    for name in named if isinstance(named, list) else []:
+        # PEFT asks for one of them to be found, and leaves out the others without a word.
+        if not any(place == name or place.endswith(f".{name}") for place in modules):
+            linear = [place.rpartition(".")[2] for place, module in modules.items() if isinstance(module, nn.Linear)]
+            raise ConfigError(
+                f"targets={named!r} do not fit {type(model).__name__}: no module is named {name!r}; its linear ones "
+                f"are {', '.join(dict.fromkeys(linear))}"
+            )
     lora = LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=named, task_type="CAUSAL_LM"
     )
