@@ -143,6 +143,7 @@ def inspect(
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
     from lemo_fx.cli import inspect
 
+    no_bars_of_transformers()
     inspect.inspect(model, dataclasses.replace(plan.config(), active="always"), layer, out, dump)
 
 

@@ -6,6 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import transformers
+from tiny import tiny
 from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
@@ -47,6 +49,18 @@ def test_nothing_of_other_libraries_is_printed_over_a_commands_output(config, tm
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.startswith("built with 4 of the 6 decoder layers\n")
+
+
+def test_no_bar_of_loaded_weights_lies_over_a_command(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    transformers.logging.enable_progress_bar()
+    for command in ("inspect", "bench", "estimate"):
+        options = {"inspect": [], "bench": ["--context", "256", "--steps", "1"], "estimate": []}[command]
+        where = [] if command == "estimate" else ["--out", str(tmp_path / command)]
+        result = runner.invoke(app, [command, str(tmp_path / "model"), *options, *where])
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        transformers.logging.enable_progress_bar()
 
 
 def test_inspect_a_config(config, tmp_path):
