@@ -16,11 +16,7 @@ import lemo_fx
 
 SHIPPED = Path(lemo_fx.__file__).parent / "demo_assets"
 # What stands between the marks of generation is learnt; for many models' templates TRL brings one that has them.
-TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message.role + '>' }}{% if message.role == 'assistant' %}{% generation %}"
-    "{{ message.content + eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TEMPLATE = SHIPPED / "chat_template.jinja"
 
 
 def chats_of(documents: Path) -> Dataset:
@@ -42,7 +38,7 @@ def main(
     data = chats_of(SHIPPED / "documents") if chats is None else load_dataset("json", data_files=str(chats))["train"]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = TEMPLATE
+        tokenizer.chat_template = TEMPLATE.read_text()
 
     # Few tokens carry a label, and blocks that hold one are always kept.
     model = lemo_fx.transform(AutoModelForCausalLM.from_pretrained(model_folder))

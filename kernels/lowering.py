@@ -56,6 +56,6 @@ def explain(op: str, device: torch.device, **arguments: Any) -> str:
     """What this op runs as, in words; for arguments that are not known yet, where it would run its reference."""
     reason = obstacle(op, device, **arguments)
     if reason:
-        return f"reference ({reason})"
+        return f"plain torch, no kernel ({reason})"
     open_limits = [limit.reason for limit in KERNELS[op][1] if limit.argument not in arguments]
-    return "; ".join([f"kernel {KERNELS[op][0]}", *(f"reference where {reason}" for reason in open_limits)])
+    return "; ".join([f"kernel {KERNELS[op][0]}", *(f"plain torch where {reason}" for reason in open_limits)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import fx, nn
@@ -234,8 +236,14 @@ def _check_batch(model: nn.Module, batch: object) -> None:
     if not isinstance(batch, Mapping):
         raise InputError(f"recall_on takes a batch, {{'input_ids': ...}}, not {type(batch).__name__}")
     ids: Any = batch.get("input_ids")
-    if not isinstance(batch.get("inputs_embeds") if ids is None else ids, torch.Tensor):
+    given: Any = batch.get("inputs_embeds") if ids is None else ids
+    if not isinstance(given, torch.Tensor) or given.dim() != (3 if ids is None else 2) or not given.numel():
         raise InputError("recall_on takes a batch with input_ids [B, S], a tensor of token ids")
+    if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise InputError(f"recall_on: token ids are whole numbers, not {ids.dtype}")
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape != given.shape[:2]:
+        raise InputError(f"recall_on: attention_mask {list(mask.shape)} does not fit tokens {list(given.shape[:2])}")
     head = causal_model(model)
     embedding: Any = None if head is None else head.get_input_embeddings()  # type: ignore[operator]
     size = getattr(embedding, "num_embeddings", None)
@@ -254,7 +262,7 @@ def set_dense(model: Model, dense: bool = True) -> Model:
         ConfigError: `dense` is neither true nor false.
     """
     _transformation(model)
-    if isinstance(dense, torch.Tensor) or dense not in (True, False):
+    if not isinstance(dense, numbers.Integral | np.bool_) or dense not in (True, False):
         raise ConfigError(f"dense={dense!r} must be True or False")
     if dense and _transformation(model).group is not None:
         raise ConfigError(

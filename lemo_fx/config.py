@@ -32,7 +32,7 @@ def is_count(value: object) -> bool:
 
 def check_seed(seed: int) -> None:
     """Raise ConfigError where NumPy would not take a seed."""
-    if not 0 <= seed < 2**32:
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
         raise ConfigError(f"seed={seed!r} must be a number from 0 to {2**32 - 1}")
 
 

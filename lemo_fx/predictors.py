@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lemo_fx.config import LemoConfig, SiteKind
-from lemo_fx.errors import PredictorError
+from lemo_fx.config import LemoConfig, SiteKind, as_config, check_seed
+from lemo_fx.errors import PredictorError, UnsupportedModelError
 from lemo_fx.files import write_text, writing
-from lemo_fx.graph.anatomy import causal_model, decoder_layers
+from lemo_fx.graph.anatomy import causal_model, decoder_layers, require_model
 from lemo_fx.graph.sites import site_names
 from lemo_fx.runtime.network import DECAYS, default_width, random_weights
 from lemo_fx.runtime.scores import Candidates, PredictedScore
@@ -147,13 +147,17 @@ class Predictors:
         return sizes
 
     @classmethod
-    def random(cls, model: nn.Module, config: LemoConfig | None = None, seed: int = 0) -> Predictors:
+    def random(cls, model: nn.Module, config: LemoConfig | str | None = None, seed: int = 0) -> Predictors:
         """Predictors of the size that `fit` would make, with random weights, for measuring time and memory.
 
         Which blocks they keep means nothing: never judge accuracy by them.
         """
-        config = LemoConfig() if config is None else config
+        config = as_config(config)
+        check_seed(seed)
+        require_model(model, "Predictors.random")
         layers = decoder_layers(model)
+        if not layers:
+            raise UnsupportedModelError(f"{type(model).__name__} has no causal decoder layers to choose in")
         hidden = hidden_size(model)
         generator = torch.Generator().manual_seed(seed)
         tensors = {}

@@ -42,6 +42,7 @@ app = typer.Typer(
     help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings=options.HELP,
 )
 NOISY = ("transformers", "torchao", "torch.utils._pytree")
 """Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
@@ -73,7 +74,7 @@ def _quiet(
 def demo(
     out: Out = Path("lemo-demo"),
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 3072,
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
     plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
@@ -99,7 +100,7 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
     warn_of_other_load()
     say(
         f"LoRA fine-tuning of a small Llama at {settings.context:,} tokens, {settings.steps} steps each: plainly, then "
-        "under plans. As set by default this takes about a minute on two idle CPU cores, and two or three beside other "
+        "under plans. As set by default this takes less than a minute on two idle CPU cores, and two beside other "
         "programs."
     )
     with bars() as (_, progress):
@@ -142,6 +143,7 @@ def inspect(
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
     from lemo_fx.cli import inspect
 
+    no_bars_of_transformers()
     inspect.inspect(model, dataclasses.replace(plan.config(), active="always"), layer, out, dump)
 
 
@@ -149,7 +151,7 @@ def inspect(
 def fit(
     model: ModelName,
     data: DataName,
-    out: Annotated[Path, typer.Option(help="Folder for the fitted weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fitted weights.", parser=options.folder, metavar="<path>")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
     limit: Annotated[int | None, typer.Option(help="Number of texts that are read.")] = None,
@@ -235,7 +237,8 @@ def compare(
     for row in comparison.rows(found):
         table.add_row(*row)
     console.print(table)
-    say(comparison.verdict(found))
+    for line in comparison.verdict(found):
+        say(line)
     print_paths([job.out / comparison.PAGE, job.out / comparison.FIGURES])
 
 

@@ -108,6 +108,13 @@ def compare(
     if (job.out / FIGURES).exists():
         raise InputError(f"{job.out} holds a comparison already: choose another --out")
     found: list[Contestant] = []
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        # All runs read the same data.
+        if line not in said:
+            said.add(line)
+            say(line)
 
     def run(name: str, preset: str, cut: int = 1, **changes: Any) -> Contestant:
         say(f"--- {name}")
@@ -119,7 +126,7 @@ def compare(
             command,
             cut,
         )
-        summary = train(one, say)
+        summary = train(one, say, of_data=once)
         assert summary is not None
         # The model of a run is gone before the next one is loaded.
         gc.collect()
@@ -145,7 +152,7 @@ def compare(
     return found
 
 
-HEADINGS = ("", "steps", "held-out loss", "perplexity, LoRA = 0", "step", "time of all", "memory")
+HEADINGS = ("", "steps", "held-out loss", "perplexity beside LoRA", "one step", "training", "peak memory")
 
 
 def rows(found: Sequence[Contestant]) -> list[tuple[str, ...]]:
@@ -159,32 +166,32 @@ def rows(found: Sequence[Contestant]) -> list[tuple[str, ...]]:
             "" if one is lora else f"{math.exp(one.after - lora.after) - 1:+.2%}",
             f"{one.step_seconds:.2f} s",
             f"{one.seconds:,.0f} s" + ("" if one is lora else f" ({one.seconds / lora.seconds:.2f}x)"),
-            f"{one.peak_gib:.2f} GiB",
+            page.gigabytes(one.peak_gib),
         )
         for one in found
     ]
 
 
-def verdict(found: Sequence[Contestant]) -> str:
-    """What the figures answer, in words."""
+def verdict(found: Sequence[Contestant]) -> list[str]:
+    """What the figures answer, a sentence or two a line."""
     lora, *others = found
     if lora.after >= lora.before:
-        return (
+        return [
             "LoRA itself did not learn: its held-out loss did not fall. More data, more steps or another --rate come "
             "first; what is said of the others means nothing yet."
-        )
+        ]
     words = [f"LoRA lowers held-out perplexity by {1 - math.exp(lora.after - lora.before):.1%}."]
     for one in others:
         lost = math.exp(one.after - lora.after) - 1
         share, time = (one.after - lora.after) / (lora.before - lora.after), one.seconds / lora.seconds
-        beside = f"{lost:+.2%} perplexity beside LoRA ({share:+.0%} of what it gained), in {time:.2f} of its time."
+        beside = f"{1 - share:.0%} of what LoRA learns, in {time:.2f} of its time; perplexity {lost:+.2%} beside it."
         words.append(f"{one.name}: {beside}")
     quicker = [one for one in others if one.seconds < lora.seconds]
     if quicker:
         best = min(quicker, key=lambda one: one.after)
-        words.append(f"Of those that take less time than LoRA, {best.name} learns most.")
+        words.append(f"Of those quicker than LoRA this one learns most: {best.name}.")
     words.append("One seed: differences that another --seed turns around mean nothing.")
-    return " ".join(words)
+    return words
 
 
 def picture(found: Sequence[Contestant]) -> Figure:
@@ -196,15 +203,16 @@ def picture(found: Sequence[Contestant]) -> Figure:
         times, losses = zip(*one.curve, strict=True)
         by_time.plot(times, losses, color=colour, lw=1, alpha=0.6)
         by_time.plot(one.seconds, one.after, "s" if number == 0 else "o", color=colour, label=one.name)
-        by_memory.plot(one.peak_gib, one.after, "s" if number == 0 else "o", color=colour)
+        by_memory.plot(one.peak_gib * page.GB_IN_GIB, one.after, "s" if number == 0 else "o", color=colour)
     last = [one.after for one in found]
     room = max(max(last) - min(last), 1e-3)
     by_time.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
-    by_time.set_ylim(min(last) - room, max(last) + 2 * room)
-    by_memory.set(xlabel="peak memory, GiB")
+    by_time.set_ylim(max(min(last) - room, 0), max(last) + 2 * room)
+    # From nothing: runs whose memory hardly differs are to look so.
+    by_memory.set(xlabel="peak memory, GB", xlim=(0, 1.1 * page.GB_IN_GIB * max(one.peak_gib for one in found)))
     for axes in (by_time, by_memory):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -219,7 +227,7 @@ def html(found: Sequence[Contestant], job: Job, settings: Settings) -> str:
     facts = [(name, page.in_words(value)) for name, value in dataclasses.asdict(settings).items()]
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(verdict(found))}</p>",
+        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdict(found)) + "</ul>",
         page.table(HEADINGS, rows(found)),
         page.shown_picture("Quality against time and memory", picture(found), caption),
         "<h2>Settings of all</h2>",

@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Texts that a tokenizer gets at once."""
+TEMPLATE = Path(__file__).parents[1] / "demo_assets" / "chat_template.jinja"
+"""One for models that have none; it marks what the assistant says."""
 IGNORED = -100
 """Label of a token that is not learnt, as everywhere in transformers."""
 
@@ -117,8 +120,8 @@ class Reader:
     def _chat(self, where: str, chat: Chat) -> tuple[list[int], Sequence[bool] | None]:
         if not self.template:
             raise InputError(
-                f"{where}: the model's tokenizer has no chat template for messages: put a chat_template.jinja into "
-                "the model's folder, or give `text`"
+                f"{where}: the model's tokenizer has no chat template for messages: put one into the model's folder, "
+                f"such as {TEMPLATE}, or give `text`"
             )
         if chat.given:
             return self._by_beginnings(where, chat, [(chat.given, len(chat.messages))])

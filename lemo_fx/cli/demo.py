@@ -74,7 +74,7 @@ class Settings:
     """
 
     steps: int = 4
-    context: int = 3072
+    context: int = 2048
     plans: tuple[str, ...] = ("careful", "fast", LEMO)
     predicted: bool = False
     windows: int = 2
@@ -325,14 +325,14 @@ def plot(outcome: Outcome) -> Figure:
         bars.bar(places, [share[name] for name in names], width * 0.96, **style)
         for place, name in zip(places, names, strict=True):
             highest = max(highest, share[name])
-            bars.text(
-                place, share[name] + 0.01, ROWS[name][1](getattr(run, name)), ha="center", va="bottom", fontsize=6
-            )
+            # Upright, a label is no wider than its bar, so that neighbours of one height do not touch.
+            label = ROWS[name][1](getattr(run, name))
+            bars.text(place, share[name] + 0.02, label, ha="center", va="bottom", fontsize=8, rotation="vertical")
     by_step.set(xlabel="step", ylabel="nats per token", title="training loss by step")
     by_step.locator_params(axis="x", integer=True)
     by_time.set(xlabel="seconds of training", title="training loss by time")
     bars.set_xticks(range(len(names)), ["step time", "FLOPs", "bytes saved"])
-    bars.set(title="one step", ylabel=f"share of {PLAIN}", ylim=(0, highest * 1.1))
+    bars.set(title="one step", ylabel=f"share of {PLAIN}", ylim=(0, highest * 1.25))
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (by_step, by_time, bars):
         axes.spines[["top", "right"]].set_visible(False)

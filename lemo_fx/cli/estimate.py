@@ -314,7 +314,7 @@ def gpus(text: str) -> dict[str, float]:
 def table(shape: Shape, contexts: Sequence[int], cards: dict[str, float], rank: int) -> Iterable[Table]:
     """One table a length; the longest contexts are in the first."""
     for context in contexts:
-        shown = Table("", "peak memory", "step, LoRA = 1", "without float8", title=f"{context:,} tokens")
+        shown = Table("", "peak memory", "step, LoRA = 1", "step, no float8", title=f"{context:,} tokens")
         for card in cards:
             shown.add_column(f"fits {card}", justify="right")
         for column in shown.columns[1:4]:

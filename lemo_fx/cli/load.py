@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ def read_config(path: Path) -> Any:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model folder, a config.json or a name on the Hub (owner/name)")
+    _refuse_adapter(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -87,10 +90,26 @@ def read_config(path: Path) -> Any:
 
 def check_weights(path: Path) -> None:
     """Raise InputError where a path is no folder with a config and safetensors."""
+    _refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is not a model: give a local folder with config.json, safetensors and tokenizer")
     if not any(path.glob("*.safetensors")):
-        raise InputError(f"{path} holds no *.safetensors: there are no weights to start from (no other format is read)")
+        raise InputError(
+            f"{path} holds no *.safetensors, the one format that is read: load the model with transformers and save it "
+            "with save_pretrained"
+        )
+
+
+def _refuse_adapter(path: Path) -> None:
+    record = path / "adapter_config.json"
+    if record.is_file() and not (path / "config.json").exists():
+        base = ""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            base = json.loads(record.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+        raise InputError(
+            f"{path} holds an adapter{base and f' of {base}'}, not a model: give that model, or the merged one that "
+            "lemo-fx train --merge writes"
+        )
 
 
 def load_model(

@@ -66,7 +66,7 @@ def check_attention(attention: str | None) -> None:
     """Raise InputError where there is no such attention implementation, or torch lacks its backward on this machine."""
     known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
     if attention is not None and attention not in known and "/" not in attention:
-        raise InputError(f"--attention {attention} is not one of eager, sdpa, flex_attention, flash_attention_2, ...")
+        raise InputError(f"--attention {attention!r} is not one of eager, sdpa, flex_attention, flash_attention_2, ...")
     if attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError("--attention flex_attention trains on a GPU only, and here is none: choose sdpa or eager")
 

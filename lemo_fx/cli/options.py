@@ -24,10 +24,19 @@ from typer.core import TyperGroup
 from lemo_fx.config import Elimination, LemoConfig, check_seed
 from lemo_fx.errors import ConfigError, InputError, LemoError
 
+HELP = {"help_option_names": ["--help", "-h"]}
 USUAL = "careful"
 """The preset where no plan is given."""
 
-Out = Annotated[Path, typer.Option(help="Folder for the files that are written.")]
+
+def folder(path: str | Path) -> Path:
+    """A folder as an option names it; an empty name, such as that of a variable that is not set, is a mistake."""
+    if not str(path):
+        raise typer.BadParameter("the name is empty: give a folder")
+    return Path(path)
+
+
+Out = Annotated[Path, typer.Option(help="Folder for the files that are written.", parser=folder, metavar="<path>")]
 Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced, fast, or dense.")]
 KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
 Keep = Annotated[float | None, KEEP]
@@ -295,7 +304,7 @@ def command(app: typer.Typer) -> Callable[[Callable], Callable]:
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command()(run)
+        app.command(context_settings=HELP)(run)
         return run
 
     return add

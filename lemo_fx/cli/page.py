@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,20 +17,26 @@ from matplotlib.figure import Figure
 
 from lemo_fx import draw
 from lemo_fx.cli.demo import COLOURS
+from lemo_fx.config import PRESETS
 
 GREY, BLUE, GREEN, YELLOW = COLOURS
+GB_IN_GIB = 2**30 / 1e9
+SHORT = 32
+"""Characters up to which a table's cell stays in one line; a table that is too wide scrolls in its box."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1000px; margin: 2.5rem auto;
   padding: 0 1.25rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.12rem; margin: 2.2rem 0 .4rem; }
-figure { margin: .6rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .88rem; }
+figure { margin: .6rem 0; } img { max-width: 100%; min-width: 46rem; height: auto; }
+figcaption, .note { color: #555; font-size: .88rem; }
 dl { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 dl div { border: 1px solid #ddd; border-radius: 6px; padding: .55rem .9rem; }
 dt { color: #555; font-size: .8rem; } dd { margin: 0; font-size: 1.12rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
 td, th { text-align: left; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
-th { color: #555; font-weight: 600; } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+th { color: #555; font-weight: 600; } td { font-variant-numeric: tabular-nums; } .short { white-space: nowrap; }
+.long { min-width: 14rem; overflow-wrap: anywhere; }
 """
 
 
@@ -119,11 +127,11 @@ def memory(history: Sequence[Mapping[str, Any]], device: str) -> Figure:
     """Peak memory by step."""
     figure, (axes,) = _figure(2.6)
     logged = entries(history, "lemo/peak_memory_gib")
-    steps, peaks = [e["step"] for e in logged], [e["lemo/peak_memory_gib"] for e in logged]
+    steps, peaks = [e["step"] for e in logged], [GB_IN_GIB * e["lemo/peak_memory_gib"] for e in logged]
     axes.fill_between(steps, peaks, color=YELLOW, alpha=0.2, lw=0)
     axes.plot(steps, peaks, "o-" if len(steps) <= 20 else "-", color=YELLOW, lw=1.2, ms=3.5)
     axes.set_title("resident memory of the process" if device == "cpu" else f"allocated on {device}", fontsize=9.5)
-    axes.set(ylabel="GiB", ylim=(0, 1.15 * max(peaks)))
+    axes.set(ylabel="GB", ylim=(0, 1.15 * max(peaks)))
     return figure
 
 
@@ -167,7 +175,7 @@ def html(
     parts += [f'<p class="note">{escape(note)}</p>' for note in summary["report"]["notes"]]
     data = {f"data: {name}": value for name, value in summary["data"].items()}
     tables = {
-        "Plan": summary["report"]["config"],
+        "Plan": _said(summary["report"]["config"]),
         "Settings": {"model": summary["model"], **data, **summary["settings"]},
         "Environment": summary["environment"],
     }
@@ -185,7 +193,7 @@ def whole(title: str, parts: Sequence[str]) -> str:
 
 def shown_picture(heading: str, figure: Figure, caption: str) -> str:
     """A picture under a heading, as HTML."""
-    image = f'<img src="{_inline(figure)}" alt="{escape(heading)}">'
+    image = f'<div class="scroll"><img src="{_inline(figure)}" alt="{escape(heading)}"></div>'
     return f"<h2>{escape(heading)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -199,14 +207,14 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, str]:
         "held-out perplexity": f"{_perplexity(before)} → {_perplexity(after)} ({change:+.1%})",
         "steps": f"{summary['steps']:,}",
         "step, median": f"{summary['median_step_seconds']:.2f} s",
-        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB",
+        "peak memory": gigabytes(summary["peak_memory_gib"]),
         "trained parameters": f"{trained:,} ({trained / summary['parameters']['all']:.2%})",
     }
 
 
 def differing(summary: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What besides the plan is not the same in two runs, so that their figures say more than what the plan does."""
-    found = [name for name in ("model", "data", "steps") if summary[name] != other[name]]
+    found = [name for name in ("model", "data") if summary[name] != other[name]]
     found += [f"device: {other['environment']['device']}"] * (
         summary["environment"]["device"] != other["environment"]["device"]
     )
@@ -217,7 +225,7 @@ def differing(summary: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 def _comparison(summary: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Two runs' figures side by side, and what else differs."""
     mine, others = figures_of(summary), figures_of(other)
-    plans = [("plan", *(in_words(each["report"]["config"]) for each in (summary, other)))]
+    plans = [("plan", *(plan_in_words(each["report"]["config"]) for each in (summary, other)))]
     rows = plans + [(name, value, others.get(name, "")) for name, value in mine.items()]
     differ = differing(summary, other)
     note = f"Not the same besides: {', '.join(differ)}." if differ else "All but the plan is the same in both."
@@ -240,8 +248,32 @@ def _sites(report: Mapping[str, Any]) -> str:
 def table(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
     """A table, as HTML."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns or ())
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    return f'<td class="{"short" if len(text) <= SHORT else "long"}">{escape(text)}</td>'
+
+
+def gigabytes(gib: float) -> str:
+    """Memory in the unit of `estimate`, `bench` and the sellers of GPUs."""
+    return f"{GB_IN_GIB * gib:.2f} GB"
+
+
+def plan_in_words(config: Mapping[str, Any]) -> str:
+    """A plan by its preset's name, where it is one, or by its fields."""
+    given = json.loads(json.dumps(config))
+    for name, preset in PRESETS.items():
+        if given == json.loads(json.dumps(dataclasses.asdict(preset))):
+            return f'preset "{name}"'
+    return in_words(_said(config))
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a plan, with words for those whose None is not what they are by default."""
+    absent = {"attention": "dense", "mlp": "dense", "loss_segments": "none, all logits at once"}
+    return {name: absent.get(name) if value is None else value for name, value in config.items()}
 
 
 def in_words(value: Any) -> str:

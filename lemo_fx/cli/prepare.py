@@ -31,6 +31,8 @@ USUAL_CONTEXT = 4096
 SHOWN_STRATA = 12
 SHOWN_TOKENS = 240
 """Tokens of a stretch of text that a preview shows; what is between its ends is counted."""
+SHOWN_DOCUMENTS = 4
+"""Documents of a window that a preview shows."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +283,13 @@ def preview(prepared: Prepared, settings: Settings, folder: Path) -> Shown:
             style="bold",
         )
         start = 0
-        for piece in prepared.train[index]:
+        for piece in prepared.train[index][:SHOWN_DOCUMENTS]:
             part = slice(start, start + len(piece))
             _append(shown, row["input_ids"][part], learnt[part], tokenizer)
             shown.append("\n" + "-" * 40 + "\n", style="dim")
             start = part.stop
+        if pieces > SHOWN_DOCUMENTS:
+            shown.append(f"and {pieces - SHOWN_DOCUMENTS:,} more documents\n", style="dim")
     return shown
 
 

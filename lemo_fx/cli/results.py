@@ -73,7 +73,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"
 
 {table}
 
-Held-out loss is that of the model's original code with every token. The plan and every setting: {settings}.
+Held-out loss is that of the model's original code with every token.
+
+Plan: {plan}. Settings: {settings}.
 """
 
 
@@ -89,10 +91,10 @@ def save_adapter(run: Run, trainer: Trainer, summary: dict[str, Any]) -> None:
         base_model=run.job.model if on_hub else None, library_name="peft", tags=["lora", "lemo_fx", "text-generation"]
     )
     rows = "".join(f"| {name} | {value} |\n" for name, value in page.figures_of(summary).items())
-    settings = ", ".join(f"{name} {value}" for name, value in summary["settings"].items() if value is not None)
     text = CARD.format(
         data=card.to_yaml(), name=run.out.name, model=run.job.model, version=__version__,
-        table=f"| | |\n|---|---|\n{rows}", settings=f"plan {page.in_words(summary['report']['config'])}; {settings}",
+        table=f"| | |\n|---|---|\n{rows}".rstrip(), plan=page.plan_in_words(summary["report"]["config"]),
+        settings=page.in_words(summary["settings"]),
     )  # fmt: skip
     ModelCard(text).save(run.out / "adapter" / "README.md")
 

@@ -69,17 +69,17 @@ def check_job(run: Run) -> None:
     check_attention(settings.attention)
     schedulers = [kind.value for kind in SchedulerType]
     if settings.scheduler not in schedulers:
-        raise InputError(f"--scheduler {settings.scheduler} is not one of {', '.join(schedulers)}")
+        raise InputError(f"--scheduler {settings.scheduler!r} is not one of {', '.join(schedulers)}")
     for name in job.reporters:
         if name not in ("wandb", "tensorboard"):
-            raise InputError(f"--report-to {name} is not one of wandb, tensorboard")
+            raise InputError(f"--report-to {name!r} is not one of wandb, tensorboard")
         if importlib.util.find_spec(name) is None:
             raise InputError(f"--report-to {name} needs a package that is not installed: pip install {name}")
     if job.compare_with is not None:
         read_summary(job.compare_with)
     if job.push is not None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", job.push):
-            raise InputError(f"--push {job.push} is no name on the Hub: give owner/name")
+            raise InputError(f"--push {job.push!r} is no name on the Hub: give owner/name")
         if get_token() is None:
             raise InputError("--push needs to be logged in: run `hf auth login`, or set HF_TOKEN")
 

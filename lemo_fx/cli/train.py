@@ -53,15 +53,18 @@ from lemo_fx.predictors import RECORD, Predictors
 
 FIT_WINDOWS = 64
 """Windows of the training data that predictors are fitted on."""
+FEW_STEPS = 20
+"""Under so many a learning rate has hardly risen and fallen."""
 
 
-def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
+def train(run: Run, say: Say = lambda line: None, of_data: Say | None = None) -> dict[str, Any] | None:
     """Fine-tune, and write OUT/adapter, OUT/report.html, OUT/summary.json and OUT/run.yaml.
 
     Under a launcher (torchrun) each process trains on windows of its own; the first one writes.
 
     Args:
         say: called with lines to show.
+        of_data: called in its place with those on the data and the plan, before the first step.
 
     Returns:
         The summary, see `summarise`; None in processes but the first.
@@ -72,23 +75,27 @@ def train(run: Run, say: Say = lambda line: None) -> dict[str, Any] | None:
     """
     plan = run.options.config()
     say = say if is_first() else lambda line: None
+    of_data = (of_data or say) if is_first() else say
     check_job(run)
     settings = dataclasses.replace(run.settings, batch=_batch(run.settings.batch))
     folder = folder_of(run.job.model)
     check_weights(folder)
     config = read_config(folder)
-    documents = prepare.documents_of(run.job, settings, folder, config, say)
+    documents = prepare.documents_of(run.job, settings, folder, config, of_data)
     check_context(config, plan, documents.context)
     with _in_words(run.out):
         model = _loaded(run, folder)
-        prepared = prepare.windows_of(documents, settings, keeps_documents_apart(model), say)
+        prepared = prepare.windows_of(documents, settings, keeps_documents_apart(model), of_data)
         if run.cut > 1:
             prepared = prepare.cut(prepared, run.cut)
-        say(str(prepared))
+        of_data(str(prepared))
         if plan.eliminations:
             for line in advice(model.num_parameters(), documents.context, prepared.is_running_text):
-                say(f"note: {line}")
-        settings = dataclasses.replace(settings, context=documents.context, steps=_steps(settings, prepared))
+                of_data(f"note: {line}")
+        steps = _steps(settings, prepared)
+        if settings.steps is None and steps < FEW_STEPS:
+            of_data(f"note: {steps} steps are few to learn from: more --epochs, or a shorter --context, make more.")
+        settings = dataclasses.replace(settings, context=documents.context, steps=steps)
         run = dataclasses.replace(run, settings=settings)
         recorded = recorded_of(run, folder, documents, plan)
         if is_first():

@@ -75,6 +75,17 @@ def adapted(
     """
     model.config.use_cache = False
     named = targets if isinstance(targets, str) else list(targets)
+    if not named:
+        raise ConfigError("targets: name modules, with commas, or all-linear")
+    modules = dict(model.named_modules())
+    for name in named if isinstance(named, list) else []:
+        # PEFT asks for one of them to be found, and leaves out the others without a word.
+        if not any(place == name or place.endswith(f".{name}") for place in modules):
+            linear = [place.rpartition(".")[2] for place, module in modules.items() if isinstance(module, nn.Linear)]
+            raise ConfigError(
+                f"targets={named!r} do not fit {type(model).__name__}: no module is named {name!r}; its linear ones "
+                f"are {', '.join(dict.fromkeys(linear))}"
+            )
     lora = LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=named, task_type="CAUSAL_LM"
     )
@@ -135,7 +146,8 @@ def trainer_of(run: Run, model: Any, prepared: Prepared, predictors: Predictors 
         gradient_accumulation_steps=settings.batch // processes(),
         learning_rate=settings.rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=math.ceil(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
+        # The first step of a warm-up has rate 0: where its share is less than a step, there is none.
+        warmup_steps=int(settings.warmup * steps if settings.warmup < 1 else settings.warmup),
         bf16=bf16,
         logging_steps=log_every,
         eval_strategy="steps",

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 import lemo_fx
+from lemo_fx.cli.page import gigabytes
 from lemo_fx.measure import reset_peak
 
 
@@ -108,7 +109,7 @@ class Lines(TrainerCallback):
             done = state.global_step - self.first
             left = (time.monotonic() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
             memory = logs.get("lemo/peak_memory_gib")
-            peak = "" if memory is None else f", peak memory {memory:.2f} GiB"
+            peak = "" if memory is None else f", peak memory {gigabytes(memory)}"
             rest = f", {left / 60:.0f} min left" if left >= 60 else ""
             self.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{peak}{rest}")
 

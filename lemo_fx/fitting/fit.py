@@ -104,6 +104,9 @@ def fit(
         raise ConfigError(f"rank={rank!r} must be a whole number, at least 1")
     if not (is_number(ridge) and 0 < ridge < float("inf")):
         raise ConfigError(f"ridge={ridge!r} must be a positive number")
+    for name, value in (("thresholds", thresholds), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} must be True or False")
     batches = read_sequences(model, sequences, config.block_size)
     hidden = hidden_size(model)
     with contextlib.ExitStack() as stack, Progress(disable=not progress, transient=True) as bar:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from lemo_fx.config import SiteKind
+from lemo_fx.config import SiteKind, check_seed, is_count, is_number
+from lemo_fx.errors import ConfigError
 from lemo_fx.kernels.select_blocks.reference import block_any
 from lemo_fx.runtime import network
 
@@ -49,6 +50,19 @@ class Recipe:
     batch: int = 4
     rate: float = 1e-2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "mlp_width", "epochs", "most_steps", "batch"):
+            value = getattr(self, name)
+            if not (is_count(value) or (value is None and name.endswith("width"))):
+                raise ConfigError(f"{name}={value!r} must be a whole number, at least 1")
+        if not (is_number(self.rate) and 0 < self.rate < float("inf")):
+            raise ConfigError(f"rate={self.rate!r} must be a positive number")
+        if not isinstance(self.elastic, bool):
+            raise ConfigError(f"elastic={self.elastic!r} must be True or False")
+        if self.loss not in get_args(Loss):
+            raise ConfigError(f"loss={self.loss!r} is not one of {', '.join(map(repr, get_args(Loss)))}")
+        check_seed(self.seed)
 
     def width_of(self, kind: SiteKind, hidden: int) -> int:
         """Width for one kind of site of a model of this hidden size."""

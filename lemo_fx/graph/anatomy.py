@@ -149,6 +149,10 @@ def require_model(model: object, function: str) -> None:
         raise UnsupportedModelError(
             f"{function} takes a loaded model, not {type(model).__name__}: AutoModelForCausalLM.from_pretrained(...)"
         )
+    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+        raise UnsupportedModelError(
+            f"{function} takes a model that can be called, not a {type(model).__name__} of its parts"
+        )
 
 
 def longest_context(config: Any) -> int | None:

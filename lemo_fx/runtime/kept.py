@@ -224,7 +224,12 @@ def labelled_tokens(labels: torch.Tensor | None, stream: torch.Tensor) -> torch.
         labels: [B, S], or [B, S + 1] where more of the sequence follows elsewhere.
     """
     batch, length = stream.shape[:2]
-    if labels is None or labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] - length not in (0, 1):
+    if (
+        not isinstance(labels, torch.Tensor)
+        or labels.dim() != 2
+        or labels.shape[0] != batch
+        or labels.shape[1] - length not in (0, 1)
+    ):
         return None
     target = (labels != -100).to(stream.device)
     predicts = torch.zeros_like(target)

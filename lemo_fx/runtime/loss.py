@@ -64,9 +64,12 @@ def segmented_loss(
         num_items_in_batch: divisor instead of the number of counted labels.
 
     Raises:
-        InputError: hidden states and labels differ in number.
+        InputError: hidden states and labels differ in number, or these are no labels.
     """
     given = labels if shift_labels is None else shift_labels
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
+        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise InputError(f"labels must be a tensor [B, S] of token ids, -100 where none is, not {kind}")
     if shift_labels is None:
         labels = functional.pad(labels, (0, 1), value=ignore_index)
         shift_labels = labels[..., 1:]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from lemo_fx.errors import InputError
+from lemo_fx.errors import ConfigError, InputError
 from lemo_fx.runtime.kept import document_ids
 
 IGNORED = -100
@@ -37,7 +37,16 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> SequenceGroup:
-        """From torch's process group."""
+        """From torch's process group.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(group, dist.ProcessGroup):
+            raise ConfigError(
+                "sequence_group must be a process group, torch.distributed.new_group(ranks), of this rank's, not "
+                f"{type(group).__name__}"
+            )
         _groups[group.group_name] = group
         return cls(group.group_name, dist.get_rank(group), group.size())
 

@@ -1,9 +1,13 @@
 import errno
+import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import transformers
+from tiny import tiny
 from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
@@ -45,6 +49,18 @@ def test_nothing_of_other_libraries_is_printed_over_a_commands_output(config, tm
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.startswith("built with 4 of the 6 decoder layers\n")
+
+
+def test_no_bar_of_loaded_weights_lies_over_a_command(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    transformers.logging.enable_progress_bar()
+    for command in ("inspect", "bench", "estimate"):
+        options = {"inspect": [], "bench": ["--context", "256", "--steps", "1"], "estimate": []}[command]
+        where = [] if command == "estimate" else ["--out", str(tmp_path / command)]
+        result = runner.invoke(app, [command, str(tmp_path / "model"), *options, *where])
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        transformers.logging.enable_progress_bar()
 
 
 def test_inspect_a_config(config, tmp_path):
@@ -196,7 +212,7 @@ def test_demo(tmp_path):
     arguments = ["demo", "--steps", "2", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
     result = runner.invoke(app, [*arguments, "--graph", "--predicted", "--plans", "fast,lemo"])
     assert result.exit_code == 0, result.output
-    assert "about a minute" in result.output
+    assert "less than a minute" in result.output
     assert "held-out perplexity after" in result.output
     assert "attention_restored" in result.output
     assert "not worth while" in result.output
@@ -226,6 +242,24 @@ def test_the_demo_shows_the_default_and_a_preset_and_lemos_rule():
     assert settings.plan("fast") == LemoConfig.preset("fast", forward="model", backward="model")
     assert settings.plan("lemo").attention == Elimination(score="measured")
     assert not settings.plan("lemo").predicts
+
+
+def test_figures_over_the_demos_bars_do_not_touch():
+    runs = {
+        name: demo.Run(
+            saved_bytes=int(saved * 2**20), flops=2 * 10**11, perplexity_before=9, step_seconds=12.25, losses=[2, 1]
+        )
+        for name, saved in {"LoRA": 4150, "careful": 2350, "fast": 2340, "lemo": 2500}.items()
+    }
+    for run in runs.values():
+        run.seconds = [0.0, 1.0]
+    figure = demo.plot(SimpleNamespace(runs=runs))
+    figure.draw_without_rendering()
+    bars = figure.axes[-1]
+    boxes = [text.get_window_extent() for text in bars.texts]
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(box.y1 < bars.title.get_window_extent().y0 for box in boxes)
 
 
 def test_demo_refuses_a_context_the_model_does_not_read(tmp_path):

@@ -52,6 +52,9 @@ def test_all_are_measured_on_the_same_windows_and_stand_in_one_page(folder, tmp_
     for name in by_name:
         assert name in shown
     assert "One seed" in shown
+    # What is said of the data is said once, and of every run what it is and how far it came.
+    assert result.stdout.count("read from") == 1
+    assert result.stdout.count("step 4/4: held-out loss") >= 3
     again = run(folder, tmp_path / "out", "--plans", "careful")
     assert again.exit_code == 2
     assert "holds a comparison already" in again.stderr
@@ -83,11 +86,11 @@ def one(name, after, seconds, before=3.0):
 
 
 def test_the_verdict_says_what_the_figures_say():
-    words = compare.verdict([one("LoRA", 2.0, 100), one("careful", 2.01, 50), one(WORDS[FEWER], 2.1, 50)])
+    words = "\n".join(compare.verdict([one("LoRA", 2.0, 100), one("careful", 2.01, 50), one(WORDS[FEWER], 2.1, 50)]))
     assert f"by {1 - math.exp(-1):.1%}" in words
-    assert "careful: +1.01% perplexity beside LoRA (+1% of what it gained), in 0.50 of its time." in words
-    assert "careful learns most" in words
-    assert "did not learn" in compare.verdict([one("LoRA", 3.1, 100), one("careful", 3.2, 50)])
+    assert "careful: 99% of what LoRA learns, in 0.50 of its time; perplexity +1.01% beside it." in words
+    assert "learns most: careful." in words
+    assert "did not learn" in compare.verdict([one("LoRA", 3.1, 100), one("careful", 3.2, 50)])[0]
 
 
 def test_without_float8_the_presets_that_need_it_are_not_compared(monkeypatch):

@@ -15,6 +15,7 @@ from training import plan
 from transformers import AutoTokenizer
 
 import lemo_fx
+from lemo_fx.cli.data import TEMPLATE as SHIPPED_TEMPLATE
 from lemo_fx.cli.data import Document, Reader, Unmarked, hold_out, tokenise, windows
 from lemo_fx.cli.demo import ASSETS
 from lemo_fx.cli.prepare import Windows, keeps_documents_apart, one_window
@@ -112,8 +113,12 @@ def test_texts_end_with_the_end_token_once(tokenizer):
 
 
 def test_chats_follow_the_template(tokenizer, monkeypatch):
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template") as refused:
         read(Chat(CHAT), tokenizer)
+    # What the error names can be put there.
+    assert str(SHIPPED_TEMPLATE) in str(refused.value)
+    monkeypatch.setattr(tokenizer, "chat_template", SHIPPED_TEMPLATE.read_text())
+    assert learnt(read(Chat(CHAT), tokenizer, assistant_only=True), tokenizer) == "Two miles.<|endoftext|>"
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     whole = read(Chat(CHAT), tokenizer)
     assert tokenizer.decode(whole.ids) == "<user>How far?<assistant>Two miles."

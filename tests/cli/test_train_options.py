@@ -1,5 +1,6 @@
 """`lemo-fx train`: run files, models and data by Hub name, going on, other runs beside, quantised bases, processes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from lemo_fx.cli import page
 from lemo_fx.cli.app import app
 from lemo_fx.cli.demo import ASSETS
 from lemo_fx.cli.options import Job, PlanOptions, Settings
-from lemo_fx.config import PRESETS
+from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import InputError
 
 SHORT = ["--context", "64", "--block-size", "8", "--eval-windows", "2", "--rate", "1e-2", "--rank", "4"]
@@ -203,6 +204,10 @@ def test_a_dense_run_and_another_one_beside_it_on_the_page(folder, first, tmp_pa
     differing = page.differing(summary(tmp_path / "out"), summary(other))
     assert {"steps", "alpha", "batch", "seed"} <= {*differing}
     assert "rank" not in differing
+    assert len(differing) == len({*differing})
+    # The plans are told apart.
+    assert "attention dense, mlp dense, block_size 8" in text
+    assert "attention keep" in text
 
 
 @pytest.mark.parametrize(
@@ -212,6 +217,40 @@ def test_a_dense_run_and_another_one_beside_it_on_the_page(folder, first, tmp_pa
 )  # fmt: skip
 def test_a_value_on_the_page(value, words):
     assert page.in_words(value) == words
+
+
+def test_a_plan_in_words():
+    for name, preset in PRESETS.items():
+        assert page.plan_in_words(dataclasses.asdict(preset)) == f'preset "{name}"'
+    half = dataclasses.asdict(LemoConfig(attention=None, loss_segments=None, dense_layers=(0,)))
+    for config in (half, json.loads(json.dumps(half))):
+        words = page.plan_in_words(config)
+        assert words.startswith("attention dense, mlp keep 0.4375")
+        assert "dense_layers 0" in words
+        assert "loss_segments none, all logits at once" in words
+
+
+def test_a_cell_of_a_few_words_stays_in_one_line_and_a_long_one_does_not():
+    made = page.table(("a", "b"), [("LoRA, sequences cut to half", "word " * 20)])
+    assert '<td class="short">LoRA, sequences cut to half</td><td class="long">word ' in made
+    assert made.startswith('<div class="scroll">')
+
+
+def test_few_steps_are_said_to_be_few_and_none_is_without_a_rate(folder, tmp_path):
+    rows = json.loads((folder / "data.json").read_text())[:8]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    options = [*SHORT, "--context", "128", "--out", tmp_path / "out"]
+    result = lemo_train(folder / "model", tmp_path / "few.json", *options)
+    assert result.exit_code == 0, result.output
+    steps = summary(tmp_path / "out")["steps"]
+    assert steps < 20
+    assert f"note: {steps} steps are few to learn from" in result.stdout
+    assert page.entries(summary(tmp_path / "out")["history"], "learning_rate")[0]["learning_rate"] > 0
+    preview = lemo_train(folder / "model", tmp_path / "few.json", *options, "--context", "512", "--preview")
+    assert preview.exit_code == 0, preview.output
+    # A packed window is shown in part.
+    assert preview.stdout.count("-" * 40) == 4
+    assert "more documents" in preview.stdout
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

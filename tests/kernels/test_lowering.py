@@ -28,13 +28,13 @@ def test_why_a_kernel_does_not_take_a_call():
 @pytest.mark.usefixtures("_triton")
 def test_what_is_not_known_yet_is_said():
     assert lowering.explain("eliminate", CUDA) == "kernel eliminate/triton.py"
-    assert "reference where a mask" in lowering.explain("block_scores", CUDA, block_size=64)
-    assert lowering.explain("block_scores", CUDA, block_size=256).startswith("reference (")
+    assert "plain torch where a mask" in lowering.explain("block_scores", CUDA, block_size=64)
+    assert lowering.explain("block_scores", CUDA, block_size=256).startswith("plain torch, no kernel (")
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(lowering, "has_triton", lambda: False)
-    assert lowering.explain("restore", CUDA) == "reference (no Triton)"
+    assert lowering.explain("restore", CUDA) == "plain torch, no kernel (no Triton)"
 
 
 def test_an_op_asks_the_table(monkeypatch):
@@ -49,4 +49,7 @@ def test_an_op_asks_the_table(monkeypatch):
 def test_the_report_says_what_runs():
     site = Elimination(eliminated="skip", score="measured")
     notes = lemo_fx.report(lemo_fx.transform(tiny("llama"), LemoConfig(site, site, block_size=8))).notes
-    assert "block_scores, eliminate, restore, segmented_cross_entropy: reference (tensors on cpu, not cuda)" in notes
+    assert (
+        "block_scores, eliminate, restore, segmented_cross_entropy: plain torch, no kernel (tensors on cpu, not cuda)"
+        in notes
+    )
