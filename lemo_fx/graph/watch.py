@@ -1,58 +1,135 @@
-"""Watch an attention at work for what no comparison of values on a small probe can show.
+"""Watch a layer at work for what no comparison of values on a small probe can show.
 
 Llama 4's layers without RoPE scale queries by `torch.arange(length)`, in steps of thousands of tokens: on kept tokens
 alone they would number others than the model does. Gemma 4's later layers take keys and values from earlier ones, which
-would be those of kept tokens alone.
+would be those of kept tokens alone; so would be a loss that a module of experts leaves on itself.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lemo_fx.graph.capture import argument_names
-from lemo_fx.graph.probe import LENGTH, quiet
+from lemo_fx.graph.anatomy import is_softmax_attention
+from lemo_fx.graph.capture import argument_names, modes_kept, uncompiled
+from lemo_fx.graph.probe import LENGTH
+from lemo_fx.graph.token_wise import is_quantised
+from lemo_fx.kernels.private import tree_leaves
 
 SEQUENCES = (torch.arange, torch.linspace, torch.range)
 
 
-def why_every_row(layer: nn.Module, attention: str, given: Mapping[str, Any]) -> str | None:
-    """Why a layer's attention must see every token, as far as watching it shows; None where nothing is seen.
+@dataclass(frozen=True)
+class Watched:
+    """What the modules of a layer did in one call.
+
+    Attributes:
+        numbering: names of attentions that made a sequence of numbers of the stream's length.
+        shared: names of the layer's arguments, mappings, in which entries were read or written.
+        left: by name of a module, the attribute in which it left a tensor for others to read.
+        counted: by name of a module, the buffer that it changes in training.
+    """
+
+    numbering: frozenset[str] = frozenset()
+    shared: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    counted: Mapping[str, str] = field(default_factory=dict)
+
+    def why_every_row(self, attention: str | None, called: Sequence[str]) -> str | None:
+        """Why a branch must see every token, continuing a sentence that begins with it; None where nothing was seen.
+
+        Args:
+            attention: name of its attention, if it has one; called: names of all modules that it calls.
+        """
+        if attention in self.numbering:
+            return "numbers the rows that it is given (torch.arange), and would take kept tokens for consecutive ones"
+        if attention is not None and self.shared:
+            return f"shares its keys and values with other layers through {', '.join(self.shared)}"
+
+        def within(name: str) -> bool:
+            return any(f"{name}.".startswith(f"{outer}.") for outer in called)
+
+        for name, attribute in self.left.items():
+            if within(name):
+                return f"leaves a tensor on {name}.{attribute}, which would be that of kept tokens for all who read it"
+        for name, buffer in self.counted.items():
+            if within(name):
+                return f"changes the buffer {name}.{buffer} in training, by the tokens or the calls that it sees"
+        return None
+
+
+def watch(layer: nn.Module, given: Mapping[str, Any]) -> Watched:
+    """Watch a layer in one call without gradient; nothing is seen where its arguments are not known.
 
     Args:
-        given: the layer's arguments by name, recorded on `LENGTH` tokens; nothing is tried where there are none.
+        given: the layer's arguments by name, recorded on `LENGTH` tokens.
     """
     if not given:
-        return None
-    numbers = _Numbers()
+        return Watched()
+    modules = {name: module for name, module in layer.named_modules() if name}
+    attentions = {name: _Numbers() for name, module in modules.items() if is_softmax_attention(module)}
     touched: set[str] = set()
     watched = {name: _watched(value, name, touched) for name, value in given.items()}
     touched.clear()
-    module = layer.get_submodule(attention)
-    hooks = [
-        module.register_forward_pre_hook(lambda *_: numbers.__enter__() and None),
-        module.register_forward_hook(lambda *_: numbers.__exit__(None, None, None), always_call=True),
-    ]
+    stream = argument_names(layer)[0]
+    # Another stream than the recorded one, since what is left of that may lie there already.
+    watched[stream] = 1.5 * watched[stream]
+    hooks = []
+    for name, numbers in attentions.items():
+        enter = lambda *_, numbers=numbers: numbers.__enter__() and None  # noqa: E731
+        leave = lambda *_, numbers=numbers: numbers.__exit__(None, None, None)  # noqa: E731
+        hooks.append(modules[name].register_forward_pre_hook(enter))
+        hooks.append(modules[name].register_forward_hook(leave, always_call=True))
+    # Quantised layers keep what they unpacked.
+    plain = {name: module for name, module in modules.items() if not is_quantised(module)}
+    before = {name: _tensors(module) for name, module in plain.items()}
+    buffers = {(name, k): b for name, module in plain.items() for k, b in module._buffers.items() if b is not None}
+    values = {key: buffer.clone() for key, buffer in buffers.items()}
+    devices = [v.device for v in given.values() if isinstance(v, torch.Tensor) and v.is_cuda][:1]
+    counted = {}
     try:
-        with quiet(layer), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with modes_kept(layer), uncompiled(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            layer.train()
             type(layer).forward(layer, **watched)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
         # The proof says what is wrong with a layer that does not run.
-        return None
+        return Watched()
     finally:
         for hook in hooks:
             hook.remove()
-    if numbers.made:
-        return "numbers the rows that it is given (torch.arange), and would take kept tokens for consecutive ones"
-    if touched:
-        return f"shares its keys and values with other layers through {', '.join(sorted(touched))}"
-    return None
+        for (name, key), value in values.items():
+            own = buffers[name, key]
+            # By value: BatchNorm changes its statistics past torch's count of changes.
+            if modules[name]._buffers[key] is not own or not torch.equal(own, value):
+                counted[name] = key
+                modules[name]._buffers[key] = own
+                with torch.no_grad():
+                    own.copy_(value)
+    left = {}
+    for name, module in plain.items():
+        changed = [k for k, v in _tensors(module).items() if _other(before[name].get(k), v)]
+        if changed:
+            left[name] = changed[0]
+    numbering = frozenset(name for name, numbers in attentions.items() if numbers.made)
+    return Watched(numbering, tuple(sorted(touched)), left, counted)
+
+
+def _tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Copies of the tensors that a module holds in attributes and in lists and dicts there, not as its weights."""
+    own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+    held = {name: [v.clone() for v in tree_leaves(value) if isinstance(v, torch.Tensor)] for name, value in own.items()}
+    return {name: tensors for name, tensors in held.items() if tensors}
+
+
+def _other(one: list[torch.Tensor] | None, other: list[torch.Tensor]) -> bool:
+    return one is None or len(one) != len(other) or not all(map(torch.equal, one, other))
 
 
 def why_no_stream(layer: nn.Module, given: Mapping[str, Any]) -> str | None:

@@ -9,10 +9,10 @@ from lemo_fx.config import Elimination
 from lemo_fx.graph.anatomy import window_of
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING
 from lemo_fx.graph.probe import BATCH, LENGTH
-from lemo_fx.graph.watch import why_every_row
 from lemo_fx.passes.insert_elimination import compacting
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite
 from lemo_fx.planning.proof import Proofs
+from lemo_fx.planning.site import called_by
 from lemo_fx.runtime import kept
 
 PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
@@ -39,10 +39,11 @@ def why_dense(
                     f"node {node.name!r} reads the layer argument {target!r}, and how that follows the kept tokens is "
                     "not known"
                 )
+    attention = str(site.mixer.target) if site.kind == "attention" else None
+    seen = proofs.watched(rewrite.layer).why_every_row(attention, called_by(planned))
+    if seen:
+        return f"{site.mixer.name} {seen}"
     if site.kind == "attention":
-        seen = why_every_row(rewrite.layer, str(site.mixer.target), proofs.usual(rewrite.layer))
-        if seen:
-            return f"{site.mixer.name} {seen}"
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
         implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
         if implementation not in kept.MASKED_IMPLEMENTATIONS and window_of(mixer):

@@ -12,11 +12,12 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kind_of, matters_when_absent, unread
+from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kind_of, matters_when_absent, readable_code, unread
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
 from lemo_fx.planning.plans import Plan, Planning
 from lemo_fx.planning.proof_of_head import prove_head
+from lemo_fx.runtime.captured import CapturedHead, numbers_of
 from lemo_fx.runtime.head import HeadSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def plan_head(
 
     presence: dict[str, bool] = {}
     left_out: dict[str, Any] = {}
-    graph, functions, loss_function, slices_itself, reason = _segmented(anatomy, config, presence, left_out, observe)
+    graph, functions, loss_function, captured, reason = _segmented(anatomy, config, presence, left_out, observe)
     if reason:
         notes.append(f"{name or type(head).__name__}: loss not segmented: {reason}")
         logger.info("loss not segmented: %s", reason)
@@ -59,10 +60,11 @@ def plan_head(
         planning.step,
         arguments,
         loss_function,
-        slices_itself,
+        captured is None or bool(captured.options["leaf_functions"]),
         sparse_experts,
         presence,
         left_out,
+        captured,
         planning.group,
     )
     return Plan(name, head, graph, functions, {}, settings)
@@ -79,8 +81,8 @@ def _segmented(
     presence: dict[str, bool],
     left_out: dict[str, Any],
     observe: Callable[[str, fx.Graph, dict[str, fx.Graph]], None],
-) -> tuple[fx.Graph, dict[str, fx.Graph], Any, bool, str]:
-    """(graph, functions, loss function, whether the head slices integers itself, why nothing was done).
+) -> tuple[fx.Graph, dict[str, fx.Graph], Any, CapturedHead | None, str]:
+    """(graph, functions, loss function, the head as it was captured, why nothing was done).
 
     Args:
         presence: filled in: arguments whose absence changes the head -> whether the graph is for calls with them.
@@ -89,7 +91,7 @@ def _segmented(
     head: Any = anatomy.head
     pass_through = fx.Graph()
     pass_through.output(None)
-    unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, bool] = (pass_through, {}, None, True)
+    unchanged: tuple[fx.Graph, dict[str, fx.Graph], None, None] = (pass_through, {}, None, None)
     if config.loss_segments is None:
         return *unchanged, "loss_segments=None"
     if "forward" in vars(head):
@@ -113,6 +115,7 @@ def _segmented(
         left_out |= {name: kind_of(defaults[name].default if name in defaults else None) for name in asked}
     except CaptureError as error:
         return *unchanged, str(error)
+    captured = CapturedHead(readable_code(graph, "Forward"), {**constants, **absent}, leaves, numbers_of(head))
     observe("0_captured", graph, {})
     result = segment_loss(graph, loss_function, config.loss_segments)
     if result.graph is None or result.logits is None:
@@ -122,4 +125,4 @@ def _segmented(
     fault = prove_head(anatomy, result.graph, functions, slicer is not None, presence)
     if fault:
         return *unchanged, fault
-    return result.graph, functions, loss_function, slicer is not None, ""
+    return result.graph, functions, loss_function, captured, ""

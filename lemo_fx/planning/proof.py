@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.probe import Probe, record
 from lemo_fx.graph.sites import Site
+from lemo_fx.graph.watch import Watched, watch
 from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.planning.trial import Fault, OriginalFails, Trial
 
@@ -42,6 +43,7 @@ class Proofs:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.model, self.layers = model, layers
         self.probes: list[Probe] | None = None
+        self._watched: tuple[nn.Module, Watched] | None = None
         self.obstacle = ""
         if any(isinstance(layer, FSDPModule) for layer in layers):
             self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
@@ -74,6 +76,12 @@ class Proofs:
             return {}
         assert self.probes is not None
         return self.probes[-1].calls[layer]
+
+    def watched(self, layer: nn.Module) -> Watched:
+        """What the modules of a layer do in a call without padding."""
+        if self._watched is None or self._watched[0] is not layer:
+            self._watched = layer, watch(layer, self.usual(layer))
+        return self._watched[1]
 
     def _recorded_all(self, layer: nn.Module) -> bool:
         if self.probes is None:

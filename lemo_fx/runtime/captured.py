@@ -104,6 +104,34 @@ class Captured:
         return "" if found == self.found else "what its modules do with tokens has changed"
 
 
+@dataclass
+class CapturedHead:
+    """A causal model's own forward as it was when it was captured.
+
+    Attributes:
+        code: of its graph, before the loss was segmented.
+        constants, options: of the capture; numbers: as in `Captured`.
+    """
+
+    code: str
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    numbers: tuple[dict[str, Any], ...]
+
+    def unchanged(self, head: nn.Module) -> bool:
+        """Whether it would compute now what its captured graph does."""
+        numbers = numbers_of(head)
+        if numbers != self.numbers:
+            try:
+                code = readable_code(capture(head, self.constants, **self.options), "Forward")
+            except CaptureError:
+                return False
+            if code != self.code:
+                return False
+            self.numbers = numbers
+        return True
+
+
 def captured(layer: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> Captured:
     """A layer as it is, and its graph before `find_sites`; `found` is filled in after that."""
     return Captured(readable_code(graph, "Forward"), (), constants, numbers_of(layer), parts_of(layer))

@@ -18,11 +18,13 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
 from lemo_fx.kernels.private import in_transform
+from lemo_fx.runtime.captured import CapturedHead
 from lemo_fx.runtime.layer import (
     STATE,
     look_for_hooks,
     refuse_function_transforms,
     settings_of,
+    warn_once,
     without_default_cache,
 )
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
@@ -46,6 +48,7 @@ class HeadSettings:
     Attributes:
         presence: arguments whose absence changes the head -> whether the graph is for calls with them.
         left_out: arguments that its graph does not use -> the kind of value (`kind_of`) that they have where left out.
+        captured: the head as it was captured; None where its loss is not segmented.
         group: the ranks that share a sequence, or None.
     """
 
@@ -57,6 +60,7 @@ class HeadSettings:
     sparse_experts: bool
     presence: Mapping[str, bool]
     left_out: Mapping[str, Any]
+    captured: CapturedHead | None = None
     group: SequenceGroup | None = None
     weights_checked: bool = False
 
@@ -112,6 +116,16 @@ class HeadSettings:
                 "output_router_logits: the auxiliary loss of a part is no share of the whole sequence's; train without"
             )
 
+    def _unchanged(self, model: nn.Module) -> bool:
+        """Whether the head still computes what its graph does; the original runs where not."""
+        same = self.captured is None or torch.compiler.is_compiling() or self.captured.unchanged(model)
+        if not same:
+            warn_once(
+                f"a number or switch that the forward of {type(model).__name__} reads has changed since "
+                "lemo_fx.transform, so its loss is no longer segmented: lemo_fx.revert and lemo_fx.transform again"
+            )
+        return same
+
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments, and logits only once they are used."""
         return (
@@ -124,6 +138,7 @@ class HeadSettings:
             and not kwargs.get("return_logits")
             and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
             and all(name not in kwargs or kind_of(kwargs[name]) == kind for name, kind in self.left_out.items())
+            and self._unchanged(model)
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
             and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments))

@@ -149,6 +149,10 @@ def segmentable(head: nn.Module) -> bool:
     A plain linear gathers them once for all segments. Ranks with batches of different length must call a sharded
     module equally often.
     """
+    if not (hasattr(head, "out_features") or hasattr(head, "weight")):
+        return (
+            False  # A head of several modules, put in the place of a projection: how many logits it makes is not known.
+        )
     return _is_linear(head) or not any(
         isinstance(module, FSDPModule | FullyShardedDataParallel) for module in head.modules()
     )
