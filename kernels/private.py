@@ -6,7 +6,6 @@ without it. In this folder because it is the lowest: all others may import from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     "CheckpointWrapper",
     "as_it_is",
     "assert_on_device",
-    "compiled_call",
     "guard_or_false",
     "has_triton",
     "in_backward",
@@ -33,10 +31,10 @@ __all__ = [
     "may_vary",
     "promise",
     "scaled_product",
-    "set_compiled_call",
     "storage_key",
     "tree_leaves",
     "tree_map",
+    "uncompile",
     "with_kwargs",
     "without_data",
 ]
@@ -88,14 +86,9 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def compiled_call(module: torch.nn.Module) -> Callable | None:
-    """What `module.compile()` made: what a call of the module runs."""
-    return module._compiled_call_impl
-
-
-def set_compiled_call(module: torch.nn.Module, call: Callable | None) -> None:
-    """Put `compiled_call` back, or with None undo `module.compile()`, for which torch has no method."""
-    module._compiled_call_impl = call
+def uncompile(module: torch.nn.Module) -> None:
+    """Undo `module.compile()`, for which torch has no method."""
+    module._compiled_call_impl = None
 
 
 as_it_is = torch._C.DisableTorchFunctionSubclass
