@@ -25,7 +25,6 @@ __all__ = [
     "CheckpointWrapper",
     "as_it_is",
     "assert_on_device",
-    "compiled_call",
     "global_hooks",
     "guard_or_false",
     "has_triton",
@@ -35,10 +34,10 @@ __all__ = [
     "may_vary",
     "promise",
     "scaled_product",
-    "set_compiled_call",
     "storage_key",
     "tree_leaves",
     "tree_map",
+    "uncompile",
     "with_kwargs",
     "without_data",
 ]
@@ -102,14 +101,9 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def compiled_call(module: torch.nn.Module) -> Callable | None:
-    """What `module.compile()` made: what a call of the module runs."""
-    return module._compiled_call_impl
-
-
-def set_compiled_call(module: torch.nn.Module, call: Callable | None) -> None:
-    """Put `compiled_call` back, or with None undo `module.compile()`, for which torch has no method."""
-    module._compiled_call_impl = call
+def uncompile(module: torch.nn.Module) -> None:
+    """Undo `module.compile()`, for which torch has no method."""
+    module._compiled_call_impl = None
 
 
 as_it_is = torch._C.DisableTorchFunctionSubclass

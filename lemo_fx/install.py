@@ -20,17 +20,8 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.capture import PATCHING, graph_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.planning.plans import Plan, SitePlan
-from lemo_fx.runtime.head import HeadSettings, make_generate, make_head_forward
-from lemo_fx.runtime.layer import (
-    STATE,
-    TELLER,
-    LayerSettings,
-    add_teller,
-    call_layer,
-    look_for_hooks,
-    make_layer_forward,
-)
-from lemo_fx.runtime.scores import StepScore
+from lemo_fx.runtime.head import HeadSettings, head_methods
+from lemo_fx.runtime.layer import STATE, TELLER, LayerSettings, add_teller, layer_methods, look_for_hooks
 
 TRANSFORMATION = "_lemo_fx_transformation"
 """Instance attribute of a transformed model that holds its `Transformation`."""
@@ -107,26 +98,23 @@ def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
     return object.__new__, (record.original,), state
 
 
-_classes: dict[tuple[type, Callable, tuple[Hashable, ...], Callable], type[nn.Module]] = {}
+Methods = Callable[[Any, Callable], dict[str, Any]]
+
+_classes: dict[tuple[type, Callable, tuple[Hashable, ...], Methods], type[nn.Module]] = {}
 
 
 def rewritten_class(
-    original: type[nn.Module],
-    compiled: dict[str, Callable],
-    codes: tuple[Hashable, ...],
-    make_forward: Callable[[Callable, Callable], Any],
-    call: Callable,
+    original: type[nn.Module], compiled: dict[str, Callable], codes: tuple[Hashable, ...], methods: Methods
 ) -> type[nn.Module]:
     """The subclass of `original` that runs this code: one per distinct code.
 
     Args:
         compiled: "forward" and the functions it calls, by name.
         codes: their source, and what it calls by name.
-        make_forward: (original forward, graph forward) -> the forward to install.
-        call: its `__call__`.
+        methods: (original class, graph forward) -> its methods by name.
     """
     # Another library may give a class another forward between two transforms (Liger does).
-    key = (original, original.forward, codes, call)
+    key = (original, original.forward, codes, methods)
     if key not in _classes:
         namespace: dict[str, Any] = {name: function for name, function in compiled.items() if name != "forward"}
         # FSDP2 puts a class of its own on top, which transformers would wrap in a layer-wide checkpoint once more.
@@ -138,10 +126,8 @@ def rewritten_class(
         subclass: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
         # versions do so in `__call__`), but the rewritten graph recomputes each branch itself from its kept rows.
-        subclass.forward = make_forward(original.forward, compiled["forward"])  # type: ignore[method-assign]
-        if make_forward is make_head_forward and hasattr(original, "generate"):
-            subclass.generate = make_generate(original.generate)  # type: ignore[method-assign, attr-defined]
-        subclass.__call__ = call  # type: ignore[method-assign]
+        for name, method in methods(original, compiled["forward"]).items():
+            setattr(subclass, name, method)
         # In the place of a `__deepcopy__`, which a wrapper that passes attributes on (PEFT's) would take for its own.
         copy._deepcopy_dispatch[subclass] = deep_copy  # type: ignore[attr-defined]
         _classes[key] = subclass
@@ -213,12 +199,9 @@ def _install(plan: Plan) -> None:
     compiled: dict[str, Callable] = {name: type(function).forward for name, function in built.items()}
     called = (n.target for g in (plan.graph, *plan.functions.values()) for n in g.nodes if n.op == "call_function")
     codes = (*(f"{name}\n{function.code}" for name, function in built.items()), *called)
-    layer = isinstance(plan.settings, LayerSettings)
-    make: Callable = make_layer_forward if layer else make_head_forward
-    more = plan.settings.config.offload or any(isinstance(part, StepScore) for part in plan.parts.values())
-    call: Callable = call_layer if layer and more else nn.Module.__call__
+    methods = layer_methods if isinstance(plan.settings, LayerSettings) else head_methods
     with PATCHING:
-        module.__class__ = rewritten_class(original, compiled, codes, make, call)
+        module.__class__ = rewritten_class(original, compiled, codes, methods)
 
 
 def uninstall(module: nn.Module) -> None:

@@ -13,13 +13,11 @@ A variant or length that fails or does not fit is written down as such, and the 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gc
 import importlib.util
 import itertools
 import json
 import linecache
-import platform
 import re
 import statistics
 import sys
@@ -41,8 +39,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lemo_fx
 from lemo_fx import LemoConfig, Predictors
+from lemo_fx.cli import machine
 from lemo_fx.graph.anatomy import decoder_layers
-from lemo_fx.kernels.private import set_compiled_call
+from lemo_fx.kernels.private import uncompile
+from lemo_fx.measure import device_name
 
 SHAPES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama3-8b": lambda: LlamaConfig(
@@ -271,7 +271,7 @@ def prepare(model: torch.nn.Module, variant: Variant, group: torch.distributed.P
     torch.compiler.reset()
     torch._functorch.config.aggressive_recomputation = variant.lean
     for _, layer in decoder_layers(base):
-        set_compiled_call(layer, None)
+        uncompile(layer)
         if variant.compiled:
             layer.compile(mode=variant.mode)
 
@@ -443,18 +443,10 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def environment(device: torch.device, weights: str = "random") -> dict[str, str]:
+def environment(device: torch.device, weights: str = "random") -> dict[str, Any]:
     """What a reader needs to repeat the run."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "lemo_fx": lemo_fx.__version__,
-        "weights": weights,
-    }
+    known = machine.environment(" ".join(["python", *sys.argv]))
+    return {**known, "device": device_name(device), "weights": weights}
 
 
 def main(

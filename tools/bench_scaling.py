@@ -52,8 +52,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lemo_fx
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.graph.capture import uncompiled
 from lemo_fx.install import installed
-from lemo_fx.kernels.private import compiled_call, set_compiled_call
+from lemo_fx.kernels.private import uncompile
 
 PICKED = (
     "lora-checkpointed",
@@ -87,7 +88,7 @@ def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn
 def compile_layers(model: torch.nn.Module) -> None:
     """torch.compile of each layer's forward: FSDP2's hooks, and in older transformers the checkpoint, stay outside."""
     for _, layer in decoder_layers(model):
-        set_compiled_call(layer, None)
+        uncompile(layer)
         layer.forward = torch.compile(layer.forward)
 
 
@@ -340,14 +341,8 @@ def in_order(*options: Sequence) -> list[tuple]:
 @torch.no_grad()
 def _loss_alone(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """The loss before anything is wrapped, layers not compiled."""
-    layers = [layer for _, layer in decoder_layers(model)]
-    compiled = [compiled_call(layer) for layer in layers]
-    for layer in layers:
-        set_compiled_call(layer, None)
-    loss = model(input_ids=ids, labels=ids).loss
-    for layer, call in zip(layers, compiled, strict=True):
-        set_compiled_call(layer, call)
-    return float(loss)
+    with uncompiled():
+        return float(model(input_ids=ids, labels=ids).loss)
 
 
 def _together(device: torch.device) -> None:

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 import long_tasks
 import numpy as np
-import peft
 import plain_exact
 import plans
 import rivals
@@ -656,9 +655,7 @@ def rounding(
 def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
     """Append one line, and say its figures."""
     with path.open("a") as file:
-        file.write(
-            json.dumps({**row, "environment": {**environment(device, "trained"), "peft": peft.__version__}}) + "\n"
-        )
+        file.write(json.dumps({**row, "environment": environment(device, "trained")}) + "\n")
     shown = (
         "plan",
         "context",

@@ -35,7 +35,7 @@ from tiny_models import VOCABULARY, model_types, tiny_model
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.cli.demo import environment
+from lemo_fx.cli.machine import environment
 from lemo_fx.graph.anatomy import is_softmax_attention
 from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.install import installed

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import lemo_fx
-from lemo_fx.cli.load import load_model, read_config
+from lemo_fx.cli.load import from_config, has_weights, load_model, read_config
 from lemo_fx.cli.machine import check_alone, check_attention, compiles
 from lemo_fx.cli.prepare import check_context
 from lemo_fx.cli.trainer import CHECKPOINTING, adapted, checkpointing, one_device
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import ConfigError, InputError, LemoError
 from lemo_fx.graph.anatomy import decoder_layers
-from lemo_fx.kernels.private import set_compiled_call
+from lemo_fx.kernels.private import uncompile
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
 
@@ -231,16 +231,12 @@ def load(path: Path, config: Any, device: torch.device, attention: str | None) -
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
-        if path.is_dir() and any(path.glob("*.safetensors")):
+        if has_weights(path):
             return load_model(path, dtype, attention).to(device), False
-        try:
-            with device:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        except (ValueError, TypeError, ImportError) as error:
-            raise InputError(f"{path} does not describe a causal language model: {error}") from error
+        with device:
+            return from_config(path, config, dtype=dtype, attn_implementation=attention), True
     except torch.OutOfMemoryError as error:
         raise InputError(f"{path}: the model alone does not fit: {str(error).splitlines()[0]}") from error
-    return model, True
 
 
 def _transform(model: nn.Module, plan: LemoConfig, given: Predictors | None) -> None:
@@ -279,7 +275,7 @@ def _run(
         _transform(model, plan, given)
     torch.compiler.reset()
     for _, layer in decoder_layers(model):
-        set_compiled_call(layer, None)
+        uncompile(layer)
         if plan is not None and compiles(settings.compile):
             layer.compile()
     vocabulary = model.get_input_embeddings().num_embeddings

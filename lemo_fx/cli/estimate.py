@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
-from lemo_fx.cli.load import read_config
+from lemo_fx.cli.load import from_config, read_config
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import ConfigError, InputError, UnsupportedModelError
 from lemo_fx.graph.anatomy import decoder_layers, is_softmax_attention, longest_context
@@ -95,11 +94,7 @@ def shape_of(path: Path) -> Shape:
     """
     config = read_config(path)
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
-            raise InputError(f"{path} does not describe a causal language model: {error}") from error
-    return shape_of_model(model)
+        return shape_of_model(from_config(path, config))
 
 
 def shape_of_model(model: Any) -> Shape:

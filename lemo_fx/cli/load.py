@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from lemo_fx.cli.console import in_short
 from lemo_fx.cli.rows import HUB_NAME
-from lemo_fx.errors import InputError, LemoError
+from lemo_fx.errors import InputError
 
 SHOWN_LAYERS = 4
 """Decoder layers of a model that is built from a config, to be shown."""
@@ -88,12 +88,17 @@ def read_config(path: Path) -> Any:
     return config
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a path is a folder with safetensors."""
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
 def check_weights(path: Path) -> None:
     """Raise InputError where a path is no folder with a config and safetensors."""
     _refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is not a model: give a local folder with config.json, safetensors and tokenizer")
-    if not any(path.glob("*.safetensors")):
+    if not has_weights(path):
         raise InputError(
             f"{path} holds no *.safetensors, the one format that is read: load the model with transformers and save it "
             "with save_pretrained"
@@ -142,6 +147,18 @@ def load_model(
     return model
 
 
+def from_config(path: Path, config: Any, **settings: Any) -> Any:
+    """A model with random weights, of the config that was read from a path.
+
+    Raises:
+        InputError: it describes no causal language model.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, **settings)
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"{path} does not describe a causal language model: {in_short(error)}") from error
+
+
 def _quantised(load_in: str, dtype: torch.dtype | None) -> dict[str, Any]:
     import importlib.util
 
@@ -184,28 +201,23 @@ def shown(name: str, say: Callable[[str], None]) -> Any:
     """
     path = folder_of(name, weights=False)
     config = read_config(path)
-    if path.is_dir() and any(path.glob("*.safetensors")):
+    if has_weights(path):
         try:
             return AutoModelForCausalLM.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"{path} cannot be loaded as a transformers causal language model: {in_short(error)}"
             ) from error
-    try:
-        model = built(config, say)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        if isinstance(error, LemoError):
-            raise
-        raise InputError(f"{path} does not describe a causal language model: {in_short(error)}") from error
+    model = built(path, config, say)
     say("random weights: built from a config")
     return model
 
 
-def built(config: Any, say: Callable[[str], None] = lambda line: None) -> Any:
+def built(path: Path, config: Any, say: Callable[[str], None] = lambda line: None) -> Any:
     """A model of random weights with the first decoder layers of a config, which is changed, and a small vocabulary.
 
     Raises:
-        InputError: even so it is too large.
+        InputError: it is none, or even so too large.
     """
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and layers > SHOWN_LAYERS:
@@ -221,9 +233,9 @@ def built(config: Any, say: Callable[[str], None] = lambda line: None) -> Any:
             setattr(config, token, None)
         say(f"built with a vocabulary of 1024 instead of {vocabulary}")
     with torch.device("meta"):
-        size = sum(p.numel() * 2 for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() * 2 for p in from_config(path, config).parameters())
     if size > WEIGHT_LIMIT:
         raise InputError(
             f"{SHOWN_LAYERS} layers of this {config.model_type} model take {size / 2**30:.0f} GiB of memory"
         )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return from_config(path, config, dtype=torch.bfloat16)

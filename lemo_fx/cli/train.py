@@ -138,7 +138,7 @@ def preview(run: Run, say: Say) -> Text:
     config = read_config(folder)
     documents = prepare.documents_of(run.job, run.settings, folder, config, say)
     check_context(config, run.options.config(), documents.context)
-    apart = run.settings.pack and keeps_documents_apart(built(config))
+    apart = run.settings.pack and keeps_documents_apart(built(folder, config))
     prepared = prepare.windows_of(documents, run.settings, apart, say)
     say(str(prepared))
     return prepare.preview(prepared, run.settings, folder)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from lemo_fx.cli.watch import Timeline
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError
 from lemo_fx.graph.anatomy import causal_model, decoder_layers
-from lemo_fx.kernels.private import compiled_call, set_compiled_call
+from lemo_fx.graph.capture import uncompiled
 from lemo_fx.predictors import Predictors
 
 LOGS = 500
@@ -37,29 +35,17 @@ class WindowTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The head alone thinks that it is in training; the layers run their original code with every token.
 
-        Not the Trainer's own, which weighs windows of several processes by their tokens, and of one by nothing.
+        Uncompiled, since to compile what few steps run, for every mode and length, takes longer. Not the Trainer's own,
+        which weighs windows of several processes by their tokens, and of one by nothing.
         """
         head = causal_model(model)
         assert head is not None
         head.training = True
         try:
-            with torch.no_grad(), self.compute_loss_context_manager(), uncompiled(model):
+            with torch.no_grad(), self.compute_loss_context_manager(), uncompiled():
                 return model(**self._prepare_inputs(inputs)).loss.detach(), None, None
         finally:
             head.training = False
-
-
-@contextlib.contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Decoder layers run as they are: compiling what few steps run, for every mode and length, takes longer."""
-    compiled = [(layer, compiled_call(layer)) for _, layer in decoder_layers(model)]
-    for layer, _ in compiled:
-        set_compiled_call(layer, None)
-    try:
-        yield
-    finally:
-        for layer, call in compiled:
-            set_compiled_call(layer, call)
 
 
 def adapted(

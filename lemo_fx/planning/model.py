@@ -183,7 +183,7 @@ def _refuse_a_shared_cache(anatomy: Anatomy) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not getattr(text, "use_cache", False):
         return
-    numbered: dict[int, str] = {}
+    numbered: dict[Any, str] = {}
     for name, layer in anatomy.layers[: getattr(text, "num_hidden_layers", None)]:
         numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)} - {None}
         for number in numbers:

@@ -64,10 +64,14 @@ class HeadSettings:
     group: SequenceGroup | None = None
     weights_checked: bool = False
 
-    def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """Raise where the rewritten layers would be shown parts, or the router's auxiliary loss the wrong tokens."""
+    def begin(self, model: nn.Module) -> None:
+        """Look at what may have become of the model since the step before; not in compiled code, which asks once.
+
+        Raises:
+            UnsupportedModelError: the rewritten layers would be shown parts.
+        """
         alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
-        if not alone and (model.training or self.config.active == "always") and not torch.compiler.is_compiling():
+        if not alone and (model.training or self.config.active == "always"):
             distributed.refuse_process(model)
             if not self.weights_checked:
                 # At the first step, since models are sharded after the transform; a walk through all modules.
@@ -76,7 +80,14 @@ class HeadSettings:
                     if STATE in vars(module) and module is not model:
                         distributed.refuse_finer_units(name, module)
                 self.weights_checked = True
+        look_for_hooks(model, self.step)
+        for switch in self.step.switches:
+            switch.refresh()
+        if model.training and torch.is_grad_enabled():
+            note_unlabelled(self.step)
 
+    def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Raise where a call asks for what rewritten layers cannot give."""
         if self.group is not None:
             self._check_part(model, kwargs)
         if not model.training or self.step.dense:
@@ -145,8 +156,18 @@ class HeadSettings:
         )
 
 
-def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForward:
-    """The forward of a causal model with rewritten layers: computes the loss in segments."""
+def head_methods(kind: Any, graph_forward: Callable) -> dict[str, Any]:
+    """The methods of a causal model with rewritten layers, by name.
+
+    Args:
+        kind: its original class.
+    """
+    generate = {"generate": make_generate(kind.generate)} if hasattr(kind, "generate") else {}
+    return {"forward": HeadForward(in_segments(kind.forward, graph_forward)), **generate}
+
+
+def in_segments(original: Callable, graph_forward: Callable) -> Callable:
+    """The forward of a causal model that computes the loss in segments where it can."""
     graph_forward = can_return_tuple(graph_forward)
 
     @functools.wraps(original)
@@ -166,7 +187,7 @@ def make_head_forward(original: Callable, graph_forward: Callable) -> HeadForwar
             given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
         return graph_forward(self, **given)
 
-    return HeadForward(forward)
+    return forward
 
 
 def make_generate(original: Callable) -> Callable:
@@ -274,10 +295,6 @@ def telling_labels(forward: Callable) -> Callable:
         if settings is None:
             return forward(self, *args, **kwargs)
         settings.check(self, kwargs)
-        look_for_hooks(self, settings.step)
-        if not torch.compiler.is_compiling():
-            for switch in settings.step.switches:
-                switch.refresh()
         given = by_name(settings.arguments, args, kwargs)
         args, kwargs = without_default_cache(self, settings, args, kwargs)
         step = settings.step
@@ -287,9 +304,9 @@ def telling_labels(forward: Callable) -> Callable:
             step.labels = labels_of_part(given) if part else given["labels"]
         else:
             _check_labels(step, given)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            note_unlabelled(step)
         try:
+            if not torch.compiler.is_compiling():
+                settings.begin(self)
             output = forward(self, *args, **kwargs)
         finally:
             step.labels = before

@@ -22,6 +22,10 @@ from lemo_fx.runtime.twin import function_of, twin_of
 KEYS, QUERIES = "lemo_fx_keys", "lemo_fx_queries"
 BLOCK = 128
 """Tokens of a block of flex_attention's masks."""
+LISTS = tuple(
+    f"{whole}{axis}_{what}" for axis in ("kv", "q") for whole in ("", "full_") for what in ("num_blocks", "indices")
+)
+"""What `causal_blocks` returns, by its name in a `BlockMask`."""
 
 NO_INTERFACE = (
     "{name} does not dispatch to transformers' attention interface with its present settings, so that its keys are not "
@@ -111,8 +115,9 @@ def causal_block_mask(tokens: torch.Tensor, length: int) -> BlockMask:
     def sees(b, h, q, kv):
         return kv <= tokens[b, q]
 
+    blocks: Any = dict(zip(LISTS, causal_blocks(tokens, length), strict=True))
     size = (tokens.shape[1], length)
-    return BlockMask(size, *causal_blocks(tokens, length), (BLOCK, BLOCK), sees)
+    return BlockMask(seq_lengths=size, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees, **blocks)
 
 
 _T = torch.Tensor

@@ -172,7 +172,7 @@ def look_for_hooks(model: nn.Module, step: Step) -> None:
     Called where a step begins, since hooks may come after a transform. It looks again once torch has made a handle of
     another hook, or while there are some that may be removed.
     """
-    if torch.compiler.is_compiling() or (step.handles == RemovableHandle.next_id and not step.hooked):
+    if step.handles == RemovableHandle.next_id and not step.hooked:
         return
     step.handles = RemovableHandle.next_id
     before, step.hooked = step.hooked, False
@@ -251,7 +251,8 @@ class Teller:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before its forward: a step begins; tell the layers its labels."""
         given = by_name(self.arguments, args, kwargs)
-        look_for_hooks(module, self.step)
+        if not torch.compiler.is_compiling():
+            look_for_hooks(module, self.step)
         self.step.scores = None
         self.before.append(self.step.labels)
         if given.get("labels") is not None:
@@ -291,7 +292,7 @@ def pass_by(layer: nn.Module) -> None:
 
 
 def call_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The `__call__` of a rewritten decoder layer that has more to do than its forward, which a compiler may cut off.
+    """The `__call__` of a rewritten decoder layer: what it has to do beside its forward, which a compiler may cut off.
 
     The scores of a step (`StepScore`) are drawn here by its first sparse layer; under `LemoConfig(offload=True)` what
     the layer saves for the backward goes to the host.
@@ -334,8 +335,13 @@ def read_floats(layer: nn.Module, names: Sequence[str]) -> None:
                 value * 1.0
 
 
-def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
-    """The forward of a rewritten decoder layer."""
+def layer_methods(kind: Any, graph_forward: Callable) -> dict[str, Callable]:
+    """The methods of a rewritten decoder layer, by name.
+
+    Args:
+        kind: its original class.
+    """
+    original = kind.forward
 
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -358,4 +364,4 @@ def make_layer_forward(original: Callable, graph_forward: Callable) -> Callable:
 
     # A code object of its own: a compiler counts compilations, and gives up after eight, by code object.
     forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
-    return forward
+    return {"forward": forward, "__call__": call_layer}

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, NO_SDPA, TOLERANCE, assert_same_step, batch, ste
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
-from lemo_fx.kernels.private import set_compiled_call
+from lemo_fx.kernels.private import uncompile
 from lemo_fx.kernels.restore import reference as restore_reference
 from lemo_fx.planning.proof import Proofs
 
@@ -74,7 +74,7 @@ def exact_step(model, inputs, score="random", checkpointing=False, compiled=Fals
     assert all(tokens.shape[1] < inputs["input_ids"].shape[1] for s in kept.values() for _, tokens in s.values())
     lemo_fx.revert(model)
     for layer in layers:
-        set_compiled_call(layer, None)
+        uncompile(layer)
     model.gradient_checkpointing_disable()
     with masked_reference.masked(model, kept):
         return original, found, step(model, inputs)
