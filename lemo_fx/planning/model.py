@@ -185,8 +185,8 @@ def _refuse_a_shared_cache(anatomy: Anatomy) -> None:
         return
     numbered: dict[Any, str] = {}
     for name, layer in anatomy.layers[: getattr(text, "num_hidden_layers", None)]:
-        numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)} - {None}
-        for number in numbers:
+        numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)}
+        for number in (n for n in numbers if isinstance(n, int)):
             if number in numbered:
                 raise UnsupportedModelError(
                     f"{name} and {numbered[number]} both have layer_idx={number}: in training too, transformers' "
