@@ -350,7 +350,7 @@ def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
         )
     else:
         found.append(
-            "Times: ratios measured on one H200, reached within 8 %, at 8,192 tokens within 17 %; QLoRA's are not known."
+            "Times: ratios of one H200, reached within 8 %, at 8,192 tokens within 17 %; QLoRA's are not known."
         )
     if not shape.gated:
         found.append("An MLP without a gate: its memory under adapters on every layer was not measured.")
