@@ -27,7 +27,8 @@ from lemo_fx.planning.plans import Plan
 from lemo_fx.recall import measure_recall
 from lemo_fx.reporting import Report, SiteReport, held_in_float8, in_float8, lowerings
 from lemo_fx.runtime.head import UNLABELLED
-from lemo_fx.runtime.layer import hooks_note, own_hooks, pass_by
+from lemo_fx.runtime.hooks import hooks_note, own_hooks
+from lemo_fx.runtime.layer import pass_by
 from lemo_fx.runtime.parts import SequenceGroup, check_alike, shard
 from lemo_fx.runtime.select import SelectBlocks
 

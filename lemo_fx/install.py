@@ -20,8 +20,10 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.capture import PATCHING, graph_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
 from lemo_fx.planning.plans import Plan, SitePlan
+from lemo_fx.runtime.cache import TELLER, add_teller
 from lemo_fx.runtime.head import HeadSettings, head_methods
-from lemo_fx.runtime.layer import STATE, TELLER, LayerSettings, add_teller, layer_methods, look_for_hooks
+from lemo_fx.runtime.hooks import look_for_hooks
+from lemo_fx.runtime.layer import STATE, LayerSettings, layer_methods
 
 TRANSFORMATION = "_lemo_fx_transformation"
 """Instance attribute of a transformed model that holds its `Transformation`."""

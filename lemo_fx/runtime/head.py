@@ -18,15 +18,10 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
 from lemo_fx.kernels.private import in_transform
+from lemo_fx.runtime.cache import without_default_cache
 from lemo_fx.runtime.captured import CapturedHead
-from lemo_fx.runtime.layer import (
-    STATE,
-    look_for_hooks,
-    refuse_function_transforms,
-    settings_of,
-    warn_once,
-    without_default_cache,
-)
+from lemo_fx.runtime.hooks import look_for_hooks
+from lemo_fx.runtime.layer import STATE, refuse_function_transforms, settings_of, warn_once
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.sequence import whole_loss

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, CACHE_NAMES, NO_CACHE, by_name
-from lemo_fx.kernels.private import global_hooks, in_transform
-from lemo_fx.runtime.captured import Captured, harmless
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, NO_CACHE, by_name
+from lemo_fx.kernels.private import in_transform
+from lemo_fx.runtime.captured import Captured
 from lemo_fx.runtime.offload import offloading
 from lemo_fx.runtime.parts import SequenceGroup, is_told
 from lemo_fx.runtime.scores import StepScore
@@ -34,39 +31,8 @@ STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
 
-TELLER = "_lemo_fx_teller"
-"""Instance attribute of a module above rewritten layers: handles of its `Teller`'s hooks."""
-
-
 CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
-
-
-def own_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Hooks that someone put on modules within a layer, with the module's name: they count on seeing every token.
-
-    A trained vector that is added at some positions, an adapter for the last tokens only (PEFT's aLoRA), or a record of
-    activations would be shown kept rows, once for their values and once for their gradient.
-    """
-    for hook in global_hooks():
-        if not harmless(hook):
-            yield "every module", hook
-    if not any(any(_hooks_of(module)) for child in _children(layer) for module in child.modules()):
-        return
-    for name, module in layer.named_modules():
-        if name and not name.startswith("lemo_"):
-            for hook in itertools.chain.from_iterable(hooks.values() for hooks in _hooks_of(module)):
-                if not harmless(hook):
-                    yield name, getattr(hook, "func", hook)
-
-
-def _children(layer: nn.Module) -> list[nn.Module]:
-    """The layer's own modules, without those that lemo_fx added."""
-    return [child for name, child in layer.named_children() if not name.startswith("lemo_")]
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Callable], ...]:
-    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
 @dataclass
@@ -166,122 +132,10 @@ def refuse_function_transforms(name: str) -> None:
         )
 
 
-def look_for_hooks(model: nn.Module, step: Step) -> None:
-    """Let layers with hooks of someone's run their original code.
-
-    Called where a step begins, since hooks may come after a transform. It looks again once torch has made a handle of
-    another hook, or while there are some that may be removed.
-    """
-    if step.handles == RemovableHandle.next_id and not step.hooked:
-        return
-    step.handles = RemovableHandle.next_id
-    before, step.hooked = step.hooked, False
-    for layer in model.modules():
-        settings = settings_of(layer)
-        if isinstance(settings, LayerSettings):
-            found = next(own_hooks(layer), None)
-            settings.hooked = found is not None
-            if found is not None and not before and not step.hooked:
-                logger.warning("%s: %s", type(layer).__name__, hooks_note(*found))
-            step.hooked |= settings.hooked
-
-
-def hooks_note(name: str, hook: Any) -> str:
-    """For the report, of a hook within a layer."""
-    named = getattr(hook, "__qualname__", type(hook).__name__)
-    return (
-        f"{name} has a hook ({named}), which in a rewritten layer would see the kept tokens only, so the layer runs "
-        "its original code: hook the whole decoder layer instead, or remove the hook"
-    )
-
-
 @functools.cache
 def warn_once(words: str) -> None:
     """Say once that a rewritten layer trains as it was."""
     logger.warning(words)
-
-
-def without_default_cache(
-    model: nn.Module, settings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Default `use_cache` to False where layers run sparse: transformers would make a cache, which they cannot fill.
-
-    Said to the call and not in the model's config, which is saved with the model and holds in `eval()` too.
-
-    Without a cache and a mask transformers takes restarting positions for documents. Where the model would have made a
-    cache, a mask of ones says that they are none.
-    """
-    given = by_name(settings.arguments, args, kwargs)
-    said = any(given.get(name) is not None for name in ("use_cache", *CACHE_NAMES))
-    if said or "use_cache" not in settings.arguments or not (settings.config.active == "always" or model.training):
-        return args, kwargs
-    changed: dict[str, Any] = {"use_cache": False}
-    inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-    numbered = given.get("position_ids") is not None and given.get("attention_mask") is None
-    if numbered and isinstance(inputs, torch.Tensor) and _makes_a_cache(model):
-        changed["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
-    in_place = dict(zip(settings.arguments, args, strict=False))
-    more = {name: value for name, value in changed.items() if name not in in_place}
-    return tuple({**in_place, **changed}[name] for name in in_place), {**kwargs, **more}
-
-
-def _makes_a_cache(model: nn.Module) -> bool:
-    """Whether a call that says nothing of a cache makes one in the original model, which checkpointing forbids."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    checkpoints = model.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled())
-    forbids = checkpoints and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return bool(getattr(text, "use_cache", False)) and not forbids
-
-
-@dataclass
-class Teller:
-    """Hooks of a module above the decoder layers that is no causal model, and which people call by itself too.
-
-    Attributes:
-        arguments: names of its forward's arguments.
-        before: labels that the layers knew before the running calls.
-    """
-
-    config: LemoConfig
-    step: Step
-    arguments: tuple[str, ...]
-    before: list[torch.Tensor | None] = field(default_factory=list)
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before its forward: a step begins; tell the layers its labels."""
-        given = by_name(self.arguments, args, kwargs)
-        if not torch.compiler.is_compiling():
-            look_for_hooks(module, self.step)
-        self.step.scores = None
-        self.before.append(self.step.labels)
-        if given.get("labels") is not None:
-            self.step.labels = given["labels"]
-        return without_default_cache(module, self, args, kwargs)
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After it: the layers are through."""
-        self.step.labels = self.before.pop()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Teller:
-        return Teller(self.config, copy.deepcopy(self.step, memo), self.arguments)
-
-    def __reduce__(self) -> tuple:
-        # Pickled layers are not rewritten: nobody is to be told.
-        return Teller, (LemoConfig(), Step(), ())
-
-
-def add_teller(module: nn.Module, config: LemoConfig, step: Step, labels: bool) -> None:
-    """Put the hooks on a module whose forward takes a cache (or `labels`); on others there is nothing to tell."""
-    arguments = tuple(inspect.signature(module.forward).parameters)
-    told = "use_cache" in arguments or (labels and "labels" in arguments)
-    if not told or STATE in vars(module):
-        return
-    teller = Teller(config, step, arguments)
-    vars(module)[TELLER] = (
-        module.register_forward_pre_hook(teller.enter, with_kwargs=True),
-        module.register_forward_hook(teller.leave, always_call=True),
-    )
 
 
 def pass_by(layer: nn.Module) -> None:
