@@ -372,6 +372,8 @@ def test_a_copied_layer_belongs_to_the_model(how):
     else:
         model.model.layers.extend(copy.deepcopy(layer) for layer in list(model.model.layers))
         model.config.num_hidden_layers = 4
+        for number, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = number
     inputs = batch(2, 64)
     inputs["labels"][:, :] = -100
     inputs["labels"][:, 30:36] = 5
