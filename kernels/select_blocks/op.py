@@ -57,8 +57,8 @@ class SiteRecord:
         self.site = torch.tensor([number], device="cpu")
         _records[number] = self
 
-    def __deepcopy__(self, memo: object) -> "SiteRecord":
-        return SiteRecord()
+    def __reduce__(self) -> tuple[type["SiteRecord"], tuple[()]]:
+        return SiteRecord, ()
 
 
 _numbers = itertools.count()

@@ -1,4 +1,6 @@
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -318,6 +320,13 @@ def test_a_recompute_passes_by_what_was_chosen_on_another_device(record):
     run = (torch.zeros(1, 5), None, None, stream, record.site, 4, (1, 2))
     recompute(lambda: found.append(op.select_blocks(*run)))
     assert torch.equal(found[0], chosen)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda record: pickle.loads(pickle.dumps(record))])
+def test_a_copied_site_begins_a_record_of_its_own(record, copied):
+    other = copied(record)
+    op.select_blocks(torch.zeros(1, 5), None, None, torch.randn(1, 20, 4), other.site, 4, (1, 2))
+    assert (len(record.choices), len(other.choices)) == (0, 1)
 
 
 def test_pinned_blocks_reach_every_threshold():
