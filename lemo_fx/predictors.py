@@ -23,7 +23,7 @@ from torch import nn
 from lemo_fx.config import LemoConfig, SiteKind, as_config, check_seed
 from lemo_fx.errors import PredictorError, UnsupportedModelError
 from lemo_fx.files import write_text, writing
-from lemo_fx.graph.anatomy import causal_model, decoder_layers, require_model
+from lemo_fx.graph.anatomy import causal_model, decoder_layers, require_model, text_config
 from lemo_fx.graph.sites import site_names
 from lemo_fx.runtime.network import DECAYS, default_width, random_weights
 from lemo_fx.runtime.scores import Candidates, PredictedScore
@@ -47,13 +47,12 @@ IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_hea
 
 def hidden_size(model: nn.Module) -> int:
     """Width of a model's residual stream; its embeddings may be narrower (OPT-350M projects them)."""
-    config: Any = model.config
-    return int((config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size)
+    return int(text_config(model.config).hidden_size)
 
 
 def fingerprint(config: Any) -> str:
     """Hash of what makes a base model's activations its own: kind and sizes (names and paths may differ)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     facts = {name: getattr(text, name, None) for name in IDENTITY}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

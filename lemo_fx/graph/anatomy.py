@@ -155,14 +155,18 @@ def require_model(model: object, function: str) -> None:
         )
 
 
+def text_config(config: Any) -> Any:
+    """The part of a transformers config that is about the text decoder; the config itself where there are no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def longest_context(config: Any) -> int | None:
     """The tokens that a model of this transformers config reads at most; None where it does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = getattr(text_config(config), "max_position_embeddings", None)
     return longest if isinstance(longest, int) else None
 
 
 def has_rope(config: Any) -> bool:
     """Whether a model of this config rotates by positions, so that it can be made to read more of them."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     return any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context, text_config
 from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, uncompiled
 from lemo_fx.graph.token_wise import is_quantised
 
@@ -126,8 +126,7 @@ def probe_inputs(runner: nn.Module, masked: bool, padded: bool) -> dict[str, Any
     device = next(p.device for p in runner.parameters())
     generator = torch.Generator().manual_seed(0)
     config: Any = runner.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(0, text.vocab_size, (BATCH, LENGTH), generator=generator, device="cpu")
+    ids = torch.randint(0, text_config(config).vocab_size, (BATCH, LENGTH), generator=generator, device="cpu")
     longest = max(longest_context(config) or FAR, LENGTH)
     # Attention that reads documents off restarting positions must see consecutive ones: at both ends of the range.
     spread = torch.linspace(0, longest - 1, LENGTH, device="cpu").long()

@@ -13,7 +13,7 @@ from torch import nn
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, UnsupportedModelError
-from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, why_no_layers
+from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
 from lemo_fx.passes.pipeline import PASSES, Pass
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
@@ -179,8 +179,7 @@ def _refuse_a_shared_cache(anatomy: Anatomy) -> None:
 
     A rewritten model makes no cache in training, so that it would compute something else.
     """
-    config = anatomy.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(anatomy.config)
     if not getattr(text, "use_cache", False):
         return
     numbered: dict[Any, str] = {}

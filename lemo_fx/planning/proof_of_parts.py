@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, window_of
+from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, window_of
 from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.graph.probe import FAR, eager, in_a_line, quiet, rope_kept
 from lemo_fx.kernels.private import tree_leaves
@@ -62,8 +62,9 @@ def probes(runner: nn.Module, size: int) -> list[dict[str, torch.Tensor]]:
     config: Any = runner.config
     device = next(p.device for p in runner.parameters())
     length = TOKENS * size
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(0, text.vocab_size, (2, length), generator=torch.Generator().manual_seed(0), device="cpu")
+    ids = torch.randint(
+        0, text_config(config).vocab_size, (2, length), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     longest = max(longest_context(config) or FAR, length)
     near = torch.arange(TOKENS, device="cpu")
     far = torch.arange(longest - (length - TOKENS), longest, device="cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lemo_fx.config import LemoConfig
+from lemo_fx.graph.anatomy import text_config
 from lemo_fx.graph.capture import CACHE_NAMES, by_name
 from lemo_fx.runtime.hooks import look_for_hooks
 from lemo_fx.runtime.layer import CHECKPOINTS_ALWAYS, STATE
@@ -46,8 +47,7 @@ def without_default_cache(
 
 def _makes_a_cache(model: nn.Module) -> bool:
     """Whether a call that says nothing of a cache makes one in the original model, which checkpointing forbids."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model.config)
     checkpoints = model.training and (CHECKPOINTS_ALWAYS or torch.is_grad_enabled())
     forbids = checkpoints and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return bool(getattr(text, "use_cache", False)) and not forbids
