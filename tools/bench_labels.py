@@ -47,7 +47,8 @@ def main(
                 row["peak_allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             runs.append(row)
             print(json.dumps(row), flush=True)
-            out.write_text(json.dumps({"environment": environment(device), "runs": runs}, indent=1) + "\n")
+            found = {"environment": environment(device), "shape": shape, "adapters": "float32", "runs": runs}
+            out.write_text(json.dumps(found, indent=1) + "\n")
         del model
         gc.collect()
         torch.cuda.empty_cache()

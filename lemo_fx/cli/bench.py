@@ -302,8 +302,9 @@ def _run(
         try:
             trainer.train()
         finally:
-            # The next run's autocast would else lie around this one's.
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            # accelerate puts autocast around a model that it has not prepared yet, and no other.
+            for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(model).pop(attribute, None)
             getattr(model, f"{CHECKPOINTING}_disable")()
     shares = [] if plan is None else [site.kept_share for site in lemo_fx.report(model).sites]
     kept = [share for share in shares if share is not None]

@@ -2,7 +2,8 @@
 
 A step is that of `lemo-fx train`: bfloat16 weights, adapters in float32 under autocast, activation checkpointing,
 decoder layers compiled, the loss in segments, one sequence. Its parts were read off the committed measurements
-(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11); tests/cli/test_estimate.py compares with them all.
+(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11), most of them without autocast, under which LoRA takes
+a tenth less time and memory; tests/cli/test_estimate.py compares with them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -9,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MixtralConfig,
     OPTConfig,
@@ -251,3 +253,20 @@ def test_errors_come_before_the_first_step(config, tmp_path, monkeypatch, option
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_every_run_of_a_model_is_under_autocast(config, monkeypatch):
+    def on_the_cpu(*args, **settings):
+        return TrainingArguments(*args, **settings, use_cpu=True)
+
+    monkeypatch.setattr(bench, "TrainingArguments", on_the_cpu)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(config)).bfloat16()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    settings = bench.Settings(contexts=(64,), steps=1, compile=False)
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    for plan in (None, LemoConfig.preset("dense"), LemoConfig.preset("dense")):
+        bench._run(model, "a plan", plan, None, 64, settings, torch.device("cpu"), lambda: None)
+        # What a transform tries out is before the steps.
+        assert seen[-2:] == [True, True]
+        seen.clear()
