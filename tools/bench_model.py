@@ -13,6 +13,7 @@ A variant or length that fails or does not fit is written down as such, and the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import importlib.util
 import itertools
@@ -22,7 +23,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,7 @@ import lemo_fx
 from lemo_fx import LemoConfig, Predictors
 from lemo_fx.cli import machine
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.float8_linear.op import Float8Linear, float8_linear
 from lemo_fx.kernels.private import uncompile
 from lemo_fx.measure import device_name
 
@@ -182,7 +185,8 @@ def gate(shape: str, device: torch.device, adapters: str, variants: Sequence[Var
     """Relative errors by variant: of plans as they are timed, and of `exact` at 0.5 in float32 and as models are timed.
 
     On a model cut to four layers. The loss is compared with the original's where the plan is `exact`, else with the
-    reference's (`masked_reference`), hidden states and gradients with the reference's.
+    reference's (`masked_reference`), hidden states and gradients with the reference's. Where a plan is all in float8,
+    so are the reference's frozen layers: random weights at 8B make a third of a token's hidden state of that rounding.
 
     Raises:
         SystemExit: one is larger than rounding explains.
@@ -219,7 +223,8 @@ def _gated(model: torch.nn.Module, variant: Variant, precision: str, device: tor
     found = _step(model, ids)
     kept = masked_reference.kept_by(model)
     prepare(model, plain)
-    with masked_reference.masked(model, kept):
+    rounded = variant.config is not None and variant.config.float8_everywhere
+    with masked_reference.masked(model, kept), _in_float8(model) if rounded else nullcontext():
         expected = _step(model, ids)
     sites = [treatment for sites in kept.values() for treatment, _ in sites.values()]
     loss = original[0] if set(sites) <= {"exact"} else expected[0]
@@ -235,6 +240,31 @@ def _gated(model: torch.nn.Module, variant: Variant, precision: str, device: tor
     if any(not errors[name] <= bound[name] for name in bound):
         sys.exit(f"correctness gate failed for {variant.name}: relative errors {errors}, allowed {bound}")
     return errors
+
+
+@contextmanager
+def _in_float8(model: torch.nn.Module) -> Iterator[None]:
+    """The frozen linear layers of the decoder layers multiply in float8, forward and gradient."""
+    linears = [
+        module
+        for _, layer in decoder_layers(model)
+        for module in layer.modules()
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad
+    ]
+    for module in linears:
+        module.forward = functools.partial(_float8_product, module)
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
+
+
+def _float8_product(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """[..., K] -> [..., N]."""
+    weight = linear.weight.detach()
+    out = Float8Linear.apply(x, weight) if torch.is_grad_enabled() else float8_linear(x, weight)
+    return out if linear.bias is None else out + linear.bias
 
 
 def _step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor, dict[str, torch.Tensor]]:
