@@ -70,7 +70,10 @@ def test_one_compilation_for_each_kind_of_layer(variant):
     assert compilations(transformed(site, **settings), batches, backend=backend) == [kinds, 0, 0]
 
 
-@pytest.mark.parametrize(("whole", "slope"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+@pytest.mark.parametrize(
+    ("whole", "slope"),
+    [(False, 0.0), pytest.param(True, 0.0, marks=pytest.mark.slow), pytest.param(False, 0.5, marks=pytest.mark.slow)],
+)
 def test_the_leader_of_a_shared_choice_is_compiled_with_the_others(whole, slope):
     site = Elimination(keep=0.5, eliminated="exact", score="step", slope=slope)
     model = transformed(site, layers=4 if whole else 5)
@@ -138,7 +141,9 @@ def test_models_of_other_scalings_compile_in_one_process(treatment, segment, oth
 
 
 @pytest.mark.parametrize(
-    ("recompute", "segment"), [("all", 16), ("projections", None)], ids=["all_pieces", "projections_one_piece"]
+    ("recompute", "segment"),
+    [pytest.param("all", 16, marks=pytest.mark.slow), ("projections", None)],
+    ids=["all_pieces", "projections_one_piece"],
 )
 def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(recompute, segment, monkeypatch):
     if segment:
@@ -238,7 +243,11 @@ def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
     assert sum(v.is_floating_point() and {40, 80} & {*v.shape} != set() for v in values) == rows
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["plain_activations", "checkpointing"],
+)
 def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing):
     """`exact` rounds each weight for its values and again for its kept rows; rounded once, it would be kept between."""
     model = with_lora(tiny("llama", 1))

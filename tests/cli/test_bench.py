@@ -120,6 +120,7 @@ def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
     assert lora["failed"] is careful["failed"] is None
 
 
+@pytest.mark.slow
 def test_refused_steps_are_noted(tmp_path):
     path = tmp_path / "config.json"
     size = MixtralConfig(

@@ -51,6 +51,7 @@ def test_nothing_of_other_libraries_is_printed_over_a_commands_output(config, tm
     assert done.stdout.startswith("built with 4 of the 6 decoder layers\n")
 
 
+@pytest.mark.slow
 def test_no_bar_of_loaded_weights_lies_over_a_command(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "model")
     transformers.logging.enable_progress_bar()

@@ -155,6 +155,7 @@ def test_compiled_layers_train_alike(folder, tmp_path, monkeypatch):
     assert losses == pytest.approx(training_losses(tmp_path / "plain"), rel=TOLERANCE["fp32"]["rtol"])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(folder, tmp_path):
     """kill -9 in a step, with a checkpoint half written: the resumed run's losses are the uninterrupted run's."""
     options = [*SHORT, "--eliminated", "exact", "--score", "random", "--save-every", "2", "--eval-every", "3"]

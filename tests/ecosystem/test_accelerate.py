@@ -46,6 +46,7 @@ print(json.dumps([train(None), train(1.0), train(0.5)]))
 """
 
 
+@pytest.mark.slow
 def test_launch(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     paths = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]

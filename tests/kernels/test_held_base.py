@@ -248,7 +248,9 @@ def test_one_frozen_layer_of_each_kind_is_held():
     assert [torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True)] == [False, True, True]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
+)
 def test_compiled_without_a_break_and_no_copy_is_kept(checkpointing):
     model = model_with(HELD, layers=1, checkpointing=checkpointing)
     fix_choice(model, [0, 2, 3, 7, 8])

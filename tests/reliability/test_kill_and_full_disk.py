@@ -128,6 +128,7 @@ def test_a_fit_that_is_killed_again_and_again_ends_with_the_same_predictors(tmp_
         same_predictors(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_fit_on_a_full_disk_names_the_file_and_goes_on_when_there_is_room(tmp_path):
     in_clean_process(processes.fit_on_a_full_disk, tmp_path)
     assert names(tmp_path / "full") == {TENSORS, RECORD}

@@ -124,6 +124,7 @@ def in_threads(*functions):
     return results
 
 
+@pytest.mark.slow
 def test_two_models_in_two_threads(restless):
     """Each thread makes, transforms and trains its own model, while the other one does."""
     runs = [("llama", 0), ("gpt_neox", 0), ("llama", 1)]

@@ -145,6 +145,7 @@ def test_compiled_it_is_the_same(score):
     assert_same_step(found[1], found[0], "compiled")
 
 
+@pytest.mark.slow
 def test_compiled_flex_attention_stands_for_a_mask(monkeypatch):
     # On the CPU it has no backward, so only that a compiler takes it into the one graph of a checkpointed layer.
     private = torch.nn.attention.flex_attention

@@ -139,6 +139,7 @@ def test_too_late_and_past_torch():
         out.logits.sum()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_names_the_way_to_get_them():
     model, inputs = lemo_fx.transform(tiny("llama"), HEAD), batch(2, 43)
     expected = step(model, inputs)
