@@ -263,7 +263,9 @@ def matters_when_absent(
         if parameter.default is None and name not in (*constants, *besides)
     )
     own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
-    key = (function, optional, own, readable_code(graph, "Forward"))
+    # What it does for an argument that is left out may hang on a config that the graph does not show.
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    key = (function, optional, own, *map(repr, configs.values()), readable_code(graph, "Forward"))
     if key not in _known:
         _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
     return _known[key]
