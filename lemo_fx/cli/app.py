@@ -26,6 +26,7 @@ from lemo_fx.cli.options import (
     Checkpointing,
     DataName,
     FittedBefore,
+    LoadIn,
     ModelName,
     Out,
     PlanOptions,
@@ -252,6 +253,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
     rank: Rank = options.Settings.rank,
     targets: Targets = options.Settings.targets,
+    load_in: LoadIn = None,
     predictors: FittedBefore = None,
     checkpointing: Checkpointing = True,
     compile: Annotated[

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 import lemo_fx
 from lemo_fx.cli.load import from_config, has_weights, load_model, read_config
 from lemo_fx.cli.machine import check_alone, check_attention, compiles
+from lemo_fx.cli.options import check_load_in
 from lemo_fx.cli.prepare import check_context
 from lemo_fx.cli.trainer import CHECKPOINTING, adapted, checkpointing, one_device
 from lemo_fx.config import PRESETS, LemoConfig
@@ -58,7 +59,7 @@ class Settings:
         contexts: tokens of a sequence, one after the other.
         steps: timed steps; one more comes first, which compiles.
         batch: sequences of a step.
-        rank, targets, checkpointing, compile, attention: as in `options.Settings`.
+        rank, targets, load_in, checkpointing, compile, attention: as in `options.Settings`.
     """
 
     contexts: tuple[int, ...] = (4096,)
@@ -66,6 +67,7 @@ class Settings:
     batch: int = 1
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    load_in: str | None = None
     checkpointing: bool = True
     compile: bool | None = None
     attention: str | None = None
@@ -74,6 +76,7 @@ class Settings:
         for name in ("steps", "batch", "rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
+        check_load_in(self.load_in)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def bench(
     for context in settings.contexts:
         for plan in filter(None, plans.values()):
             check_context(model_config, plan, context)
-    model, random_weights = load(model_path, model_config, device, settings.attention)
+    model, random_weights = load(model_path, model_config, device, settings)
     if not decoder_layers(model):
         raise InputError(
             f"{model_path}: a {model_config.model_type} model has no decoder layers with causal attention, which plans "
@@ -201,7 +204,9 @@ def bench(
     for plan in filter(None, plans.values()):
         # What does not fit the model is said before anything is timed.
         _transform(model, plan, given)
-    parameters = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in start.values())}
+    # PEFT counts a weight of 4 bits as one, not as half a byte.
+    trained, every = model.get_nb_trainable_parameters()
+    parameters = {"all": every, "trained": trained}
     named = (str(model_path), model_config.model_type, random_weights, has_dropout(model_config))
     outcome = Outcome(*named, parameters, device_name(device), settings, plans, [])
     for context in settings.contexts:
@@ -222,7 +227,7 @@ def has_dropout(config: Any) -> bool:
     )
 
 
-def load(path: Path, config: Any, device: torch.device, attention: str | None) -> tuple[Any, bool]:
+def load(path: Path, config: Any, device: torch.device, settings: Settings) -> tuple[Any, bool]:
     """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random).
 
     Raises:
@@ -230,11 +235,21 @@ def load(path: Path, config: Any, device: torch.device, attention: str | None) -
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float32
+    attention, load_in = settings.attention, settings.load_in
+    random = not has_weights(path)
     try:
-        if has_weights(path):
-            return load_model(path, dtype, attention).to(device), False
-        with device:
-            return from_config(path, config, dtype=dtype, attn_implementation=attention), True
+        if random:
+            with device:
+                model = from_config(path, config, dtype=dtype, attn_implementation=attention)
+            if load_in is None:
+                return model, True
+            with tempfile.TemporaryDirectory() as folder:
+                # Weights are quantised while they are loaded.
+                model.save_pretrained(folder)
+                del model
+                return load_model(Path(folder), dtype, attention, load_in), True
+        model = load_model(path, dtype, attention, load_in)
+        return (model if load_in else model.to(device)), False
     except torch.OutOfMemoryError as error:
         raise InputError(f"{path}: the model alone does not fit: {str(error).splitlines()[0]}") from error
 

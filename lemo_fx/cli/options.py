@@ -59,6 +59,7 @@ Offload = Annotated[
 ]
 Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
 Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
+LoadIn = Annotated[str | None, typer.Option(help="Hold the base model in 4bit (NF4, QLoRA) or 8bit, by bitsandbytes.")]
 Attention = Annotated[str | None, typer.Option(help="Attention implementation: sdpa, flex_attention, ...")]
 Checkpointing = Annotated[bool, typer.Option(help="Activation checkpointing.")]
 FittedBefore = Annotated[Path | None, typer.Option(help="Folder that `lemo-fx fit` made.")]
@@ -196,9 +197,7 @@ class Settings:
     alpha: Annotated[int | None, typer.Option(help="Of the LoRA adapters; twice the rank.")] = None
     dropout: Annotated[float, typer.Option(help="Of the LoRA adapters.")] = 0.0
     targets: Targets = "all-linear"
-    load_in: Annotated[
-        str | None, typer.Option(help="Hold the base model in 4bit (NF4, QLoRA) or 8bit, by bitsandbytes.")
-    ] = None
+    load_in: LoadIn = None
     eval_share: Annotated[float, typer.Option(help="Of the tokens, held out where there is no --eval.")] = 0.1
     eval_windows: Annotated[int, typer.Option(help="Held-out windows, at most.")] = 32
     eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses; a tenth of all.")] = None
@@ -226,9 +225,14 @@ class Settings:
             raise ConfigError(f"warmup={self.warmup!r} must be a number of steps, or a share below 1 of all")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r} must be at least 0 and below 1")
-        if self.load_in not in (None, "4bit", "8bit"):
-            raise ConfigError(f"load_in={self.load_in!r} is not one of '4bit', '8bit'")
+        check_load_in(self.load_in)
         check_seed(self.seed)
+
+
+def check_load_in(load_in: str | None) -> None:
+    """Raise ConfigError where bitsandbytes has no such format."""
+    if load_in not in (None, "4bit", "8bit"):
+        raise ConfigError(f"load_in={load_in!r} is not one of '4bit', '8bit'")
 
 
 def modules_of(targets: str) -> str | tuple[str, ...]:
