@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.fx._symbolic_trace import _patch_function as with_kwargs
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointWrapper",
     "as_it_is",
     "assert_on_device",
+    "cache_functions",
     "global_hooks",
     "guard_or_false",
     "has_triton",
@@ -99,6 +101,12 @@ def may_vary(tensor: torch.Tensor, dimension: int) -> None:
 def storage_key(tensor: torch.Tensor) -> int:
     """Tells storages apart, those without memory (meta tensors) too."""
     return tensor.untyped_storage()._cdata
+
+
+def cache_functions() -> None:
+    """Let torch's caches on disk keep compiled graphs with an autograd.Function in them, which they leave out unless
+    told so: another process would compile all layers again."""
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def uncompile(module: torch.nn.Module) -> None:

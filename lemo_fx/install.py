@@ -19,6 +19,7 @@ from lemo_fx import distributed
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.capture import PATCHING, graph_module
 from lemo_fx.kernels.float8_linear.op import Float8Switch
+from lemo_fx.kernels.private import cache_functions
 from lemo_fx.planning.plans import Plan, SitePlan
 from lemo_fx.runtime.cache import TELLER, add_teller
 from lemo_fx.runtime.head import HeadSettings, head_methods
@@ -159,6 +160,7 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
         owner: the model whose layers share a step.
         above: the modules that hold the decoder layers, whose calls bring labels or ask for a cache.
     """
+    cache_functions()
     for plan in plans:
         plan.settings.step.owner = None if owner is None else weakref.ref(owner)
     done: list[nn.Module] = []

@@ -88,7 +88,10 @@ def plot(outcome: Outcome) -> Figure:
         _from_nothing(axes)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(outcome), fontsize=10)
-    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    columns = 3 * len(contexts)
+    figure.legend(
+        list(labels.values()), list(labels), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     return figure
 
 

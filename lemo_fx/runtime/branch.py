@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,17 +69,24 @@ def keep_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-RECOMPUTE_ALL = functools.partial(create_selective_checkpoint_contexts, keep_nothing)
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-SELECTIVE = {
-    "projections": functools.partial(create_selective_checkpoint_contexts, keep_attention),
-    "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_matmuls),
-}
+def _contexts(policy: Callable) -> Callable:
+    """What `checkpoint` takes for a policy. By `cache_hash` torch knows its compiled graph in the next process."""
+    contexts: Any = functools.partial(create_selective_checkpoint_contexts, policy)
+    contexts.cache_hash = f"{policy.__name__} {SOURCE}"
+    return contexts
+
+
+RECOMPUTE_ALL = _contexts(keep_nothing)
+
+
+SELECTIVE = {"projections": _contexts(keep_attention), "elementwise": _contexts(keep_matmuls)}
 """`LemoConfig.recompute` -> what a checkpointed branch keeps besides its arguments."""
 
 
-SELECTIVE_COMPILED = {**SELECTIVE, "elementwise": functools.partial(create_selective_checkpoint_contexts, keep_sums)}
+SELECTIVE_COMPILED = {**SELECTIVE, "elementwise": _contexts(keep_sums)}
 
 
 def branch(
@@ -156,7 +165,8 @@ def segments(rows: torch.Tensor, length: int, share: float) -> Sequence[torch.Te
     count, pieces = rows.shape[1], 1
     most = -(-length * math.ceil(64 * share) // 64) if torch.compiler.is_compiling() else count
     while pieces < MOST_SEGMENTS and not guard_or_false(most <= pieces * SEGMENT):
-        pieces += 1
+        # Doubled, so that the blocks' tokens divide evenly: pieces of one length run one compiled kernel.
+        pieces *= 2
     if pieces == 1:
         return (rows,)
     size = count // pieces
