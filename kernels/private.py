@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.fx._symbolic_trace import _patch_function as with_kwargs
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -107,6 +108,9 @@ def cache_functions() -> None:
     """Let torch's caches on disk keep compiled graphs with an autograd.Function in them, which they leave out unless
     told so: another process would compile all layers again."""
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    # Recomputed attention on a GPU is wrapped in this; torch caches it from 2.13 on.
+    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions
+    cacheable.setdefault("torch.ops.higher_order.graphsafe_run_with_rng_state", "torch 2.13")
 
 
 def uncompile(module: torch.nn.Module) -> None:
