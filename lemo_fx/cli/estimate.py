@@ -1,9 +1,8 @@
 """What LoRA steps of a model take, from its shapes alone: peak memory, relative time, the longest context that fits.
 
 A step is that of `lemo-fx train`: bfloat16 weights, adapters in float32 under autocast, activation checkpointing,
-decoder layers compiled, the loss in segments, one sequence. Its parts were read off the committed measurements
-(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11), most of them without autocast, under which LoRA takes
-a tenth less time and memory; tests/cli/test_estimate.py compares with them.
+decoder layers compiled, the loss in segments, one sequence. Its parts were fitted to the committed measurements
+(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11), with which tests/cli/test_estimate.py compares it.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ SPARE = 0.03
 """Of the card, that an allocator with expandable segments cannot use."""
 
 # Floating-point operations a second of one H200, each with the elementwise work around it: ratios are all that is used.
-MATRICES, ATTENTION, HEAD = 520e12, 570e12, 700e12
-FLOAT8 = 0.61
+MATRICES, ATTENTION, HEAD = 816e12, 570e12, 529e12
+FLOAT8 = 0.536
 """Time of the products in float8, where the GPU has them."""
-ALL_LINEAR = 52e-12
-"""Seconds a token, layer and inner feature that adapters beside the MLP's products take under autocast."""
-ADAPTERS_BESIDE_FLOAT8 = 0.35
-"""The part of it that is left where adapters multiply in bfloat16."""
-UNCOMPILED = 1.15
+ALL_LINEAR = 11.6e-12
+"""Seconds a token, layer and inner feature that adapters beside the MLP's matmuls take under autocast."""
+BESIDE_FLOAT8 = 2.29
+"""As a multiple of it, what they and the rounding of their inputs take beside matmuls in float8."""
+UNCOMPILED = 1.29
 """Time of the plain script, which also computes full logits."""
 TIMED_FROM = 2.5e9
 """Parameters under which the host, not the GPU, sets the pace: no time is estimated."""
@@ -188,12 +187,14 @@ def peak(
     adapters = adapters or Adapters()
     hidden, inner, query, kv = (2 * width for width in (shape.hidden, shape.inner, shape.query, shape.kv))
     quantised = name.endswith(QLORA)
+    pieces = min(MOST_SEGMENTS, 1 << max(0, math.ceil(math.log2(context / SEGMENT))))
     weights = (NF4 if quantised else 2) * shape.linear + 2 * shape.other
     sides = shape.sides if adapters.everywhere else shape.attention_sides
     fixed = weights + TRAINED * adapters.rank * sides + WORKSPACE
     if quantised:
-        # One matrix is unpacked at a time, and its gradient for the input is computed from it once more.
-        fixed += 2 * 2 * shape.hidden * shape.inner
+        # One matrix is unpacked at a time, and its gradient for the input is computed from it once more. A plan
+        # was seen to take as much more as if every piece of the MLP held its matrices unpacked.
+        fixed += (2 if plan is None else 2 + 3 * pieces) * 2 * shape.hidden * shape.inner
     logits = segment_rows(context, shape.vocabulary, "auto") if name != AS_IT_IS else context
     head = LOGIT * logits * shape.vocabulary
     # The last layer's output, the head's input, its gradient.
@@ -209,16 +210,15 @@ def peak(
     # Rewritten layers keep the rows of either branch; the last dense one always is rewritten, all are for float8.
     dense = sum(keep == 1 for keep in keeps)
     saved = sum(2 * keep * hidden for keep in keeps if keep < 1) + (2 * dense if float8 else dense + 1) * hidden
-    pieces = min(MOST_SEGMENTS, max(1, -(-context // SEGMENT)))
-    attention = (11 if float8 else 16 if adapters.everywhere else 13.5) * query
-    mlp = (13.2 if float8 else 20.4) * inner if adapters.everywhere else (_wide(shape, adapters) + 3) * inner
+    attention = (11 if float8 or adapters.everywhere else 13.5) * query
+    mlp = (13.2 if float8 else 12.4) * inner if adapters.everywhere else (_wide(shape, adapters) + 3) * inner
     return fixed + context * (saved + ends) + max(head, context * max(attention, mlp / pieces))
 
 
 def _wide(shape: Shape, adapters: Adapters) -> float:
-    """Tensors of the MLP's inner width that a layer's backward holds: adapters beside them bring float32 copies."""
+    """Tensors of the MLP's inner width that a layer's backward holds, more of them with adapters beside them."""
     products = 4 if shape.gated else 2.5
-    return 3 * products if adapters.everywhere else products
+    return 2 * products if adapters.everywhere else products
 
 
 def _stream(adapters: Adapters) -> int:
@@ -238,7 +238,7 @@ def seconds(
     if plan is None:
         return context * (3 * matrices + 4.5 * attention + 3 * beside + head)
     if plan.float8_everywhere and has_float8:
-        matrices, beside = FLOAT8 * matrices, ADAPTERS_BESIDE_FLOAT8 * beside
+        matrices, beside = FLOAT8 * matrices, BESIDE_FLOAT8 * beside
     keeps = _keeps(plan, shape.layers)
     kept, squared = statistics.fmean(keeps), statistics.fmean(keep**2 for keep in keeps)
     forward = matrices + attention + beside + head
@@ -261,7 +261,7 @@ def estimate(shape: Shape, context: int, rank: int = 16) -> list[Estimate]:
     adapters = Adapters(rank)
     found = []
     for name, plan in PLANS.items():
-        known = shape.parameters >= TIMED_FROM and not name.endswith(QLORA)
+        known = shape.parameters >= TIMED_FROM
         factor = UNCOMPILED if name == AS_IT_IS else 1
         times = [
             factor * seconds(shape, context, plan, adapters, float8) if known else None for float8 in (True, False)
@@ -342,7 +342,7 @@ def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
     """What a reader must know of the figures."""
     found = [
         "Memory is what tensors take, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; 3 % of a card and 1 GB "
-        "are left for CUDA. LoRA and presets: within 10 % of measured peaks. Nothing was measured with QLoRA."
+        "are left for CUDA. LoRA and presets: within 10 % of measured peaks. QLoRA: the same, at one length."
     ]
     if shape.parameters < TIMED_FROM:
         found.append(
@@ -350,9 +350,7 @@ def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
             "lemo-fx bench MODEL measures."
         )
     else:
-        found.append(
-            "Times: ratios of one H200, reached within 8 %, at 8,192 tokens within 17 %; QLoRA's are not known."
-        )
+        found.append("Times: ratios of one H200, reached within 8 %.")
     if not shape.gated:
         found.append("An MLP without a gate: its memory under adapters on every layer was not measured.")
     if min(contexts) < SHORT:

@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo_fx
@@ -315,3 +316,21 @@ def test_only_a_threshold_reads_and_one_number_per_site(site, reads, monkeypatch
         lemo_fx.revert(model)
     # transformers reads a few itself.
     assert counts[0] - counts[1] == reads
+
+
+@pytest.mark.parametrize("float8", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_compiled_is_found_in_torchs_cache(float8):
+    """Another process does not compile again: an autograd.Function and a checkpoint's policy do not keep graphs out."""
+    words = {"forward": "float8", "backward": "float8"} if float8 else {}
+    model = transformed(Elimination(keep=0.5, eliminated="exact"), layers=3, checkpointing=True, **words)
+    inputs = batch(1, 64)
+    with fresh_cache():
+        for kind in ("miss", "hit"):
+            torch.compiler.reset()
+            counters.clear()
+            for layer in model.get_decoder().layers:
+                layer.compile()
+            step(model, inputs)
+            found = counters["aot_autograd"]
+            assert found[f"autograd_cache_{kind}"] == found["total"] > 1
+    torch.compiler.reset()

@@ -83,6 +83,21 @@ def test_one_plan_of_ones_own(config, tmp_path):
     assert "256 tokens, the plan: " in result.output
 
 
+def test_a_base_in_four_bits(config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    result = invoke(config, tmp_path, "--context", "256", "--preset", "careful", "--load-in", "4bit", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (figures["weights"], figures["settings"]["load_in"]) == ("random", "4bit")
+    assert figures["parameters"]["all"] > 4 * 32 * 64 * 3
+    _, lora, plan = figures["runs"]
+    assert plan["failed"] is None
+    assert plan["first_loss"] == pytest.approx(lora["first_loss"], abs=1e-4)
+    wrong = invoke(config, tmp_path, "--load-in", "3bit")
+    assert wrong.exit_code == 2
+    assert "'4bit', '8bit'" in wrong.stderr
+
+
 def test_the_picture_shows_every_point():
     runs = [
         bench.Run(name, 512, step_seconds=0.2, peak_bytes=peak)
