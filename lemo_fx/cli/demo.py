@@ -31,15 +31,11 @@ from lemo_fx.measure import counts
 
 ASSETS = Path(__file__).parents[1] / "demo_assets"
 
-
 PLAIN = "LoRA"
-
 
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 
-
 LEMO = "lemo"
-
 
 PLANS = {
     "careful": "careful, the default",
@@ -49,13 +45,10 @@ PLANS = {
 }
 """What the runs beside plain LoRA are called."""
 
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 FITTED = 4
 """Training windows on which the predictors are trained."""
-
 
 RECIPE = Recipe(most_steps=60, epochs=60, batch=1)
 

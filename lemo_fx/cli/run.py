@@ -26,9 +26,7 @@ from lemo_fx.files import check_folder, write_text
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
 
-
 RUN_FILE = "run.yaml"
-
 
 STATE = "trainer_state.json"
 
