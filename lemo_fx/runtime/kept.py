@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lemo_fx.errors import InputError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
+from lemo_fx.kernels.block_scores.reference import allows
 from lemo_fx.kernels.select_blocks import reference as selection
 
 
@@ -156,8 +157,7 @@ def block_pairs(
         allowed = mask.mask_mod(sample, torch.zeros_like(sample), first[:, None], last)
         allowed = allowed.expand(stream.shape[0], len(first), len(first))
     elif isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        entries = mask[:, 0, first[:, None], last]
-        allowed = entries if entries.dtype == torch.bool else entries > torch.finfo(entries.dtype).min / 2
+        allowed = allows(mask[:, 0, first[:, None], last])
     elif documents is not None:
         allowed = documents[:, first, None] == documents[:, None, last]
     else:
@@ -212,9 +212,7 @@ def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
     check_mask(mask, length)
     if mask.dim() == 2:
         return mask.bool().expand(batch, length)
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    real = diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-    return real.expand(batch, length)
+    return allows(mask[:, 0].diagonal(dim1=-2, dim2=-1)).expand(batch, length)
 
 
 def labelled_tokens(labels: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor | None:
