@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import lemo_fx
 from lemo_fx import draw
 from lemo_fx.cli.machine import environment
-from lemo_fx.config import Elimination, LemoConfig, check_seed
+from lemo_fx.cli.options import DEMO_PLANS, LEMO, DemoSettings
+from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError
 from lemo_fx.fitting.training import Recipe
 from lemo_fx.graph.anatomy import decoder_layers
@@ -35,65 +36,22 @@ PLAIN = "LoRA"
 
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 
-LEMO = "lemo"
-
-PLANS = {
-    "careful": "careful, the default",
-    "balanced": "balanced, without float8",
-    "fast": "fast, without float8",
-    LEMO: "LeMo's own rule",
-}
-"""What the runs beside plain LoRA are called."""
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 FITTED = 4
 """Training windows on which the predictors are trained."""
 
+RANK = 8
 RECIPE = Recipe(most_steps=60, epochs=60, batch=1)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the demonstration does.
-
-    Attributes:
-        steps: optimizer steps of each run, one window of text each; the first is counted and not timed.
-        context: tokens of a window.
-        plans: names of presets, and `LEMO`; each gets a run of its own beside the plain one.
-        predicted: LeMo's blocks are named by predictors that are trained first, instead of measured.
-        windows: held-out windows on which perplexity is taken.
-        rate: learning rate.
-    """
-
-    steps: int = 4
-    context: int = 2048
-    plans: tuple[str, ...] = ("careful", "fast", LEMO)
-    predicted: bool = False
-    windows: int = 2
-    rate: float = 1e-3
-    rank: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "windows", "rate", "rank"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
-        check_seed(self.seed)
-        if self.steps < 2:
-            raise ConfigError(f"steps={self.steps!r}: the first step is not timed, so there must be two")
-        for name in self.plans:
-            if name not in PLANS:
-                raise ConfigError(f"plan {name!r} is not one of {', '.join(PLANS)}")
-
-    def plan(self, name: str) -> LemoConfig:
-        """The transform's configuration: both kinds of site, the first and last layer dense."""
-        if name != LEMO:
-            # A CPU has no products in float8, and rounding as if it had takes longer than it saves.
-            return LemoConfig.preset(name, forward="model", backward="model")
-        site = Elimination(score="predicted" if self.predicted else "measured")
-        return LemoConfig(attention=site, mlp=site)
+def plan_of(name: str, predicted: bool) -> LemoConfig:
+    """A preset, or `LEMO` (predicted: its blocks are named by predictors): the first and last layer dense."""
+    if name != LEMO:
+        # A CPU has no products in float8, and rounding as if it had takes longer than it saves.
+        return LemoConfig.preset(name, forward="model", backward="model")
+    site = Elimination(score="predicted" if predicted else "measured")
+    return LemoConfig(attention=site, mlp=site)
 
 
 @dataclass
@@ -124,7 +82,7 @@ class Outcome:
         fit_seconds: time that training the predictors took; 0 without them.
     """
 
-    settings: Settings
+    settings: DemoSettings
     runs: dict[str, Run]
     reports: dict[str, lemo_fx.Report]
     fit_seconds: float
@@ -156,14 +114,14 @@ class Outcome:
         }
 
 
-def load(seed: int, rank: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The shipped model with LoRA adapters, in float32, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
     # A cache has no use in training.
     model.config.use_cache = False
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)), tokenizer
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)), tokenizer
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, kind: str, context: int, count: int, seed: int) -> list[torch.Tensor]:
@@ -230,7 +188,7 @@ def fine_tune(
     return run
 
 
-def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
+def run_demo(settings: DemoSettings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
     """All runs from the same adapters on the same texts in the same order.
 
     Args:
@@ -239,7 +197,7 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
     Raises:
         ConfigError: no document has a window of `context` tokens.
     """
-    model, tokenizer = load(settings.seed, settings.rank)
+    model, tokenizer = load(settings.seed)
     config: Any = model.config
     longest: int = config.max_position_embeddings
     if not 64 <= settings.context <= longest:
@@ -250,9 +208,9 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
     tick = progress(PLAIN, settings.steps + 2 * len(heldout))
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
     runs, reports, shown, fit_seconds = {PLAIN: plain}, {}, None, 0.0
-    for name in settings.plans:
-        plan, what = settings.plan(name), PLANS[name]
-        model, _ = load(settings.seed, settings.rank)
+    for name in settings.plans.split(","):
+        plan, what = plan_of(name, settings.predicted), DEMO_PLANS[name]
+        model, _ = load(settings.seed)
         originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
         predictors = None
         if plan.predicts:
@@ -310,7 +268,7 @@ def plot(outcome: Outcome) -> Figure:
     for number, (title, run) in enumerate(outcome.runs.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "label": title}
         # Presets have nearly the plain run's losses: dashes let all be seen.
-        line = "o-" if title in (PLAIN, PLANS[LEMO]) else "o--"
+        line = "o-" if title in (PLAIN, DEMO_PLANS[LEMO]) else "o--"
         by_step.plot(range(1, len(run.losses) + 1), run.losses, line, ms=3.5, **style)
         by_time.plot(run.seconds, run.losses, line, ms=3.5, **style)
         share = ratios(run, plain)

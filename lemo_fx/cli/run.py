@@ -17,8 +17,9 @@ from huggingface_hub import get_token
 from transformers.trainer_utils import SchedulerType
 
 from lemo_fx.cli import page
+from lemo_fx.cli.commands import as_file
 from lemo_fx.cli.machine import check_attention, is_first
-from lemo_fx.cli.options import Job, PlanOptions, Settings, as_file
+from lemo_fx.cli.options import Job, PlanOptions, Settings
 from lemo_fx.cli.prepare import Documents, Say
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError

@@ -25,11 +25,12 @@ from transformers.trainer_callback import TrainerState
 
 import lemo_fx
 from lemo_fx.cli import page, prepare
+from lemo_fx.cli.commands import Stopped
 from lemo_fx.cli.data import Window
 from lemo_fx.cli.estimate import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, read_config
 from lemo_fx.cli.machine import is_first, processes
-from lemo_fx.cli.options import Settings, Stopped
+from lemo_fx.cli.options import Settings
 from lemo_fx.cli.prepare import Prepared, Say, check_context, keeps_documents_apart
 from lemo_fx.cli.results import graph_picture, merge_and_push, save_adapter, summarise
 from lemo_fx.cli.run import (

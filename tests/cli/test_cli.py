@@ -238,11 +238,10 @@ def test_demo(tmp_path):
 
 
 def test_the_demo_shows_the_default_and_a_preset_and_lemos_rule():
-    settings = demo.Settings()
-    assert settings.plan("careful") == LemoConfig()
-    assert settings.plan("fast") == LemoConfig.preset("fast", forward="model", backward="model")
-    assert settings.plan("lemo").attention == Elimination(score="measured")
-    assert not settings.plan("lemo").predicts
+    assert demo.plan_of("careful", predicted=False) == LemoConfig()
+    assert demo.plan_of("fast", predicted=False) == LemoConfig.preset("fast", forward="model", backward="model")
+    assert demo.plan_of("lemo", predicted=False).attention == Elimination(score="measured")
+    assert not demo.plan_of("lemo", predicted=False).predicts
 
 
 def test_figures_over_the_demos_bars_do_not_touch():
