@@ -65,9 +65,8 @@ class Contestant:
 def contestant(name: str, summary: dict[str, Any]) -> Contestant:
     """From what a run of `train` left."""
     step = summary["median_step_seconds"]
-    losses = page.entries(summary["history"], "eval_loss")
     heldout = summary["heldout_loss"]
-    curve = [(entry["step"] * step, entry["eval_loss"]) for entry in losses]
+    curve = [(number * step, loss) for number, loss in zip(*page.series(summary["history"], "eval_loss"), strict=True)]
     figures = (summary["steps"], step, summary["peak_memory_gib"], heldout["before"], heldout["after"])
     return Contestant(name, *figures, curve)
 
