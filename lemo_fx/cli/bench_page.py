@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lemo_fx import draw
 from lemo_fx.cli.bench import LORA, UNTOUCHED, Outcome
 from lemo_fx.cli.demo import COLOURS
 from lemo_fx.cli.machine import environment
-from lemo_fx.files import write_text, writing
+from lemo_fx.files import write_json, writing
 
 
 def _in_short(failed: str) -> str:
@@ -117,5 +116,5 @@ def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         figures = out / "bench.json"
-        write_text(figures, json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
+        write_json(figures, {**outcome.to_dict(), "environment": environment(command)})
         return [figures, draw.save(plot(outcome), out / "bench.png")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lemo_fx.cli.prepare import Say
 from lemo_fx.cli.run import Run
 from lemo_fx.cli.train import train
 from lemo_fx.errors import InputError
-from lemo_fx.files import check_folder, write_text
+from lemo_fx.files import check_folder, write_json, write_text
 from lemo_fx.kernels.float8_linear.op import has_float8
 
 LORA, CUT, FEWER = "LoRA", "cut", "fewer"
@@ -239,7 +238,6 @@ def html(found: Sequence[Contestant], job: Job, settings: Settings) -> str:
 def write(found: Sequence[Contestant], job: Job, settings: Settings, command: str) -> list[Path]:
     """compare.json and compare.html of what is known so far; returns their paths."""
     figures, shown = job.out / FIGURES, job.out / PAGE
-    content = {"command": command, "runs": [dataclasses.asdict(one) for one in found]}
-    write_text(figures, json.dumps(content, indent=1) + "\n")
+    write_json(figures, {"command": command, "runs": [dataclasses.asdict(one) for one in found]})
     write_text(shown, html(found, job, settings))
     return [shown, figures]

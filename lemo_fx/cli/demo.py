@@ -5,7 +5,6 @@ Model and documents ship with the package. Everything printed but time is the sa
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ from lemo_fx.cli.machine import environment
 from lemo_fx.cli.options import DEMO_PLANS, LEMO, DemoSettings
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError
+from lemo_fx.files import write_json
 from lemo_fx.fitting.training import Recipe
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import counts
@@ -316,7 +316,7 @@ def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
     """demo.json, demo.png, graph.png and graph.svg; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     figures = out / "demo.json"
-    figures.write_text(json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
+    write_json(figures, {**outcome.to_dict(), "environment": environment(command)})
     picture = draw.draw({"before": outcome.before, "after": outcome.after}, outcome.layer_class)
     paths = [draw.save(picture, out / f"graph.{suffix}") for suffix in ("png", "svg")]
     return [figures, draw.save(plot(outcome), out / "demo.png"), *paths]

@@ -43,13 +43,13 @@ from lemo_fx.cli.run import (
     last_checkpoint,
     read_summary,
     recorded_of,
-    write_json,
     write_started,
 )
 from lemo_fx.cli.trainer import trainer_of
 from lemo_fx.cli.watch import Bars, Lines, bar
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
+from lemo_fx.files import write_json
 from lemo_fx.predictors import RECORD, Predictors
 
 FIT_WINDOWS = 64
