@@ -12,15 +12,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from lemo_fx.errors import InputError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
 from lemo_fx.kernels.block_scores.reference import allows
+from lemo_fx.kernels.eliminate.reference import eliminate
 from lemo_fx.kernels.select_blocks import reference as selection
 
 
 def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[1 or B, S, ...] -> [B, K, ...]: entries at tokens [B, K]; for tensors that carry no gradient."""
-    batch = tokens.shape[0]
-    if batch == 1 and sequence.shape[0] == 1:
-        return sequence[0].index_select(0, tokens[0]).unsqueeze(0)
-    return sequence.expand(batch, *sequence.shape[1:])[torch.arange(batch, device=tokens.device)[:, None], tokens]
+    return eliminate(sequence.expand(tokens.shape[0], *sequence.shape[1:]), tokens)
 
 
 def dropped_tokens(tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
