@@ -32,6 +32,9 @@ ROLES = {
 }
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
 
+COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
+"""Of lines and bars."""
+
 OUTLINED = (
     branch.branch,
     branch.token_wise_branch,

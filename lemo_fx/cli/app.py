@@ -112,8 +112,8 @@ def demo(
             f"keep in a held-out window: {found}."
         )
     if graph:
-        console.print(f"{outcome.layer} after the transform:\n")
-        print_code(draw.code(outcome.after, outcome.layer_class))
+        console.print(f"{outcome.layer.name} after the transform:\n")
+        print_code(draw.code(outcome.layer.after, outcome.layer.kind))
     say(demonstration.verdict(outcome))
     print_paths(demonstration.write(outcome, out, typed()))
     say(demonstration.NEXT)

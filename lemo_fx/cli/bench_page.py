@@ -11,7 +11,6 @@ from rich.table import Table
 
 from lemo_fx import draw
 from lemo_fx.cli.bench import LORA, UNTOUCHED, Outcome
-from lemo_fx.cli.demo import COLOURS
 from lemo_fx.cli.machine import environment
 from lemo_fx.files import write_json, writing
 
@@ -64,9 +63,9 @@ def title(outcome: Outcome) -> str:
 def _style(name: str, number: int) -> dict[str, Any]:
     """A plan's marker: the script as it is lies on top and is hollow, since LoRA may cost the same."""
     if name == UNTOUCHED:
-        return {"marker": "s", "color": COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
+        return {"marker": "s", "color": draw.COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
     return (
-        {"marker": "s", "color": COLOURS[0], "ms": 8}
+        {"marker": "s", "color": draw.COLOURS[0], "ms": 8}
         if name == LORA
         else {"marker": "o", "color": f"C{number}", "ms": 8}
     )

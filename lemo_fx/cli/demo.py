@@ -15,28 +15,26 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import lemo_fx
 from lemo_fx import draw
+from lemo_fx.cli.load import load_model, load_tokenizer
 from lemo_fx.cli.machine import environment
 from lemo_fx.cli.options import DEMO_PLANS, LEMO, DemoSettings
+from lemo_fx.cli.results import RewrittenLayer, rewritten_layer
+from lemo_fx.cli.trainer import adapted
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError
 from lemo_fx.files import write_json
 from lemo_fx.fitting.training import Recipe
-from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import counts
 
 ASSETS = Path(__file__).parents[1] / "demo_assets"
 
 PLAIN = "LoRA"
 
-COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 FITTED = 4
 """Training windows on which the predictors are trained."""
@@ -86,10 +84,7 @@ class Outcome:
     runs: dict[str, Run]
     reports: dict[str, lemo_fx.Report]
     fit_seconds: float
-    layer: str
-    layer_class: str
-    before: Any
-    after: Any
+    layer: RewrittenLayer
 
     @property
     def recall(self) -> dict[str, float]:
@@ -110,18 +105,15 @@ class Outcome:
             "fit_seconds": self.fit_seconds,
             "recall": self.recall,
             "reports": {name: report.to_dict() for name, report in self.reports.items()},
-            "layer": self.layer,
+            "layer": self.layer.name,
         }
 
 
 def load(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The shipped model with LoRA adapters, in float32, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
-    # A cache has no use in training.
-    model.config.use_cache = False
+    model = load_model(ASSETS / "model", torch.float32)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)), tokenizer
+    return adapted(model, RANK, "all-linear"), load_tokenizer(ASSETS / "model")
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, kind: str, context: int, count: int, seed: int) -> list[torch.Tensor]:
@@ -207,11 +199,10 @@ def run_demo(settings: DemoSettings, progress: Callable[[str, int], Callable[[],
 
     tick = progress(PLAIN, settings.steps + 2 * len(heldout))
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
-    runs, reports, shown, fit_seconds = {PLAIN: plain}, {}, None, 0.0
+    runs, reports, layer, fit_seconds = {PLAIN: plain}, {}, None, 0.0
     for name in settings.plans.split(","):
         plan, what = plan_of(name, settings.predicted), DEMO_PLANS[name]
         model, _ = load(settings.seed)
-        originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
         predictors = None
         if plan.predicts:
             tick = progress("predictors", 1)
@@ -225,12 +216,9 @@ def run_demo(settings: DemoSettings, progress: Callable[[str, int], Callable[[],
         # What the predictors choose in a text that they were not trained on, beside what the true scores would.
         recall = {"input_ids": heldout[0]} if predictors is not None else None
         reports[what] = lemo_fx.report(model, recall_on=recall)
-        if shown is None:
-            graphs = {at: graph for at, graph in lemo_fx.graphs(model).items() if at in originals}
-            layer = list(graphs)[len(graphs) // 2]
-            shown = (layer, type(model.get_submodule(layer)).__name__, originals[layer], graphs[layer])
-    assert shown is not None
-    return Outcome(settings, runs, reports, fit_seconds, *shown)
+        layer = layer or rewritten_layer(model)
+    assert layer is not None
+    return Outcome(settings, runs, reports, fit_seconds, layer)
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -266,7 +254,7 @@ def plot(outcome: Outcome) -> Figure:
     width = 0.84 / len(outcome.runs)
     highest = 1.0
     for number, (title, run) in enumerate(outcome.runs.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "label": title}
+        style = {"color": draw.COLOURS[number % len(draw.COLOURS)], "label": title}
         # Presets have nearly the plain run's losses: dashes let all be seen.
         line = "o-" if title in (PLAIN, DEMO_PLANS[LEMO]) else "o--"
         by_step.plot(range(1, len(run.losses) + 1), run.losses, line, ms=3.5, **style)
@@ -317,6 +305,6 @@ def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     figures = out / "demo.json"
     write_json(figures, {**outcome.to_dict(), "environment": environment(command)})
-    picture = draw.draw({"before": outcome.before, "after": outcome.after}, outcome.layer_class)
+    picture = outcome.layer.picture()
     paths = [draw.save(picture, out / f"graph.{suffix}") for suffix in ("png", "svg")]
     return [figures, draw.save(plot(outcome), out / "demo.png"), *paths]

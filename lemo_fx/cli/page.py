@@ -16,10 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lemo_fx import draw
-from lemo_fx.cli.demo import COLOURS
 from lemo_fx.config import PRESETS
 
-GREY, BLUE, GREEN, YELLOW = COLOURS
+GREY, BLUE, GREEN, YELLOW = draw.COLOURS
 GB_IN_GIB = 2**30 / 1e9
 SHORT = 32
 """Characters up to which a table's cell stays in one line; a table that is too wide scrolls in its box."""
