@@ -14,7 +14,7 @@ import operator
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -167,14 +167,19 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever a with block does to them, the model's modules have their training modes back after it."""
-    modes = [(module, module.training) for module in model.modules()]
+def restored(things: Iterable[Any], attribute: str) -> Iterator[None]:
+    """Whatever a with block sets an attribute to, each of these things has its own value back after it."""
+    before = [(thing, getattr(thing, attribute)) for thing in things]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for thing, value in before:
+            setattr(thing, attribute, value)
+
+
+def modes_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """The model's modules have their training modes back after a with block."""
+    return restored(model.modules(), "training")
 
 
 def capture(

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
+from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of, restored
 from lemo_fx.kernels.private import in_transform
 from lemo_fx.runtime.cache import without_default_cache
 from lemo_fx.runtime.captured import CapturedHead
@@ -216,11 +216,9 @@ def make_generate(original: Callable) -> Callable:
         settings = settings_of(self)
         if settings is None or settings.config.active == "always":
             return original(self, *args, **kwargs)
-        before, settings.step.dense = settings.step.dense, True
-        try:
+        with restored([settings.step], "dense"):
+            settings.step.dense = True
             return original(self, *args, **kwargs)
-        finally:
-            settings.step.dense = before
 
     return generate
 
