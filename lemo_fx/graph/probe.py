@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,10 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
         given = by_name(argument_names(layer), args, kwargs)
         calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        with quiet(runner), rope_kept(runner), torch.no_grad():
-            runner(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, quiet(runner), rope_kept(runner), torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        runner(**inputs)
     return calls
 
 

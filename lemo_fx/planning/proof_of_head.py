@@ -90,11 +90,8 @@ class _Trial:
         self.inputs = probe_inputs(head, masked=True, padded=True)
         outputs: list[Any] = []
         hook = head.get_submodule(base).register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            with quiet(head), torch.no_grad():
-                head(**self.inputs)
-        finally:
-            hook.remove()
+        with hook, quiet(head), torch.no_grad():
+            head(**self.inputs)
         self.output = outputs[0]
         generator = torch.Generator().manual_seed(3)
         ids = self.inputs["input_ids"]
