@@ -89,12 +89,7 @@ class Outcome:
     @property
     def recall(self) -> dict[str, float]:
         """Mean recall of the predicted choices, by kind of site."""
-        found: dict[str, list[float]] = {}
-        for report in self.reports.values():
-            for site in report.sites:
-                if site.recall is not None:
-                    found.setdefault(site.site, []).append(site.recall)
-        return {kind: statistics.fmean(values) for kind, values in found.items()}
+        return {kind: mean for report in self.reports.values() for kind, mean in report.means("recall").items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, in plain types."""
