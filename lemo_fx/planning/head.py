@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kind_of, matters_when_absent, readable_code, unread
+from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kinds_left_out, matters_when_absent, readable_code
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
 from lemo_fx.planning.plans import Plan, Planning
@@ -79,9 +79,7 @@ def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str
     absent = {name: None for name, given in presence.items() if not given}
     if absent:
         graph = capture(head, {**constants, **absent}, **leaves)
-    asked = [name for name in unread(graph) if name not in (*constants, *presence, *NO_CACHE, "return_dict")]
-    defaults = inspect.signature(inspect.unwrap(type(head).forward)).parameters
-    left_out = {name: kind_of(defaults[name].default if name in defaults else None) for name in asked}
+    left_out = kinds_left_out(head, graph, {*constants, *presence, *NO_CACHE, "return_dict"})
     captured = CapturedHead(readable_code(graph, "Forward"), {**constants, **absent}, leaves, numbers_of(head))
     segmented = SegmentedLoss(loss_function, slicer is not None, presence, left_out, captured)
     file = f"{anatomy.head_name or 'model'}.loss_head"
