@@ -18,7 +18,7 @@ from torch import fx, nn
 from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
-from lemo_fx.graph.capture import graph_module
+from lemo_fx.graph.capture import graph_module, restored
 from lemo_fx.install import TRANSFORMATION, install, installed, plans_of, uninstall
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
@@ -330,14 +330,10 @@ def labels(model: nn.Module, labels: torch.Tensor | None) -> Iterator[None]:
         if labels.dtype == torch.bool:
             labels = torch.where(labels, 0, -100)
     steps = {id(record.settings.step): record.settings.step for _, _, record in installed(model)}.values()
-    before = [(step, step.labels) for step in steps]
-    for step in steps:
-        step.labels = step.labels if labels is None else labels
-    try:
+    with restored(steps, "labels"):
+        for step in steps if labels is not None else ():
+            step.labels = labels
         yield
-    finally:
-        for step, known in before:
-            step.labels = known
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -96,11 +94,8 @@ class LemoCallback(TrainerCallback):
         batch = self._batch
         self._forget()
         if batch is not None:
-            values = defaultdict(list)
-            for site in report(kwargs["model"], recall_on=batch).sites:
-                if site.recall is not None:
-                    values[site.site.split("_")[0]].append(site.recall)
-            self._recall = {f"lemo/recall_{kind}": fmean(recalls) for kind, recalls in values.items()}
+            recalls = report(kwargs["model"], recall_on=batch).means("recall")
+            self._recall = {f"lemo/recall_{kind}": recall for kind, recall in recalls.items()}
 
     def on_log(
         self,
@@ -134,12 +129,10 @@ class LemoCallback(TrainerCallback):
 
 def _kept_shares(model: nn.Module) -> dict[str, float]:
     done = report(model)
-    shares = defaultdict(list)
-    for site in done.sites:
-        share = 1.0 if done.dense and site.eliminated != "dense" else site.kept_share
-        if share is not None:
-            shares[site.site.split("_")[0]].append(share)
-    return {f"lemo/kept_{kind}": fmean(values) for kind, values in shares.items()}
+    shares = done.means("kept_share")
+    if done.dense:
+        shares = {site.kind: 1.0 for site in done.sites if site.eliminated != "dense"}
+    return {f"lemo/kept_{kind}": share for kind, share in shares.items()}
 
 
 class DenseFinish(TrainerCallback):

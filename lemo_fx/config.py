@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lemo_fx.errors import ConfigError
 
@@ -16,8 +16,7 @@ Treatment = Literal["skip", "stand_in", "exact"]
 Score = Literal["auto", "predicted", "measured", "random", "step", "shared"]
 SiteKind = Literal["attention", "mlp"]
 KnownKeys = Literal["kept", "every"]
-
-DEFAULT_KEEP = 0.5
+Precision = Literal["model", "float8"]
 
 
 def is_number(value: object) -> bool:
@@ -47,6 +46,18 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not (isinstance(value, str) and value in allowed):
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
+
+def _check_choices(plan: Any) -> None:
+    """Raise ConfigError where a field that names its values, or is true or false, holds another one."""
+    for name, kind in _kinds_of(plan.__class__).items():
+        value = getattr(plan, name)
+        if get_origin(kind) is Literal:
+            _choice(name, value, get_args(kind))
+        elif kind is bool and not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} must be True or False")
+
+
+_kinds_of = functools.cache(get_type_hints)
 
 Plan = TypeVar("Plan", bound=type)
 
@@ -134,7 +145,7 @@ class Elimination:
         if self.balance and self.threshold is not None:
             raise ConfigError("balance=True ranks blocks within windows, so it needs keep instead of a threshold")
         if self.keep is None and self.threshold is None:
-            object.__setattr__(self, "keep", DEFAULT_KEEP)
+            object.__setattr__(self, "keep", 0.5)
         for name in ("keep", "threshold", "slope"):
             value = getattr(self, name)
             several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
@@ -157,13 +168,9 @@ class Elimination:
                     f"keep={keep:g} with slope={self.slope:g} goes from {ends[0]:g} in the first layer to {ends[1]:g} "
                     "in the last; every share must be in (0, 1]"
                 )
-        if not isinstance(self.balance, bool):
-            raise ConfigError(f"balance={self.balance!r} must be True or False")
         if self.keep == () or self.threshold == ():
             raise ConfigError("keep and threshold take one number, or one per decoder layer: an empty list is neither")
-        _choice("eliminated", self.eliminated, ("skip", "stand_in", "exact"))
-        _choice("score", self.score, ("auto", "predicted", "measured", "random", "step", "shared"))
-        _choice("keys", self.keys, ("kept", "every"))
+        _check_choices(self)
         if self.keys == "every" and self.eliminated != "exact":
             raise ConfigError(
                 "keys='every' completes the gradient of a forward of every token, which only eliminated='exact' "
@@ -245,9 +252,9 @@ class LemoConfig:
     loss_segments: int | Literal["auto"] | None = "auto"
     recompute: Literal["all", "projections", "elementwise"] = "all"
     offload: bool = False
-    forward: Literal["model", "float8"] = "model"
-    backward: Literal["model", "float8"] = "model"
-    base: Literal["model", "float8"] = "model"
+    forward: Precision = "model"
+    backward: Precision = "model"
+    base: Precision = "model"
     active: Literal["training", "always"] = "training"
     sequence_parts: int = 1
 
@@ -277,15 +284,9 @@ class LemoConfig:
                 "a threshold keeps another number of blocks in every part of a sequence: give keep instead of "
                 "threshold, or sequence_parts=1"
             )
-        _choice("recompute", self.recompute, ("all", "projections", "elementwise"))
-        if not isinstance(self.offload, bool):
-            raise ConfigError(f"offload={self.offload!r} must be True or False")
-        _choice("forward", self.forward, ("model", "float8"))
-        _choice("backward", self.backward, ("model", "float8"))
-        _choice("base", self.base, ("model", "float8"))
+        _check_choices(self)
         if self.base == "float8" and not self.float8_everywhere:
             raise ConfigError("base='float8' is for plans that multiply in it: forward='float8', backward='float8'")
-        _choice("active", self.active, ("training", "always"))
         if self.mlp is not None and self.mlp.keys != "kept":
             raise ConfigError("keys='every' is for attention: an MLP has none")
         if self.attention is not None and self.attention.score == "shared":
@@ -309,7 +310,6 @@ class LemoConfig:
             ConfigError: there is no preset of this name, or no such field.
         """
         _choice("preset", name, tuple(PRESETS))
-        check_names(cls, changes)
         return replace(PRESETS[name], **changes)
 
     @classmethod

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 from torch import fx, nn
 
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, readable_code
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, readable
 from lemo_fx.passes.rewrite import site_and_role
 from lemo_fx.runtime import branch
 
@@ -31,6 +31,9 @@ ROLES = {
     "restore": ("restore / residual add", "#2e7d4f", "#e0f2e7"),
 }
 """Role of a call -> (its words in the legend, edge colour, fill colour)."""
+
+COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
+"""Of lines and bars."""
 
 OUTLINED = (
     branch.branch,
@@ -76,10 +79,9 @@ def captured(layer: nn.Module) -> fx.Graph:
 def code(graph: fx.Graph | fx.GraphModule, name: str) -> str:
     """A graph and the functions it calls as readable Python."""
     if isinstance(graph, fx.Graph):
-        return readable_code(graph, name)
-    functions = {n: child for n, child in graph.named_children() if isinstance(child, fx.GraphModule)}
-    pieces = [readable_code(graph.graph, name), *(readable_code(f.graph, n) for n, f in functions.items())]
-    return "\n".join(pieces)
+        return readable(graph, {}, name)
+    functions = {n: child.graph for n, child in graph.named_children() if isinstance(child, fx.GraphModule)}
+    return readable(graph.graph, functions, name)
 
 
 def calls(graph: fx.Graph | fx.GraphModule) -> nx.DiGraph:

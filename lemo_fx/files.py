@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -68,6 +70,11 @@ def write_text(path: Path, text: str) -> None:
                 _settle(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record that people can read, as `write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from lemo_fx.config import LemoConfig, SiteKind, as_config, check_seed
 from lemo_fx.errors import PredictorError, UnsupportedModelError
-from lemo_fx.files import write_text, writing
+from lemo_fx.files import write_json, writing
 from lemo_fx.graph.anatomy import causal_model, decoder_layers, require_model, text_config
 from lemo_fx.graph.sites import site_names
 from lemo_fx.runtime.network import DECAYS, default_width, random_weights
@@ -221,7 +221,7 @@ class Predictors:
                 known = beside.exists()
                 os.replace(scratch / TENSORS, beside)
             try:
-                write_text(folder / RECORD, json.dumps({**self.record, "sha256": digest, "tensors": shapes}, indent=1))
+                write_json(folder / RECORD, {**self.record, "sha256": digest, "tensors": shapes})
             except BaseException:
                 if not known:
                     beside.unlink()

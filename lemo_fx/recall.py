@@ -8,6 +8,7 @@ from which the predictor names its candidates here, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -58,27 +59,17 @@ def measure_recall(
 
         return hook
 
-    hooks = []
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    try:
-        for name, layer in layers.items():
-            sites = _scored_sites(layer)
-            if sites:
-                with gathered(layer):
-                    hook = observe(name, layer, _probe(layer, sites), sites)
-                hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        if hooks:
-            with (
-                modes_kept(model),
-                torch.no_grad(),
-                torch.random.fork_rng(devices),
-                uncompiled(),
-            ):
+    with ExitStack() as hooks:
+        scored = {name: sites for name, layer in layers.items() if (sites := _scored_sites(layer))}
+        for name, sites in scored.items():
+            with gathered(layers[name]):
+                hook = observe(name, layers[name], _probe(layers[name], sites), sites)
+            hooks.enter_context(layers[name].register_forward_pre_hook(hook, with_kwargs=True))
+        if scored:
+            with modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices), uncompiled():
                 model.train()
                 model(**{"use_cache": False, **batch})
-    finally:
-        for handle in hooks:
-            handle.remove()
     return found
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+from collections import defaultdict
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -47,6 +49,11 @@ class SiteReport:
     note: str
 
     @property
+    def kind(self) -> str:
+        """Of the site: "attention" or "mlp"."""
+        return self.site.split("_")[0]
+
+    @property
     def kept_share(self) -> float | None:
         """Share of the tokens that the last step kept."""
         return self.kept_tokens / self.total_tokens if self.kept_tokens and self.total_tokens else None
@@ -66,6 +73,14 @@ class Report:
     sites: list[SiteReport]
     notes: list[str]
     dense: bool = False
+
+    def means(self, name: str) -> dict[str, float]:
+        """By kind of site, the mean of what its sites have under `name` ("kept_share", "recall")."""
+        found = defaultdict(list)
+        for site in self.sites:
+            if getattr(site, name) is not None:
+                found[site.kind].append(getattr(site, name))
+        return {kind: fmean(values) for kind, values in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types throughout, ready for JSON."""

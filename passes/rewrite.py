@@ -15,7 +15,6 @@ from lemo_fx.runtime.parts import SequenceGroup
 META = "lemo_fx"
 """Key in `node.meta` under which the passes keep their marks."""
 
-
 ROLES = ("score", "predictor", "select", "stand_in", "exchange", "probe", "keys", "queries")
 """What the parts are that a site adds to its layer."""
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from lemo_fx.errors import CaptureError
 from lemo_fx.graph.capture import SPLAT, by_name, remove_dead_nodes
 from lemo_fx.passes.rewrite import call
 from lemo_fx.runtime import loss as segmented
@@ -24,30 +24,28 @@ from lemo_fx.runtime.logits import late_logits
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 
 
-@dataclass(frozen=True)
-class SegmentedHead:
-    """Result of the pass: the rewritten graph, the function it outlines, or why nothing was done."""
-
-    graph: fx.Graph | None
-    logits: fx.Graph | None
-    reason: str = ""
+LOGITS = "lemo_logits"
+"""Name of the function that the pass outlines."""
 
 
-def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) -> SegmentedHead:
-    """Rewrite a captured causal model's head in place.
+def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) -> dict[str, fx.Graph]:
+    """Rewrite a captured causal model's head in place; returns the function that it outlines, by name.
 
     Args:
         loss_function: the function that the model's `loss_function` property returned while capturing.
         segments: number of segments, or "auto".
+
+    Raises:
+        CaptureError: the graph is of another form, and was left as it is.
     """
     losses = [n for n in graph.nodes if n.op == "call_function" and n.target is loss_function]
     if len(losses) != 1:
-        return SegmentedHead(None, None, f"expected one call to the loss function, found {len(losses)}")
+        raise CaptureError(f"expected one call to the loss function, found {len(losses)}")
     loss = losses[0]
     given = by_name(LOSS_ARGUMENTS, loss.args, loss.kwargs)
     chain = _head_chain(given.pop("logits"))
     if chain is None:
-        return SegmentedHead(None, None, "the logits are not a chain of element-wise operations after one module")
+        raise CaptureError("the logits are not a chain of element-wise operations after one module")
     head, *after = chain
 
     body = fx.Graph()
@@ -59,7 +57,7 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
     given.pop("vocab_size", None)
     mapping = given.pop(SPLAT, None)
     with graph.inserting_before(loss):
-        function = graph.create_node("get_attr", "lemo_logits", name="lemo_logits")
+        function = graph.create_node("get_attr", LOGITS, name=LOGITS)
         module = graph.create_node("get_attr", str(head.target), name="head")
         kwargs = {**given, "softcap": _softcap(after), "segments": segments}
         if mapping is not None:
@@ -74,7 +72,7 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
         result.kwargs = {k: late if v is chain[-1] else v for k, v in result.kwargs.items()}
         result.args = tuple(late if v is chain[-1] else v for v in result.args)
     remove_dead_nodes(graph)
-    return SegmentedHead(graph, body)
+    return {LOGITS: body}
 
 
 def _head_chain(logits: object) -> list[fx.Node] | None:

@@ -6,7 +6,6 @@ from torch.nn import functional
 THRESHOLD_BUCKETS = 8
 """A threshold's count is rounded up to one of this many sizes, so that shapes stay few."""
 
-
 WINDOWS = 8
 """A balanced choice gives each of this many windows of the sequence the same share of its blocks."""
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lemo_fx._version import __version__
 from lemo_fx.cli import options
+from lemo_fx.cli.commands import HELP, OneLineGroup, command, from_file
 from lemo_fx.cli.console import (
     bars,
     console,
@@ -33,17 +34,16 @@ from lemo_fx.cli.options import (
     Rank,
     Shape,
     Targets,
-    command,
 )
 from lemo_fx.errors import InputError
 
 app = typer.Typer(
     name="lemo-fx",
-    cls=options.OneLineGroup,
+    cls=OneLineGroup,
     help="Long-context fine-tuning with less memory and less time: token sparsity (LeMo) as torch.fx passes.",
     no_args_is_help=True,
     add_completion=False,
-    context_settings=options.HELP,
+    context_settings=HELP,
 )
 NOISY = ("transformers", "torchao", "torch.utils._pytree")
 """Loggers that warn of what no user of a command can change: torchao, which PEFT imports where it is installed, of
@@ -73,31 +73,17 @@ def _quiet(
 
 @command(app)
 def demo(
+    settings: options.DemoSettings,
     out: Out = Path("lemo-demo"),
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048,
-    plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo",
-    predicted: Annotated[
-        bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
-    ] = False,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 2,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0,
     graph: Annotated[bool, typer.Option("--graph", help="Print a rewritten layer, too.")] = False,
 ) -> None:
     """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
-    _demo(out, dict(locals()))
-
-
-def _demo(out: Path, given: dict[str, Any]) -> None:
     from lemo_fx import draw
     from lemo_fx.cli import demo as demonstration
     from lemo_fx.files import check_folder
 
     check_folder(out)
     no_bars_of_transformers()
-    named = {name: value for name, value in given.items() if name not in ("out", "graph")}
-    settings = demonstration.Settings(**{**named, "plans": tuple(given["plans"].split(","))})
     warn_of_other_load()
     say(
         f"LoRA fine-tuning of a small Llama at {settings.context:,} tokens, {settings.steps} steps each: plainly, then "
@@ -125,9 +111,9 @@ def _demo(out: Path, given: dict[str, Any]) -> None:
             f"Predictors, trained in {outcome.fit_seconds:.0f} s, find these shares of the blocks that measuring would "
             f"keep in a held-out window: {found}."
         )
-    if given["graph"]:
-        console.print(f"{outcome.layer} after the transform:\n")
-        print_code(draw.code(outcome.after, outcome.layer_class))
+    if graph:
+        console.print(f"{outcome.layer.name} after the transform:\n")
+        print_code(draw.code(outcome.layer.after, outcome.layer.kind))
     say(demonstration.verdict(outcome))
     print_paths(demonstration.write(outcome, out, typed()))
     say(demonstration.NEXT)
@@ -188,7 +174,7 @@ def train(
         Path | None,
         typer.Option(
             help="A run file in YAML, `option: value` a line; what is given beside it wins. Each run leaves its own.",
-            callback=options.from_file,
+            callback=from_file,
             is_eager=True,
         ),
     ] = None,

@@ -39,9 +39,7 @@ from lemo_fx.predictors import Predictors
 
 UNTOUCHED, LORA = "as it is", "LoRA"
 
-
 Plans = Mapping[str, LemoConfig | None]
-
 
 PLANS: Plans = {
     UNTOUCHED: None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from rich.table import Table
 
 from lemo_fx import draw
 from lemo_fx.cli.bench import LORA, UNTOUCHED, Outcome
-from lemo_fx.cli.demo import COLOURS
 from lemo_fx.cli.machine import environment
-from lemo_fx.files import write_text, writing
+from lemo_fx.files import write_json, writing
 
 
 def _in_short(failed: str) -> str:
@@ -65,9 +63,9 @@ def title(outcome: Outcome) -> str:
 def _style(name: str, number: int) -> dict[str, Any]:
     """A plan's marker: the script as it is lies on top and is hollow, since LoRA may cost the same."""
     if name == UNTOUCHED:
-        return {"marker": "s", "color": COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
+        return {"marker": "s", "color": draw.COLOURS[0], "mfc": "none", "ms": 12, "zorder": 4}
     return (
-        {"marker": "s", "color": COLOURS[0], "ms": 8}
+        {"marker": "s", "color": draw.COLOURS[0], "ms": 8}
         if name == LORA
         else {"marker": "o", "color": f"C{number}", "ms": 8}
     )
@@ -117,5 +115,5 @@ def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         figures = out / "bench.json"
-        write_text(figures, json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
+        write_json(figures, {**outcome.to_dict(), "environment": environment(command)})
         return [figures, draw.save(plot(outcome), out / "bench.png")]

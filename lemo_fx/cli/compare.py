@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lemo_fx.cli.prepare import Say
 from lemo_fx.cli.run import Run
 from lemo_fx.cli.train import train
 from lemo_fx.errors import InputError
-from lemo_fx.files import check_folder, write_text
+from lemo_fx.files import check_folder, write_json, write_text
 from lemo_fx.kernels.float8_linear.op import has_float8
 
 LORA, CUT, FEWER = "LoRA", "cut", "fewer"
@@ -65,9 +64,8 @@ class Contestant:
 def contestant(name: str, summary: dict[str, Any]) -> Contestant:
     """From what a run of `train` left."""
     step = summary["median_step_seconds"]
-    losses = page.entries(summary["history"], "eval_loss")
     heldout = summary["heldout_loss"]
-    curve = [(entry["step"] * step, entry["eval_loss"]) for entry in losses]
+    curve = [(number * step, loss) for number, loss in zip(*page.series(summary["history"], "eval_loss"), strict=True)]
     figures = (summary["steps"], step, summary["peak_memory_gib"], heldout["before"], heldout["after"])
     return Contestant(name, *figures, curve)
 
@@ -240,7 +238,6 @@ def html(found: Sequence[Contestant], job: Job, settings: Settings) -> str:
 def write(found: Sequence[Contestant], job: Job, settings: Settings, command: str) -> list[Path]:
     """compare.json and compare.html of what is known so far; returns their paths."""
     figures, shown = job.out / FIGURES, job.out / PAGE
-    content = {"command": command, "runs": [dataclasses.asdict(one) for one in found]}
-    write_text(figures, json.dumps(content, indent=1) + "\n")
+    write_json(figures, {"command": command, "runs": [dataclasses.asdict(one) for one in found]})
     write_text(shown, html(found, job, settings))
     return [shown, figures]

@@ -5,7 +5,6 @@ Model and documents ship with the package. Everything printed but time is the sa
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -16,91 +15,41 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import lemo_fx
 from lemo_fx import draw
+from lemo_fx.cli.load import load_model, load_tokenizer
 from lemo_fx.cli.machine import environment
-from lemo_fx.config import Elimination, LemoConfig, check_seed
+from lemo_fx.cli.options import DEMO_PLANS, LEMO, DemoSettings
+from lemo_fx.cli.results import RewrittenLayer, rewritten_layer
+from lemo_fx.cli.trainer import adapted
+from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError
+from lemo_fx.files import write_json
 from lemo_fx.fitting.training import Recipe
-from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.measure import counts
 
 ASSETS = Path(__file__).parents[1] / "demo_assets"
 
-
 PLAIN = "LoRA"
-
-
-COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
-
-
-LEMO = "lemo"
-
-
-PLANS = {
-    "careful": "careful, the default",
-    "balanced": "balanced, without float8",
-    "fast": "fast, without float8",
-    LEMO: "LeMo's own rule",
-}
-"""What the runs beside plain LoRA are called."""
-
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 FITTED = 4
 """Training windows on which the predictors are trained."""
 
-
+RANK = 8
 RECIPE = Recipe(most_steps=60, epochs=60, batch=1)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the demonstration does.
-
-    Attributes:
-        steps: optimizer steps of each run, one window of text each; the first is counted and not timed.
-        context: tokens of a window.
-        plans: names of presets, and `LEMO`; each gets a run of its own beside the plain one.
-        predicted: LeMo's blocks are named by predictors that are trained first, instead of measured.
-        windows: held-out windows on which perplexity is taken.
-        rate: learning rate.
-    """
-
-    steps: int = 4
-    context: int = 2048
-    plans: tuple[str, ...] = ("careful", "fast", LEMO)
-    predicted: bool = False
-    windows: int = 2
-    rate: float = 1e-3
-    rank: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "windows", "rate", "rank"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value!r} must be a number greater than 0")
-        check_seed(self.seed)
-        if self.steps < 2:
-            raise ConfigError(f"steps={self.steps!r}: the first step is not timed, so there must be two")
-        for name in self.plans:
-            if name not in PLANS:
-                raise ConfigError(f"plan {name!r} is not one of {', '.join(PLANS)}")
-
-    def plan(self, name: str) -> LemoConfig:
-        """The transform's configuration: both kinds of site, the first and last layer dense."""
-        if name != LEMO:
-            # A CPU has no products in float8, and rounding as if it had takes longer than it saves.
-            return LemoConfig.preset(name, forward="model", backward="model")
-        site = Elimination(score="predicted" if self.predicted else "measured")
-        return LemoConfig(attention=site, mlp=site)
+def plan_of(name: str, predicted: bool) -> LemoConfig:
+    """A preset, or `LEMO` (predicted: its blocks are named by predictors): the first and last layer dense."""
+    if name != LEMO:
+        # A CPU has no products in float8, and rounding as if it had takes longer than it saves.
+        return LemoConfig.preset(name, forward="model", backward="model")
+    site = Elimination(score="predicted" if predicted else "measured")
+    return LemoConfig(attention=site, mlp=site)
 
 
 @dataclass
@@ -131,24 +80,16 @@ class Outcome:
         fit_seconds: time that training the predictors took; 0 without them.
     """
 
-    settings: Settings
+    settings: DemoSettings
     runs: dict[str, Run]
     reports: dict[str, lemo_fx.Report]
     fit_seconds: float
-    layer: str
-    layer_class: str
-    before: Any
-    after: Any
+    layer: RewrittenLayer
 
     @property
     def recall(self) -> dict[str, float]:
         """Mean recall of the predicted choices, by kind of site."""
-        found: dict[str, list[float]] = {}
-        for report in self.reports.values():
-            for site in report.sites:
-                if site.recall is not None:
-                    found.setdefault(site.site, []).append(site.recall)
-        return {kind: statistics.fmean(values) for kind, values in found.items()}
+        return {kind: mean for report in self.reports.values() for kind, mean in report.means("recall").items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, in plain types."""
@@ -159,18 +100,15 @@ class Outcome:
             "fit_seconds": self.fit_seconds,
             "recall": self.recall,
             "reports": {name: report.to_dict() for name, report in self.reports.items()},
-            "layer": self.layer,
+            "layer": self.layer.name,
         }
 
 
-def load(seed: int, rank: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The shipped model with LoRA adapters, in float32, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
-    # A cache has no use in training.
-    model.config.use_cache = False
+    model = load_model(ASSETS / "model", torch.float32)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)), tokenizer
+    return adapted(model, RANK, "all-linear"), load_tokenizer(ASSETS / "model")
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, kind: str, context: int, count: int, seed: int) -> list[torch.Tensor]:
@@ -237,7 +175,7 @@ def fine_tune(
     return run
 
 
-def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
+def run_demo(settings: DemoSettings, progress: Callable[[str, int], Callable[[], None]]) -> Outcome:
     """All runs from the same adapters on the same texts in the same order.
 
     Args:
@@ -246,7 +184,7 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
     Raises:
         ConfigError: no document has a window of `context` tokens.
     """
-    model, tokenizer = load(settings.seed, settings.rank)
+    model, tokenizer = load(settings.seed)
     config: Any = model.config
     longest: int = config.max_position_embeddings
     if not 64 <= settings.context <= longest:
@@ -256,11 +194,10 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
 
     tick = progress(PLAIN, settings.steps + 2 * len(heldout))
     plain = fine_tune(model, texts, heldout, settings.rate, None, tick)
-    runs, reports, shown, fit_seconds = {PLAIN: plain}, {}, None, 0.0
-    for name in settings.plans:
-        plan, what = settings.plan(name), PLANS[name]
-        model, _ = load(settings.seed, settings.rank)
-        originals = {name: draw.captured(layer) for name, layer in decoder_layers(model)}
+    runs, reports, layer, fit_seconds = {PLAIN: plain}, {}, None, 0.0
+    for name in settings.plans.split(","):
+        plan, what = plan_of(name, settings.predicted), DEMO_PLANS[name]
+        model, _ = load(settings.seed)
         predictors = None
         if plan.predicts:
             tick = progress("predictors", 1)
@@ -274,12 +211,9 @@ def run_demo(settings: Settings, progress: Callable[[str, int], Callable[[], Non
         # What the predictors choose in a text that they were not trained on, beside what the true scores would.
         recall = {"input_ids": heldout[0]} if predictors is not None else None
         reports[what] = lemo_fx.report(model, recall_on=recall)
-        if shown is None:
-            graphs = {at: graph for at, graph in lemo_fx.graphs(model).items() if at in originals}
-            layer = list(graphs)[len(graphs) // 2]
-            shown = (layer, type(model.get_submodule(layer)).__name__, originals[layer], graphs[layer])
-    assert shown is not None
-    return Outcome(settings, runs, reports, fit_seconds, *shown)
+        layer = layer or rewritten_layer(model)
+    assert layer is not None
+    return Outcome(settings, runs, reports, fit_seconds, layer)
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -315,9 +249,9 @@ def plot(outcome: Outcome) -> Figure:
     width = 0.84 / len(outcome.runs)
     highest = 1.0
     for number, (title, run) in enumerate(outcome.runs.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "label": title}
+        style = {"color": draw.COLOURS[number % len(draw.COLOURS)], "label": title}
         # Presets have nearly the plain run's losses: dashes let all be seen.
-        line = "o-" if title in (PLAIN, PLANS[LEMO]) else "o--"
+        line = "o-" if title in (PLAIN, DEMO_PLANS[LEMO]) else "o--"
         by_step.plot(range(1, len(run.losses) + 1), run.losses, line, ms=3.5, **style)
         by_time.plot(run.seconds, run.losses, line, ms=3.5, **style)
         share = ratios(run, plain)
@@ -365,7 +299,7 @@ def write(outcome: Outcome, out: Path, command: str) -> list[Path]:
     """demo.json, demo.png, graph.png and graph.svg; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     figures = out / "demo.json"
-    figures.write_text(json.dumps({**outcome.to_dict(), "environment": environment(command)}, indent=1) + "\n")
-    picture = draw.draw({"before": outcome.before, "after": outcome.after}, outcome.layer_class)
+    write_json(figures, {**outcome.to_dict(), "environment": environment(command)})
+    picture = outcome.layer.picture()
     paths = [draw.save(picture, out / f"graph.{suffix}") for suffix in ("png", "svg")]
     return [figures, draw.save(plot(outcome), out / "demo.png"), *paths]

@@ -202,12 +202,7 @@ def shown(name: str, say: Callable[[str], None]) -> Any:
     path = folder_of(name, weights=False)
     config = read_config(path)
     if has_weights(path):
-        try:
-            return AutoModelForCausalLM.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{path} cannot be loaded as a transformers causal language model: {in_short(error)}"
-            ) from error
+        return load_model(path)
     model = built(path, config, say)
     say("random weights: built from a config")
     return model

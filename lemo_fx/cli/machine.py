@@ -58,7 +58,7 @@ def processes() -> int:
 
 def check_alone() -> None:
     """Raise InputError where a launcher started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise InputError("lemo-fx uses one device: for several, transform the model in a Trainer script")
 
 

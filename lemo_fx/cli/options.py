@@ -6,25 +6,17 @@ Nothing here imports torch, so that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
-import sys
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
 from lemo_fx.config import Elimination, LemoConfig, check_seed
-from lemo_fx.errors import ConfigError, InputError, LemoError
+from lemo_fx.errors import ConfigError, InputError
 
-HELP = {"help_option_names": ["--help", "-h"]}
 USUAL = "careful"
 """The preset where no plan is given."""
 
@@ -240,146 +232,36 @@ def modules_of(targets: str) -> str | tuple[str, ...]:
     return targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",") if name.strip())
 
 
-class Stopped(Exception):
-    """The user has interrupted a command; says how to go on."""
+LEMO = "lemo"
+DEMO_PLANS = {
+    "careful": "careful, the default",
+    "balanced": "balanced, without float8",
+    "fast": "fast, without float8",
+    LEMO: "LeMo's own rule",
+}
+"""What the demonstration's runs beside plain LoRA are called."""
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Print a user's error as one line and exit with code 2; an interrupt with 130."""
-    try:
-        yield
-    except LemoError as error:
-        _print_error(f"error: {' '.join(str(error).split())}")
-        raise typer.Exit(2) from error
-    except (Stopped, KeyboardInterrupt) as stop:
-        _print_error(str(stop) or "stopped")
-        raise typer.Exit(130) from stop
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demonstration does."""
 
+    steps: Annotated[
+        int, typer.Option(min=2, help="Training steps of each run, a window of text each; the first is not timed.")
+    ] = 4
+    context: Annotated[int, typer.Option(help="Tokens per window of text; the model reads up to 4096.")] = 2048
+    plans: Annotated[str, typer.Option(help="Of careful, balanced, fast and lemo, with commas.")] = "careful,fast,lemo"
+    predicted: Annotated[
+        bool, typer.Option("--predicted", help="Train predictors first, which name LeMo's blocks; else measured.")
+    ] = False
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows for perplexity.")] = 2
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3
+    seed: Annotated[int, typer.Option(help="Of the adapters and of the order of the texts.")] = 0
 
-def _print_error(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(line, style="red", markup=False, highlight=False)
-
-
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-"""What click, or the copy of it that newer versions of typer hold, raises for wrong options."""
-
-
-class OneLineGroup(TyperGroup):
-    """Commands that answer a wrong option, too, in one line."""
-
-    def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
-        """Run a command and leave with its exit code."""
-        if not standalone_mode:
-            return super().main(args, prog_name, standalone_mode=False, **more)
-        try:
-            sys.exit(super().main(args, prog_name, standalone_mode=False, **more) or 0)
-        except USAGE_ERROR as error:
-            words = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-            context = getattr(error, "ctx", None)
-            where = f"{context.command_path} --help" if context else "--help"
-            _print_error(f"error: {words.rstrip('.')}; see {where}")
-            sys.exit(2)
-        except typer.Abort:
-            sys.exit(130)
-
-
-def command(app: typer.Typer) -> Callable[[Callable], Callable]:
-    """Make a function a command: errors are one line, and a parameter that is a dataclass is an option per field."""
-
-    def add(function: Callable) -> Callable:
-        parameters, groups = [], {}
-        hints = typing.get_type_hints(function, include_extras=True)
-        for parameter in inspect.signature(function).parameters.values():
-            kind = hints[parameter.name]
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-                groups[parameter.name] = kind
-                parameters += _parameters(kind)
-            else:
-                parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
-
-        def run(**given: Any) -> None:
-            with errors_in_one_line():
-                made: dict[str, Any] = {}
-                for name, kind in groups.items():
-                    made[name] = kind(**{f.name: given.pop(f.name) for f in dataclasses.fields(kind)})
-                function(**given, **made)
-
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(context_settings=HELP)(run)
-        return run
-
-    return add
-
-
-def _parameters(group: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in dataclasses.fields(group)
-    ]
-
-
-def from_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a run file's values as defaults of a command: what is given beside it wins.
-
-    Raises:
-        typer.Exit: the file cannot be read, or names an option that there is not.
-    """
-    if path is None or context.resilient_parsing:
-        return path
-    with errors_in_one_line():
-        context.default_map = _defaults(path, context.command.params)
-    return path
-
-
-def _defaults(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"{path} must hold options and values, one `option: value` a line")
-    names = {name: p.name for p in parameters for name in (p.name, *(_plain(option) for option in p.opts))}
-    found = {}
-    for name, value in given.items():
-        key = _plain(str(name))
-        if key not in names or key in ("config", "help"):
-            plan = {"attention", "mlp", "dense_layers"} & set(given)
-            hint = "a LemoConfig goes behind --plan" if plan else "see --help for the options"
-            raise InputError(f"{path}: there is no option {name!r}; {hint}")
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if isinstance(value, dict):
-            raise InputError(f"{path}: {name} must be one value")
-        if value is not None:
-            found[names[key]] = value
-    return found
-
-
-def _plain(option: str) -> str:
-    return option.lstrip("-").replace("-", "_")
-
-
-def as_file(*groups: Any) -> str:
-    """The run file that gives these options again."""
-    import yaml
-
-    values = {}
-    for group in groups:
-        hints = typing.get_type_hints(type(group), include_extras=True)
-        for field in dataclasses.fields(group):
-            # typer keeps an option's own name where others keep a default.
-            named = [note.default for note in getattr(hints[field.name], "__metadata__", ()) if note.default is not ...]
-            value = getattr(group, field.name)
-            values[_plain(named[0]) if named else field.name] = str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(f"rate={self.rate!r} must be a number greater than 0")
+        check_seed(self.seed)
+        for name in self.plans.split(","):
+            if name not in DEMO_PLANS:
+                raise ConfigError(f"plan {name!r} is not one of {', '.join(DEMO_PLANS)}")

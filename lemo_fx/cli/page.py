@@ -16,10 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lemo_fx import draw
-from lemo_fx.cli.demo import COLOURS
 from lemo_fx.config import PRESETS
 
-GREY, BLUE, GREEN, YELLOW = COLOURS
+GREY, BLUE, GREEN, YELLOW = draw.COLOURS
 GB_IN_GIB = 2**30 / 1e9
 SHORT = 32
 """Characters up to which a table's cell stays in one line; a table that is too wide scrolls in its box."""
@@ -43,6 +42,12 @@ th { color: #555; font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 def entries(history: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     """The entries of a Trainer's history that hold a value."""
     return [entry for entry in history if name in entry]
+
+
+def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a Trainer's history."""
+    found = entries(history, name)
+    return [entry["step"] for entry in found], [entry[name] for entry in found]
 
 
 def pictures(
@@ -79,8 +84,7 @@ def pictures(
 def losses(history: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None = None) -> Figure:
     """Training and held-out loss by step: apart, since the loss of skipping layers is a good deal higher."""
     figure, (training, heldout) = _figure(3.2, 2)
-    trained = entries(history, "loss")
-    steps, values = [e["step"] for e in trained], [e["loss"] for e in trained]
+    steps, values = series(history, "loss")
     many = len(steps) > 20
     training.plot(steps, values, "-" if many else "o-", color=BLUE, lw=1.2, ms=3.5, alpha=0.4 if many else 1)
     if many:
@@ -88,14 +92,9 @@ def losses(history: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, An
         smooth = np.convolve(values, np.ones(width) / width, "valid")
         training.plot(steps[width - 1 :], smooth, color=BLUE, lw=1.8, label=f"mean of {width} logs")
         training.legend(frameon=False, fontsize=8)
-    evaluated = entries(history, "eval_loss")
-    heldout.plot(
-        [e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated], "o-", color=GREEN, ms=4, label="this run"
-    )
+    heldout.plot(*series(history, "eval_loss"), "o-", color=GREEN, ms=4, label="this run")
     if other is not None:
-        compared = entries(other, "eval_loss")
-        steps, values = [e["step"] for e in compared], [e["eval_loss"] for e in compared]
-        heldout.plot(steps, values, "s--", color=GREY, ms=4, label="compared with")
+        heldout.plot(*series(other, "eval_loss"), "s--", color=GREY, ms=4, label="compared with")
         heldout.legend(frameon=False, fontsize=8)
     training.set_title("training", fontsize=9.5)
     training.set(ylabel="nats per token")
@@ -126,8 +125,8 @@ def kept(history: Sequence[Mapping[str, Any]]) -> Figure:
 def memory(history: Sequence[Mapping[str, Any]], device: str) -> Figure:
     """Peak memory by step."""
     figure, (axes,) = _figure(2.6)
-    logged = entries(history, "lemo/peak_memory_gib")
-    steps, peaks = [e["step"] for e in logged], [GB_IN_GIB * e["lemo/peak_memory_gib"] for e in logged]
+    steps, peaks = series(history, "lemo/peak_memory_gib")
+    peaks = [GB_IN_GIB * peak for peak in peaks]
     axes.fill_between(steps, peaks, color=YELLOW, alpha=0.2, lw=0)
     axes.plot(steps, peaks, "o-" if len(steps) <= 20 else "-", color=YELLOW, lw=1.2, ms=3.5)
     axes.set_title("resident memory of the process" if device == "cpu" else f"allocated on {device}", fontsize=9.5)
@@ -139,10 +138,9 @@ def recall(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Recall of the predictors by step."""
     figure, (axes,) = _figure(2.6)
     for colour, kind in ((BLUE, "attention"), (GREEN, "mlp")):
-        found = entries(history, f"lemo/recall_{kind}")
-        if found:
-            values = [e[f"lemo/recall_{kind}"] for e in found]
-            axes.plot([e["step"] for e in found], values, "o-", color=colour, ms=4, label=kind)
+        steps, values = series(history, f"lemo/recall_{kind}")
+        if steps:
+            axes.plot(steps, values, "o-", color=colour, ms=4, label=kind)
     axes.set(ylabel="recall", ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from matplotlib.figure import Figure
 from peft import PeftModel
+from torch import fx
 from transformers import Trainer
 
 import lemo_fx
@@ -123,16 +125,37 @@ def merge_and_push(run: Run, folder: Path, say: Say) -> None:
         say(f"uploaded to https://huggingface.co/{run.job.push}")
 
 
-def graph_picture(model: Any, plan: LemoConfig) -> Any:
-    """The middle rewritten decoder layer before and after; None where the plan eliminates nothing."""
+@dataclasses.dataclass(frozen=True)
+class RewrittenLayer:
+    """A decoder layer's graphs before and after the transform, with its name and that of its class."""
+
+    name: str
+    kind: str
+    before: fx.Graph
+    after: fx.GraphModule
+
+    def picture(self) -> Figure:
+        """Both, side by side."""
+        return draw({"before": self.before, "after": self.after}, self.kind)
+
+
+def rewritten_layer(model: Any) -> RewrittenLayer | None:
+    """The middle one of the rewritten decoder layers; None where there is none."""
     graphs = lemo_fx.graphs(model)
     layers = [name for name, _ in decoder_layers(model) if name in graphs]
-    if not plan.eliminations:
-        return None
     if not layers:
-        raise UnsupportedModelError("the plan leaves every decoder layer dense: lower keep, or name fewer dense_layers")
+        return None
     name = layers[len(layers) // 2]
     with suspended(model):
         layer = model.get_submodule(name)
-        before, kind = captured(layer), type(layer).__name__
-    return draw({"before": before, "after": graphs[name]}, kind)
+        return RewrittenLayer(name, type(layer).__name__, captured(layer), graphs[name])
+
+
+def graph_picture(model: Any, plan: LemoConfig) -> Any:
+    """The middle rewritten decoder layer before and after; None where the plan eliminates nothing."""
+    if not plan.eliminations:
+        return None
+    found = rewritten_layer(model)
+    if found is None:
+        raise UnsupportedModelError("the plan leaves every decoder layer dense: lower keep, or name fewer dense_layers")
+    return found.picture()

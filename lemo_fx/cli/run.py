@@ -17,18 +17,17 @@ from huggingface_hub import get_token
 from transformers.trainer_utils import SchedulerType
 
 from lemo_fx.cli import page
+from lemo_fx.cli.commands import as_file
 from lemo_fx.cli.machine import check_attention, is_first
-from lemo_fx.cli.options import Job, PlanOptions, Settings, as_file
+from lemo_fx.cli.options import Job, PlanOptions, Settings
 from lemo_fx.cli.prepare import Documents, Say
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.files import check_folder, write_text
+from lemo_fx.files import check_folder, write_json, write_text
 
 SETTINGS, SUMMARY, PAGE = "settings.json", "summary.json", "report.html"
 
-
 RUN_FILE = "run.yaml"
-
 
 STATE = "trainer_state.json"
 
@@ -151,11 +150,6 @@ def _different(one: Any, other: Any, name: str = "") -> Iterator[str]:
             yield from _different(one.get(key), other.get(key), f"{name}.{key}".removeprefix("."))
     elif one != other:
         yield name
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A record that people can read."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def last_checkpoint(out: Path) -> Path | None:

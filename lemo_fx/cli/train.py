@@ -25,11 +25,12 @@ from transformers.trainer_callback import TrainerState
 
 import lemo_fx
 from lemo_fx.cli import page, prepare
+from lemo_fx.cli.commands import Stopped
 from lemo_fx.cli.data import Window
 from lemo_fx.cli.estimate import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, read_config
 from lemo_fx.cli.machine import is_first, processes
-from lemo_fx.cli.options import Settings, Stopped
+from lemo_fx.cli.options import Settings
 from lemo_fx.cli.prepare import Prepared, Say, check_context, keeps_documents_apart
 from lemo_fx.cli.results import graph_picture, merge_and_push, save_adapter, summarise
 from lemo_fx.cli.run import (
@@ -42,13 +43,13 @@ from lemo_fx.cli.run import (
     last_checkpoint,
     read_summary,
     recorded_of,
-    write_json,
     write_started,
 )
 from lemo_fx.cli.trainer import trainer_of
 from lemo_fx.cli.watch import Bars, Lines, bar
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
+from lemo_fx.files import write_json
 from lemo_fx.predictors import RECORD, Predictors
 
 FIT_WINDOWS = 64

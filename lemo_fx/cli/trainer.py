@@ -22,7 +22,7 @@ from lemo_fx.cli.watch import Timeline
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import ConfigError
 from lemo_fx.graph.anatomy import causal_model, decoder_layers
-from lemo_fx.graph.capture import uncompiled
+from lemo_fx.graph.capture import restored, uncompiled
 from lemo_fx.predictors import Predictors
 
 LOGS = 500
@@ -40,12 +40,9 @@ class WindowTrainer(Trainer):
         """
         head = causal_model(model)
         assert head is not None
-        head.training = True
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager(), uncompiled():
-                return model(**self._prepare_inputs(inputs)).loss.detach(), None, None
-        finally:
-            head.training = False
+        with restored([head], "training"), torch.no_grad(), self.compute_loss_context_manager(), uncompiled():
+            head.training = True
+            return model(**self._prepare_inputs(inputs)).loss.detach(), None, None
 
 
 def adapted(

@@ -46,7 +46,7 @@ class Timeline(TrainerCallback):
         kept: dict[str, list[float]] = {kind: [1.0] * len(self.layers) for kind in ("attention", "mlp")}
         for site in lemo_fx.report(kwargs["model"]).sites:
             if site.kept_share is not None:
-                kept[site.site.split("_")[0]][self.layers.index(site.module)] = site.kept_share
+                kept[site.kind][self.layers.index(site.module)] = site.kept_share
         seconds = time.perf_counter() - self.start
         state.log_history[-1].update({"lemo_fx/kept": kept, "lemo_fx/seconds": seconds})
 

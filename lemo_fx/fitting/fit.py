@@ -27,7 +27,7 @@ from torch import nn
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind, as_config, is_count, is_number
 from lemo_fx.errors import ConfigError, PredictorError, UnsupportedModelError
-from lemo_fx.files import check_folder, write_tensors, write_text, writing
+from lemo_fx.files import check_folder, write_json, write_tensors, write_text, writing
 from lemo_fx.fitting.profile import run_probes
 from lemo_fx.fitting.sequences import read_sequences
 from lemo_fx.fitting.statistics import BranchStatistics, stream_files
@@ -231,7 +231,7 @@ def _solve(
         profile.explained[site] = round(share, 4)
         profile.kinds[site] = statistics.kind
     write_tensors(work / f"stand_ins.{first}.safetensors", tensors)
-    write_text(work / f"profile.{first}.json", json.dumps(vars(profile)))
+    write_json(work / f"profile.{first}.json", vars(profile))
     return profile
 
 
@@ -254,7 +254,7 @@ def _trained(
         predicted = predict(trained.weights, heldout, device)
         facts["recall"] = round(recall(predicted, heldout.block_scores, heldout.real, 0.4), 4)
     write_tensors(weights_file, trained.weights)
-    write_text(record_file, json.dumps(facts))
+    write_json(record_file, facts)
     for file in stream_files(work / site):
         file.unlink()
     return trained.weights, facts

@@ -21,7 +21,6 @@ WIDER = 1.5
 PRUNE_AT = (0.3, 0.4, 0.5, 0.6)
 """Moments, as shares of the training, at which elastic size transformation removes neurons."""
 
-
 DISTANCE_PACE = 0.1
 """How much slower than the networks the distance bias learns: it starts near its end and enters a score n times."""
 

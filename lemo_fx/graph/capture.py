@@ -14,7 +14,7 @@ import operator
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -167,14 +167,19 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever a with block does to them, the model's modules have their training modes back after it."""
-    modes = [(module, module.training) for module in model.modules()]
+def restored(things: Iterable[Any], attribute: str) -> Iterator[None]:
+    """Whatever a with block sets an attribute to, each of these things has its own value back after it."""
+    before = [(thing, getattr(thing, attribute)) for thing in things]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for thing, value in before:
+            setattr(thing, attribute, value)
+
+
+def modes_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """The model's modules have their training modes back after a with block."""
+    return restored(model.modules(), "training")
 
 
 def capture(
@@ -237,6 +242,17 @@ def unread(graph: fx.Graph) -> tuple[str, ...]:
 def kind_of(value: Any) -> Any:
     """What a forward may ask of an argument without computing with it: a number or word itself, a tensor's type."""
     return value if isinstance(value, bool | int | float | str | None) else type(value)
+
+
+def kinds_left_out(module: nn.Module, graph: fx.Graph, besides: Iterable[str]) -> dict[str, Any]:
+    """The optional arguments that a captured graph does not use, and the kind of value that each has where left out.
+
+    Args:
+        besides: arguments not to ask about.
+    """
+    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return {name: kind_of(defaults.get(name)) for name in unread(graph) if name not in besides}
 
 
 def matters_when_absent(

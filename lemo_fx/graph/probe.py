@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context, text_config
-from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, uncompiled
+from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, restored, uncompiled
 from lemo_fx.graph.token_wise import is_quantised
 
 BATCH, LENGTH = 2, 23
@@ -47,14 +47,10 @@ def eager(module: nn.Module) -> Iterator[None]:
     """Transformers' eager attention in a module, whose masks say everything."""
     found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
     configs = list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
-    own = [config._attn_implementation_internal for config in configs]
-    try:
+    with restored(configs, "_attn_implementation_internal"):
         for config in configs:
             config._attn_implementation_internal = "eager"
         yield
-    finally:
-        for config, implementation in zip(configs, own, strict=True):
-            config._attn_implementation_internal = implementation
 
 
 def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
@@ -95,13 +91,10 @@ def _recorded(runner: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[st
         given = by_name(argument_names(layer), args, kwargs)
         calls.setdefault(layer, {name: NO_CACHE.get(name, value) for name, value in given.items()})
 
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        with quiet(runner), rope_kept(runner), torch.no_grad():
-            runner(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, quiet(runner), rope_kept(runner), torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        runner(**inputs)
     return calls
 
 
@@ -171,14 +164,10 @@ def _without_tf32() -> Iterator[None]:
     except RuntimeError:
         backends: Any = torch.backends
         devices = [backends.cuda.matmul, backends.mkldnn.matmul]
-        own = [device.fp32_precision for device in devices]
-        try:
+        with restored(devices, "fp32_precision"):
             for device in devices:
                 device.fp32_precision = "ieee"
             yield
-        finally:
-            for device, precision in zip(devices, own, strict=True):
-                device.fp32_precision = precision
         return
     if old == "highest":
         yield

@@ -37,7 +37,6 @@ ELEMENTWISE_FUNCTIONS = frozenset(
 )
 """Functions that treat each token alone when their tensor arguments are [B, S, H] rows or parameters."""
 
-
 ELEMENTWISE_METHODS = frozenset({"to", "float", "type", "type_as", "contiguous", "add", "mul", "sub", "div", "tanh"})
 
 

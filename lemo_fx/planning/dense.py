@@ -18,7 +18,6 @@ from lemo_fx.runtime import kept
 PASSED_THROUGH = frozenset({"output_attentions", *ABSENT_IN_TRAINING})
 """Layer arguments that a branch may read as they are."""
 
-
 SHARED = "score='shared' needs a rewritten attention that comes before the MLP in the layer"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError, UnsupportedModelError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, kind_of, matters_when_absent, unread
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, kind_of, kinds_left_out, matters_when_absent
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
@@ -110,12 +109,8 @@ def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> Uns
 
 def _kinds(layer: nn.Module, graph: fx.Graph, proofs: Proofs) -> dict[str, tuple[Any, ...]]:
     """Of the arguments that a graph does not use, the kinds of values that are proven: left out, and as usual."""
-    names = [name for name in unread(graph) if name not in (*PASSED_THROUGH, "output_router_logits")]
-    usual = proofs.usual(layer) if names else {}
-    defaults = {
-        name: p.default for name, p in inspect.signature(inspect.unwrap(type(layer).forward)).parameters.items()
-    }
-    left_out = {name: kind_of(defaults.get(name)) for name in names}
+    left_out = kinds_left_out(layer, graph, {*PASSED_THROUGH, "output_router_logits"})
+    usual = proofs.usual(layer) if left_out else {}
     return {name: (kind, kind_of(usual[name])) if name in usual else (kind,) for name, kind in left_out.items()}
 
 

@@ -6,6 +6,7 @@ loss may depend on; where a call with an argument (or without it) differs, such 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import fx, nn
 from lemo_fx.graph.anatomy import Anatomy
 from lemo_fx.graph.capture import graph_module
 from lemo_fx.graph.probe import PADDED, in_a_line, probe_inputs, quiet, with_weights
+from lemo_fx.runtime.head import SegmentedLoss
 
 LARGEST = 2**28
 """Elements of the output projection up to which a head is proven in float32."""
@@ -25,15 +27,11 @@ SHARE, ROUNDED = 2e-3, 3e-2
 """How far loss and gradients may be apart, of the largest, in float32 and in half precision."""
 
 
-def prove_head(
-    anatomy: Anatomy, graph: fx.Graph, functions: dict[str, fx.Graph], slices_itself: bool, presence: Mapping[str, bool]
-) -> str:
+def prove_head(anatomy: Anatomy, graph: fx.Graph, functions: dict[str, fx.Graph], segmented: SegmentedLoss) -> str:
     """Why a segmented head must not take the original's place; empty where it may.
 
     Args:
-        graph, functions: of the head, after `segment_loss`.
-        slices_itself: whether the graph takes `logits_to_keep` as the model's callers give it.
-        presence: arguments that calls of the graph have, or lack.
+        graph, functions: of the head, after `segment_loss`; segmented: which calls they are for.
     """
     head = anatomy.head
     assert head is not None
@@ -47,9 +45,14 @@ def prove_head(
     )
     if base is None:
         return ""
-    key = _key(head, graph, functions, presence)
+    key = _key(head, graph, functions, segmented.presence)
     if key not in _known:
-        _known[key] = _fault(head, base, graph, functions, slices_itself, presence)
+        try:
+            trial = _Trial(head, base, segmented)
+        except Exception:
+            # The layers' proof says that the model does not run on plain token ids.
+            return ""
+        _known[key] = trial.fault(graph, functions)
     return _known[key]
 
 
@@ -78,68 +81,17 @@ def _key(
     )
 
 
-def _fault(
-    head: nn.Module,
-    base: str,
-    graph: fx.Graph,
-    functions: dict[str, fx.Graph],
-    slices_itself: bool,
-    presence: Mapping[str, bool],
-) -> str:
-    try:
-        trial = _Trial(head, base)
-    except Exception:
-        # The layers' proof says that the model does not run on plain token ids.
-        return ""
-    return trial.inside(lambda hidden: _differs(trial, graph, functions, slices_itself, presence, hidden))
-
-
-def _differs(
-    trial: _Trial,
-    graph: fx.Graph,
-    functions: dict[str, fx.Graph],
-    slices_itself: bool,
-    presence: Mapping[str, bool],
-    hidden: torch.Tensor,
-) -> str:
-    head = trial.head
-    module = graph_module(head, graph, functions)
-    every = {} if slices_itself or "logits_to_keep" not in trial.accepted else {"logits_to_keep": slice(0, None)}
-    for optional in ((), *((name,) for name in OPTIONAL)):
-        given = trial.arguments(optional, presence)
-        if given is None:
-            continue
-        words = f"with {optional[0]} it" if optional else "it"
-        try:
-            expected = trial.run(lambda **call: type(head).forward(head, **call), given, hidden)
-        except Exception:
-            # Not a call that the original takes.
-            continue
-        try:
-            found = trial.run(module, {**given, **every}, hidden)
-        except Exception as error:
-            return f"{words} fails on a probe: {in_a_line(error)}"
-        for one, other in zip(expected, found, strict=True):
-            gap = float((one - other).abs().max()) / (float(one.abs().max()) or 1.0)
-            if not gap <= trial.share:
-                return f"{words} would change the loss or its gradients, on a probe by {gap:.2g} of the largest"
-    return ""
-
-
 class _Trial:
     """A head's weights in float32 and made-up hidden states, the same for the original and the segmented head."""
 
-    def __init__(self, head: nn.Module, base: str) -> None:
-        self.head, self.base = head, base
+    def __init__(self, head: nn.Module, base: str, segmented: SegmentedLoss) -> None:
+        self.head, self.base, self.segmented = head, base, segmented
         self.accepted = inspect.signature(head.forward).parameters
         self.inputs = probe_inputs(head, masked=True, padded=True)
         outputs: list[Any] = []
         hook = head.get_submodule(base).register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            with quiet(head), torch.no_grad():
-                head(**self.inputs)
-        finally:
-            hook.remove()
+        with hook, quiet(head), torch.no_grad():
+            head(**self.inputs)
         self.output = outputs[0]
         generator = torch.Generator().manual_seed(3)
         ids = self.inputs["input_ids"]
@@ -157,20 +109,47 @@ class _Trial:
         self.hidden = self.hidden.to(dtype)
         self.weights = {n: p.detach().to(dtype).requires_grad_(p.requires_grad) for n, p in own.items() if plain}
 
-    def arguments(self, optional: tuple[str, ...], presence: Mapping[str, bool]) -> dict[str, Any] | None:
+    def arguments(self, optional: tuple[str, ...]) -> dict[str, Any] | None:
         """A call with these optional arguments and no others; None where the graph is not for such calls."""
         takes_more = any(p.kind is p.VAR_KEYWORD for p in self.accepted.values())
         values = {**self.inputs, "num_items_in_batch": torch.tensor(7, device=self.labels.device)}
         if any(name not in values or not (takes_more or name in self.accepted) for name in optional):
             return None
         given = {"input_ids": self.inputs["input_ids"], "labels": self.labels, **{n: values[n] for n in optional}}
-        return None if any((name in given) != wanted for name, wanted in presence.items()) else given
+        fits = all((name in given) == wanted for name, wanted in self.segmented.presence.items())
+        return given if fits else None
 
-    def inside(self, function: Callable[[torch.Tensor], str]) -> str:
-        """`function(hidden states)` while the head's weights are swapped and its decoder returns these."""
+    def fault(self, graph: fx.Graph, functions: dict[str, fx.Graph]) -> str:
+        """How the segmented head differs, in words; empty where it does not."""
         hidden = self.hidden.clone().requires_grad_()
         with quiet(self.head, hidden.dtype == torch.float32), self._decoder_replaced(hidden):
-            return with_weights(self.head, self.weights, lambda: function(hidden))
+            return with_weights(self.head, self.weights, lambda: self._differs(graph, functions, hidden))
+
+    # Inside, the head's own modules hold the swapped weights.
+
+    def _differs(self, graph: fx.Graph, functions: dict[str, fx.Graph], hidden: torch.Tensor) -> str:
+        module = graph_module(self.head, graph, functions)
+        sliced = self.segmented.slices_itself or "logits_to_keep" not in self.accepted
+        every = {} if sliced else {"logits_to_keep": slice(0, None)}
+        for optional in ((), *((name,) for name in OPTIONAL)):
+            given = self.arguments(optional)
+            if given is None:
+                continue
+            words = f"with {optional[0]} it" if optional else "it"
+            try:
+                expected = self.run(functools.partial(type(self.head).forward, self.head), given, hidden)
+            except Exception:
+                # Not a call that the original takes.
+                continue
+            try:
+                found = self.run(module, {**given, **every}, hidden)
+            except Exception as error:
+                return f"{words} fails on a probe: {in_a_line(error)}"
+            for one, other in zip(expected, found, strict=True):
+                gap = float((one - other).abs().max()) / (float(one.abs().max()) or 1.0)
+                if not gap <= self.share:
+                    return f"{words} would change the loss or its gradients, on a probe by {gap:.2g} of the largest"
+        return ""
 
     def run(self, forward: Callable[..., Any], given: Mapping[str, Any], hidden: torch.Tensor) -> list[torch.Tensor]:
         """[loss, gradient of the hidden states, gradients of the head's trainable weights]."""

@@ -19,6 +19,7 @@ from torch import nn
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, window_of
 from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.graph.probe import FAR, eager, in_a_line, quiet, rope_kept
+from lemo_fx.kernels.block_scores.reference import allows
 from lemo_fx.kernels.private import tree_leaves
 from lemo_fx.runtime.parts import SequenceGroup, is_told, shard
 from lemo_fx.runtime.sequence import mask_of
@@ -149,6 +150,5 @@ def _same_mask(layer: nn.Module, mask: Any, told: torch.Tensor) -> bool:
     windows = {window_of(module) for module in layer.modules() if is_softmax_attention(module)}
     expected = mask_of((places, documents), windows.pop() if windows else None, mask, additive=False)
     assert expected is not None
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     real = told[:, 0, 0].bool() if told.shape[2] else torch.ones_like(places, dtype=torch.bool)
-    return not bool(((allowed != expected) & real[:, None, :, None]).any())
+    return not bool(((allows(mask) != expected) & real[:, None, :, None]).any())

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of
+from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of, restored
 from lemo_fx.kernels.private import in_transform
 from lemo_fx.runtime.cache import without_default_cache
 from lemo_fx.runtime.captured import CapturedHead
@@ -36,26 +36,58 @@ def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
+@dataclass(frozen=True)
+class SegmentedLoss:
+    """Which calls of a causal model its graph with the loss in segments is for.
+
+    Attributes:
+        loss_function: the model's, when it was captured.
+        slices_itself: whether the graph takes `logits_to_keep` as the model's callers give it.
+        presence: arguments whose absence changes the head -> whether the graph is for calls with them.
+        left_out: arguments that the graph does not use -> the kind of value (`kind_of`) that they have where left out.
+        captured: the head as it was captured.
+    """
+
+    loss_function: Callable
+    slices_itself: bool
+    presence: Mapping[str, bool]
+    left_out: Mapping[str, Any]
+    captured: CapturedHead
+
+    def takes(self, model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        """Whether it is for this call of the model as it is now."""
+        return (
+            model.loss_function is self.loss_function
+            and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
+            and all(name not in kwargs or kind_of(kwargs[name]) == kind for name, kind in self.left_out.items())
+            and self._unchanged(model)
+        )
+
+    def _unchanged(self, model: nn.Module) -> bool:
+        same = torch.compiler.is_compiling() or self.captured.unchanged(model)
+        if not same:
+            warn_once(
+                f"a number or switch that the forward of {type(model).__name__} reads has changed since "
+                "lemo_fx.transform, so its loss is no longer segmented: lemo_fx.revert and lemo_fx.transform again"
+            )
+        return same
+
+
 @dataclass
 class HeadSettings:
     """What a rewritten causal model asks before each forward.
 
     Attributes:
-        presence: arguments whose absence changes the head -> whether the graph is for calls with them.
-        left_out: arguments that its graph does not use -> the kind of value (`kind_of`) that they have where left out.
-        captured: the head as it was captured; None where its loss is not segmented.
+        sparse_experts: whether a branch that runs on kept tokens holds experts.
+        segmented: None where its loss is the original's.
         group: the ranks that share a sequence, or None.
     """
 
     config: LemoConfig
     step: Step
     arguments: tuple[str, ...]
-    loss_function: Callable | None
-    slices_itself: bool
     sparse_experts: bool
-    presence: Mapping[str, bool]
-    left_out: Mapping[str, Any]
-    captured: CapturedHead | None = None
+    segmented: SegmentedLoss | None = None
     group: SequenceGroup | None = None
     weights_checked: bool = False
 
@@ -122,29 +154,16 @@ class HeadSettings:
                 "output_router_logits: the auxiliary loss of a part is no share of the whole sequence's; train without"
             )
 
-    def _unchanged(self, model: nn.Module) -> bool:
-        """Whether the head still computes what its graph does; the original runs where not."""
-        same = self.captured is None or torch.compiler.is_compiling() or self.captured.unchanged(model)
-        if not same:
-            warn_once(
-                f"a number or switch that the forward of {type(model).__name__} reads has changed since "
-                "lemo_fx.transform, so its loss is no longer segmented: lemo_fx.revert and lemo_fx.transform again"
-            )
-        return same
-
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether this call computes the loss in segments, and logits only once they are used."""
         return (
-            (model.training or not torch.compiler.is_compiling())
+            self.segmented is not None
+            and (model.training or not torch.compiler.is_compiling())
             and labels is not None
-            and self.loss_function is not None
             and (torch.compiler.is_compiling() or not in_transform())
-            and model.loss_function is self.loss_function
             and not wanted(model, kwargs, "output_router_logits")
             and not kwargs.get("return_logits")
-            and all((kwargs.get(name) is not None) == given for name, given in self.presence.items())
-            and all(name not in kwargs or kind_of(kwargs[name]) == kind for name, kind in self.left_out.items())
-            and self._unchanged(model)
+            and self.segmented.takes(model, kwargs)
             and wanted(model, kwargs, "return_dict")  # In a tuple the logits have a place.
             and segmentable(head := model.get_output_embeddings())  # type: ignore[operator]
             and (model.training or saves_memory(labels.numel(), rows_of(head), self.config.loss_segments))
@@ -178,7 +197,7 @@ def in_segments(original: Callable, graph_forward: Callable) -> Callable:
             if own is not None and name != own and given.get(name) is not None:
                 # An older name, which a decorator of the original forward would have translated.
                 given[own] = given.pop(name)
-        if not settings.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
+        if not settings.segmented.slices_itself and isinstance(given.get("logits_to_keep", 0), int):
             given["logits_to_keep"] = slice(-given.get("logits_to_keep", 0), None)
         return graph_forward(self, **given)
 
@@ -197,11 +216,9 @@ def make_generate(original: Callable) -> Callable:
         settings = settings_of(self)
         if settings is None or settings.config.active == "always":
             return original(self, *args, **kwargs)
-        before, settings.step.dense = settings.step.dense, True
-        try:
+        with restored([settings.step], "dense"):
+            settings.step.dense = True
             return original(self, *args, **kwargs)
-        finally:
-            settings.step.dense = before
 
     return generate
 

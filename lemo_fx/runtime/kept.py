@@ -11,15 +11,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lemo_fx.errors import InputError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
+from lemo_fx.kernels.block_scores.reference import allows
+from lemo_fx.kernels.eliminate.reference import eliminate
 from lemo_fx.kernels.select_blocks import reference as selection
 
 
 def take(sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[1 or B, S, ...] -> [B, K, ...]: entries at tokens [B, K]; for tensors that carry no gradient."""
-    batch = tokens.shape[0]
-    if batch == 1 and sequence.shape[0] == 1:
-        return sequence[0].index_select(0, tokens[0]).unsqueeze(0)
-    return sequence.expand(batch, *sequence.shape[1:])[torch.arange(batch, device=tokens.device)[:, None], tokens]
+    return eliminate(sequence.expand(tokens.shape[0], *sequence.shape[1:]), tokens)
 
 
 def dropped_tokens(tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
@@ -156,8 +155,7 @@ def block_pairs(
         allowed = mask.mask_mod(sample, torch.zeros_like(sample), first[:, None], last)
         allowed = allowed.expand(stream.shape[0], len(first), len(first))
     elif isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        entries = mask[:, 0, first[:, None], last]
-        allowed = entries if entries.dtype == torch.bool else entries > torch.finfo(entries.dtype).min / 2
+        allowed = allows(mask[:, 0, first[:, None], last])
     elif documents is not None:
         allowed = documents[:, first, None] == documents[:, None, last]
     else:
@@ -212,9 +210,7 @@ def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
     check_mask(mask, length)
     if mask.dim() == 2:
         return mask.bool().expand(batch, length)
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    real = diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-    return real.expand(batch, length)
+    return allows(mask[:, 0].diagonal(dim1=-2, dim2=-1)).expand(batch, length)
 
 
 def labelled_tokens(labels: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor | None:

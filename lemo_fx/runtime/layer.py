@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 STATE = "_lemo_fx"
 """Instance attribute of a rewritten module that holds its `Installed` record."""
 
-
 CHECKPOINTS_ALWAYS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 """Whether transformers checkpoints a layer, and takes its cache away, without gradients too (before 5.24)."""
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lemo_fx.cli import demo
 from lemo_fx.cli.app import app
+from lemo_fx.cli.options import PlanOptions
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import StorageError
 from lemo_fx.files import writing
@@ -78,22 +79,31 @@ def test_inspect_a_config(config, tmp_path):
     assert len(stages) > 4
 
 
-def test_inspect_shows_what_transform_would_do(config, tmp_path):
+def test_options_change_a_preset():
     # Of four layers the second is a third of the way from the lowest share to the highest.
-    for options, keep in ([], "keep 0.3542"), (["--preset", "fast"], "keep 0.275"), (["--keep", "0.9"], "keep 0.9"):
-        result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
-        row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
-        assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", keep]
-        assert ("float8" in row) == ("--preset" in options)
-    for options, shown in (
-        (["--slope", "0.2"], "keep 0.4042"),
-        (["--score", "random"], "keep 0.3542"),
-        (["--eliminated", "skip"], "keep 0.4375"),
-        (["--score", "predicted"], "predictors: untrained, of their real size"),
+    for given, keep in (
+        ({}, 0.3542),
+        ({"preset": "fast"}, 0.275),
+        ({"keep": 0.9}, 0.9),
+        ({"slope": 0.2}, 0.4042),
+        ({"score": "random"}, 0.3542),
+        ({"eliminated": "skip"}, 0.4375),
     ):
-        result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), *options])
-        assert result.exit_code == 0, result.output
-        assert shown in result.output
+        plan = PlanOptions(**given).config()
+        assert plan.attention.at_layer("keep", 1, 4) == pytest.approx(keep, abs=1e-4)
+        assert plan.float8_everywhere == ("preset" in given)
+        assert plan.attention.score == given.get("score", "auto")
+        assert plan.attention.eliminated == given.get("eliminated", "exact")
+
+
+def test_inspect_shows_what_transform_would_do(config, tmp_path):
+    result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), "--preset", "fast"])
+    row = next(line for line in result.output.splitlines() if "model.layers.1" in line and "attention" in line)
+    assert [cell.strip() for cell in row.split("│")[3:6]] == ["exact", "step", "keep 0.275"]
+    assert "float8" in row
+    result = runner.invoke(app, ["inspect", str(config), "--out", str(tmp_path), "--score", "predicted"])
+    assert result.exit_code == 0, result.output
+    assert "predictors: untrained, of their real size" in result.output
 
 
 def test_inspect_reads_a_plan(config, tmp_path):
@@ -238,11 +248,10 @@ def test_demo(tmp_path):
 
 
 def test_the_demo_shows_the_default_and_a_preset_and_lemos_rule():
-    settings = demo.Settings()
-    assert settings.plan("careful") == LemoConfig()
-    assert settings.plan("fast") == LemoConfig.preset("fast", forward="model", backward="model")
-    assert settings.plan("lemo").attention == Elimination(score="measured")
-    assert not settings.plan("lemo").predicts
+    assert demo.plan_of("careful", predicted=False) == LemoConfig()
+    assert demo.plan_of("fast", predicted=False) == LemoConfig.preset("fast", forward="model", backward="model")
+    assert demo.plan_of("lemo", predicted=False).attention == Elimination(score="measured")
+    assert not demo.plan_of("lemo", predicted=False).predicts
 
 
 def test_figures_over_the_demos_bars_do_not_touch():
