@@ -23,6 +23,7 @@ from torch import fx, nn
 from transformers.utils import ModelOutput
 
 from lemo_fx.errors import CaptureError
+from lemo_fx.graph.anatomy import config_in_words
 from lemo_fx.kernels.private import with_kwargs
 
 SPLAT = "_splat_"
@@ -265,7 +266,7 @@ def matters_when_absent(
     own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
     # What it does for an argument that is left out may hang on a config that the graph does not show.
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
-    key = (function, optional, own, *map(repr, configs.values()), readable_code(graph, "Forward"))
+    key = (function, optional, own, *map(config_in_words, configs.values()), readable_code(graph, "Forward"))
     if key not in _known:
         _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
     return _known[key]

@@ -1,5 +1,7 @@
 """torch.compile: no graph break, and a number of compilations that no budget, length or step makes grow."""
 
+import itertools
+
 import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition
@@ -118,6 +120,40 @@ def test_any_threshold_and_count_compiles_once(monkeypatch):
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
 
 
+def test_a_branch_is_recomputed_in_as_few_pieces_as_its_largest_share_needs(monkeypatch):
+    monkeypatch.setattr(branch, "SEGMENT", 16)
+    site = Elimination(keep=[0.1, 0.25, 0.25], score="random")
+    model = transformed(None, 3, checkpointing=True, mlp=site, dense_layers=())
+    inputs, pieces = batch(1, 80), []
+    expected = step(model, inputs)
+    torch.compiler.reset()
+
+    def count(graph, _):
+        """24 tokens of 80 are the largest share, of which the first layer keeps 16."""
+        pieces.append(
+            sum(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes)
+        )
+        return graph.forward
+
+    for layer in model.get_decoder().layers:
+        layer.compile(fullgraph=True, backend=count)
+    assert_same_step(step(model, inputs), expected, "compiled")
+    torch.compiler.reset()
+    assert {*pieces} == {1 + 2}
+
+
+@pytest.mark.slow
+def test_models_of_more_kinds_than_dynamo_compiles_of_one_code():
+    treatments = [None, Elimination(0.5, score="random"), HALF, Elimination(0.5, eliminated="exact", score="step")]
+    pairs = list(itertools.product(treatments, repeat=2))[1 : torch._dynamo.config.recompile_limit + 2]
+    torch.compiler.reset()
+    for attention, mlp in pairs:
+        model = lemo_fx.transform(tiny("llama", 1), LemoConfig(attention, mlp, block_size=8, dense_layers=()))
+        model.model.layers[0].compile(fullgraph=True, backend="eager")
+        model(**batch(1, 64))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("treatment", "segment", "other"),
     [("skip", None, (16, 1e-6, 4)), ("exact", 16, (32, 1e-4, 2))],
@@ -168,6 +204,8 @@ def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(reco
     dense, sparse = forwards[0], forwards[1]
     whole = 64 * sum(w.weight.numel() for w in layers[2].modules() if type(w) is nn.Linear and min(w.weight.shape) > 8)
     assert rows_multiplied(dense) == whole
+    # Its values are those of every row: none is moved.
+    assert not any(node.target is torch.ops.lemo_fx.restore.default for node in sparse.graph.nodes)
     if recompute == "all":
         assert rows_multiplied(sparse) == whole
     else:
