@@ -286,6 +286,24 @@ def _matters(
     return _text_without(graph, name) != _text_without(without, name)
 
 
+def reads_use_cache(layer: nn.Module) -> bool:
+    """Whether a layer's forward computes another stream when it is asked for a cache, beyond handing that on."""
+    if "use_cache" not in argument_names(layer):
+        return False
+    texts = []
+    for value in (False, True):
+        try:
+            graph = capture(layer, {**ABSENT_IN_TRAINING, "use_cache": value})
+        except CaptureError:
+            return False
+        output = next(n for n in graph.nodes if n.op == "output")
+        # The cache may be returned beside the stream.
+        output.args = tuple(v[0] if isinstance(v, tuple | list) else v for v in output.args)
+        remove_dead_nodes(graph)
+        texts.append(re.sub(r"\b(True|False)\b", "", readable_code(graph, "Forward")))
+    return texts[0] != texts[1]
+
+
 def _text_without(graph: fx.Graph, name: str) -> str:
     """A graph's code with None wherever it reads this argument."""
     node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
