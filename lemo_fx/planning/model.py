@@ -177,7 +177,7 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
 
 
 def _refuse_what_a_cache_changes(anatomy: Anatomy) -> None:
-    """Raise where layers compute something else with the model's default cache: a rewritten model makes none in training.
+    """Raise where layers compute something else with the default cache: a rewritten model makes none in training.
 
     Those that have one number read each other's keys from it.
     """
