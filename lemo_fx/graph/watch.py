@@ -25,6 +25,8 @@ from lemo_fx.graph.token_wise import is_quantised
 from lemo_fx.kernels.private import tree_leaves
 
 SEQUENCES = (torch.arange, torch.linspace, torch.range)
+LIKE = (torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)
+"""Methods that read the kind or shape of another tensor, and none of its values."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ def watch(layer: nn.Module, given: Mapping[str, Any]) -> Watched:
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
             seen.within.append(name)
 
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
-            seen.note(out)
+        def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            seen.follow((args, kwargs), out)
             seen.within.pop()
 
         hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
+        hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     # Quantised layers keep what they unpacked.
     plain = {name for name, module in modules.items() if not is_quantised(module)}
     buffers = {(name, k): b for name in plain for k, b in modules[name]._buffers.items() if b is not None}
@@ -163,10 +165,14 @@ class _Seen(TorchFunctionMode):
         self.numbering: set[str] = set()
         self.made: list[tuple[str, weakref.ref[torch.Tensor]]] = []
         self._ids: set[int] = set()
-        self.note(stream)
+        self._note(stream)
 
-    def note(self, values: Any) -> None:
-        """Remember what was made of the stream."""
+    def follow(self, given: Any, made: Any) -> None:
+        """Remember what was made, if the stream is in what it was made of."""
+        if any(id(value) in self._ids for value in tree_leaves(given)):
+            self._note(made)
+
+    def _note(self, values: Any) -> None:
         for value in tree_leaves(values):
             if isinstance(value, torch.Tensor) and id(value) not in self._ids:
                 self._ids.add(id(value))
@@ -177,8 +183,7 @@ class _Seen(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in SEQUENCES and out.numel() == LENGTH:
             self.numbering.update(self.within)
-        if any(id(value) in self._ids for value in tree_leaves((args, kwargs))):
-            self.note(out)
+        self.follow(args[:1] if func in LIKE else (args, kwargs), out)
         return out
 
     def left(self) -> dict[str, tuple[int, ...]]:

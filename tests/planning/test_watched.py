@@ -197,6 +197,19 @@ def test_a_layer_whose_own_forward_leaves_something_stays_as_it_is():
     )
 
 
+class Cast(nn.Linear):
+    """Keeps a weight of its own in the dtype of what it is given (PEFT's BOFT)."""
+
+    def forward(self, x):
+        self.last = self.weight.to(x)
+        return nn.functional.linear(x, self.last)
+
+
+def test_a_weight_that_is_kept_as_it_was_cast_is_none():
+    model = with_mlps(lambda: Cast(32, 32))
+    assert {site.eliminated for site in lemo_fx.report(lemo_fx.transform(model, sparse())).sites} == {"exact"}
+
+
 def test_a_weight_that_a_hook_makes_anew_is_none():
     model = tiny("llama")
     for layer in model.model.layers:
