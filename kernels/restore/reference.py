@@ -16,5 +16,4 @@ def restore(stream: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> t
 def restore_exact(stream: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """stream + values; the gradient that belongs to `values` at tokens flows into rows instead."""
     del rows, tokens
-    # One operation: while compiling, torch 2.11 loses the gradient of a result that is an intermediate as well.
     return stream + values

@@ -160,6 +160,11 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def config_in_words(config: Any) -> str:
+    """Equal for configs that say the same, whatever is in them: a config that holds tensors has no JSON."""
+    return repr(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
 def longest_context(config: Any) -> int | None:
     """The tokens that a model of this transformers config reads at most; None where it does not say."""
     longest = getattr(text_config(config), "max_position_embeddings", None)

@@ -23,6 +23,7 @@ from torch import fx, nn
 from transformers.utils import ModelOutput
 
 from lemo_fx.errors import CaptureError
+from lemo_fx.graph.anatomy import config_in_words
 from lemo_fx.kernels.private import with_kwargs
 
 SPLAT = "_splat_"
@@ -281,7 +282,7 @@ def matters_when_absent(
     own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
     # What it does for an argument that is left out may hang on a config that the graph does not show.
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
-    key = (function, optional, own, *map(repr, configs.values()), readable_code(graph, "Forward"))
+    key = (function, optional, own, *map(config_in_words, configs.values()), readable_code(graph, "Forward"))
     if key not in _known:
         _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
     return _known[key]
@@ -299,6 +300,24 @@ def _matters(
     except CaptureError:
         return True
     return _text_without(graph, name) != _text_without(without, name)
+
+
+def reads_use_cache(layer: nn.Module) -> bool:
+    """Whether a layer's forward computes another stream when it is asked for a cache, beyond handing that on."""
+    if "use_cache" not in argument_names(layer):
+        return False
+    texts = []
+    for value in (False, True):
+        try:
+            graph = capture(layer, {**ABSENT_IN_TRAINING, "use_cache": value})
+        except CaptureError:
+            return False
+        output = next(n for n in graph.nodes if n.op == "output")
+        # The cache may be returned beside the stream.
+        output.args = tuple(v[0] if isinstance(v, tuple | list) else v for v in output.args)
+        remove_dead_nodes(graph)
+        texts.append(re.sub(r"\b(True|False)\b", "", readable_code(graph, "Forward")))
+    return texts[0] != texts[1]
 
 
 def _text_without(graph: fx.Graph, name: str) -> str:

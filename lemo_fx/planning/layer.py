@@ -53,6 +53,10 @@ def _rewrite_layer(
         faults: by site, what an earlier proof found.
     """
     config = planning.config
+    left = planning.proofs.watched(layer).left_by_layer
+    if left:
+        # Before it is captured, which would leave others a node of the graph.
+        raise _refused(planning, name, layer, left)
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
         kinds = _kinds(layer, graph, planning.proofs)

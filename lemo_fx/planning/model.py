@@ -14,6 +14,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
+from lemo_fx.graph.capture import reads_use_cache
 from lemo_fx.passes.pipeline import PASSES, Pass
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
@@ -158,7 +159,8 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
                 f"{name}.forward was replaced on the instance (a device_map hook?), so a rewritten class would never "
                 "be called: load the model without device_map, or remove the hook, before lemo_fx.transform"
             )
-    _refuse_a_shared_cache(anatomy)
+    if getattr(text_config(anatomy.config), "use_cache", False):
+        _refuse_what_a_cache_changes(anatomy)
     if getattr(anatomy.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model: its decoder attends to an encoder, so it is no "
@@ -174,22 +176,26 @@ def _check_model(anatomy: Anatomy, config: LemoConfig) -> None:
         raise ConfigError(f"block_size={config.block_size} does not fit: the model reads at most {longest} tokens")
 
 
-def _refuse_a_shared_cache(anatomy: Anatomy) -> None:
-    """Raise where layers that have one number would read each other's keys from the model's default cache.
+def _refuse_what_a_cache_changes(anatomy: Anatomy) -> None:
+    """Raise where layers compute something else with the default cache: a rewritten model makes none in training.
 
-    A rewritten model makes no cache in training, so that it would compute something else.
+    Those that have one number read each other's keys from it.
     """
-    text = text_config(anatomy.config)
-    if not getattr(text, "use_cache", False):
-        return
+    mend = "Set model.config.use_cache = False"
+    for kind, (name, layer) in {type(layer): (name, layer) for name, layer in anatomy.layers}.items():
+        if reads_use_cache(layer):
+            raise UnsupportedModelError(
+                f"{name}: the forward of {kind.__name__} computes something else with use_cache=True, which the model "
+                f"asks for by default, than without, as a rewritten model is called in training. {mend}"
+            )
     numbered: dict[Any, str] = {}
-    for name, layer in anatomy.layers[: getattr(text, "num_hidden_layers", None)]:
+    for name, layer in anatomy.layers[: getattr(text_config(anatomy.config), "num_hidden_layers", None)]:
         numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)}
         for number in (n for n in numbers if isinstance(n, int)):
             if number in numbered:
                 raise UnsupportedModelError(
                     f"{name} and {numbered[number]} both have layer_idx={number}: in training too, transformers' "
-                    "default cache shows the later one the keys of the earlier. Set model.config.use_cache = False, "
+                    f"default cache shows the later one the keys of the earlier. {mend}, "
                     "or give each layer's attention a layer_idx of its own, before lemo_fx.transform"
                 )
             numbered[number] = name

@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import LemoError
+from lemo_fx.graph.anatomy import config_in_words
 from lemo_fx.graph.probe import Probe, record
 from lemo_fx.graph.sites import Site
 from lemo_fx.graph.watch import Watched, watch
@@ -47,8 +48,7 @@ class Proofs:
         self.obstacle = ""
         if any(isinstance(layer, FSDPModule) for layer in layers):
             self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
-        config: Any = getattr(model, "config", None)
-        self.key = (type(model), config.to_json_string() if hasattr(config, "to_json_string") else None)
+        self.key = (type(model), config_in_words(getattr(model, "config", None)))
 
     def fault(self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site]) -> Fault | None:
         """What is wrong with a rewritten layer; None where nothing is, or it cannot be proven (`obstacle` says why).

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lemo_fx.graph.anatomy import Anatomy
+from lemo_fx.graph.anatomy import Anatomy, config_in_words
 from lemo_fx.graph.capture import graph_module
 from lemo_fx.graph.probe import PADDED, in_a_line, probe_inputs, quiet, with_weights
 from lemo_fx.runtime.head import SegmentedLoss
@@ -65,14 +65,13 @@ def _key(
 ) -> tuple[Any, ...]:
     projection: Any = head.get_output_embeddings()  # type: ignore[operator]
     weights = [(name, p.shape, p.dtype, p.device.type, p.requires_grad) for name, p in projection.named_parameters()]
-    config: Any = head.config
     called = [n.target for n in graph.nodes if n.op == "call_function"]
     codes = [str(g) for g in (graph, *functions.values())]
     forward = type(head).forward
     return (
         type(head),
         forward,
-        config.to_json_string(),
+        config_in_words(head.config),
         type(projection),
         *weights,
         *called,

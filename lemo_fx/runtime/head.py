@@ -238,7 +238,7 @@ class HeadForward:
             return self.forward
         own = vars(model).get("forward")
         forward = self.forward if own is None else telling_labels(_unbound(own))
-        # torch 2.11 cannot compile the making of a bound method; libraries look for one (accelerate for `__func__`).
+        # Dynamo does not trace the making of a bound method; libraries look for one (accelerate for `__func__`).
         return functools.partial(forward, model) if torch.compiler.is_compiling() else MethodType(forward, model)
 
     def __set__(self, model: nn.Module, forward: Callable) -> None:

@@ -1,5 +1,7 @@
 """torch.compile: no graph break, and a number of compilations that no budget, length or step makes grow."""
 
+import itertools
+
 import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.float8_linear import reference
 from lemo_fx.kernels.select_blocks import op
 from lemo_fx.runtime import branch
 
@@ -119,6 +122,40 @@ def test_any_threshold_and_count_compiles_once(monkeypatch):
     assert len({select.record.kept_tokens for select in selections(model).values()}) > 2
 
 
+def test_a_branch_is_recomputed_in_as_few_pieces_as_its_largest_share_needs(monkeypatch):
+    monkeypatch.setattr(branch, "SEGMENT", 16)
+    site = Elimination(keep=[0.1, 0.25, 0.25], score="random")
+    model = transformed(None, 3, checkpointing=True, mlp=site, dense_layers=())
+    inputs, pieces = batch(1, 80), []
+    expected = step(model, inputs)
+    torch.compiler.reset()
+
+    def count(graph, _):
+        """24 tokens of 80 are the largest share, of which the first layer keeps 16."""
+        pieces.append(
+            sum(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes)
+        )
+        return graph.forward
+
+    for layer in model.get_decoder().layers:
+        layer.compile(fullgraph=True, backend=count)
+    assert_same_step(step(model, inputs), expected, "compiled")
+    torch.compiler.reset()
+    assert {*pieces} == {1 + 2}
+
+
+@pytest.mark.slow
+def test_models_of_more_kinds_than_dynamo_compiles_of_one_code():
+    treatments = [None, Elimination(0.5, score="random"), HALF, Elimination(0.5, eliminated="exact", score="step")]
+    pairs = list(itertools.product(treatments, repeat=2))[1 : torch._dynamo.config.recompile_limit + 2]
+    torch.compiler.reset()
+    for attention, mlp in pairs:
+        model = lemo_fx.transform(tiny("llama", 1), LemoConfig(attention, mlp, block_size=8, dense_layers=()))
+        model.model.layers[0].compile(fullgraph=True, backend="eager")
+        model(**batch(1, 64))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("treatment", "segment", "other"),
     [("skip", None, (16, 1e-6, 4)), ("exact", 16, (32, 1e-4, 2))],
@@ -169,6 +206,8 @@ def test_a_checkpointed_exact_layer_computes_kept_rows_in_the_backward_only(reco
     dense, sparse = forwards[0], forwards[1]
     whole = 64 * sum(w.weight.numel() for w in layers[2].modules() if type(w) is nn.Linear and min(w.weight.shape) > 8)
     assert rows_multiplied(dense) == whole
+    # Its values are those of every row: none is moved.
+    assert not any(node.target is torch.ops.lemo_fx.restore.default for node in sparse.graph.nodes)
     if recompute == "all":
         assert rows_multiplied(sparse) == whole
     else:
@@ -244,13 +283,27 @@ def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
     assert sum(v.is_floating_point() and {40, 80} & {*v.shape} != set() for v in values) == rows
 
 
-@pytest.mark.parametrize(
-    "checkpointing",
-    [pytest.param(False, marks=pytest.mark.slow), True],
-    ids=["plain_activations", "checkpointing"],
-)
-def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing):
+@torch.library.custom_op("lemo_tests::float8_product", mutates_args=())
+def float8_product(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """One operation, as on a GPU: nothing that reads a weight in float8 can be computed again for less."""
+    return (a.float() @ b.float()) * scale * other
+
+
+@float8_product.register_fake
+def _(a, b, scale, other):
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+def float8_linear(x, weight, again=False):
+    (rows, scale), (columns, other) = reference.quantise(x.flatten(0, -2)), reference.quantise(weight, again)
+    out = float8_product(rows, columns.contiguous().t(), scale, other.t())
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
+def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing, monkeypatch):
     """`exact` rounds each weight for its values and again for its kept rows; rounded once, it would be kept between."""
+    monkeypatch.setattr(reference, "float8_linear", float8_linear)
     model = with_lora(tiny("llama", 1))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -262,8 +315,9 @@ def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing):
         bw_compiler=lambda graph, _: backwards.append(graph) or make_boxed_func(graph.forward),
         partition_fn=min_cut_rematerialization_partition,
     )
+    expected = step(model, batch(1, 80))
     model.get_decoder().layers[0].compile(fullgraph=True, backend=collect)
-    step(model, batch(1, 80))
+    assert_same_step(step(model, batch(1, 80)), expected, "compiled")
     torch.compiler.reset()
     (graph,) = backwards
     saved = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder" and not n.name.startswith("primals")]

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, UnsupportedModelError
 
 EXTRA = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(1))
 
@@ -65,6 +65,41 @@ def test_a_layer_does_with_an_argument_what_it_would(treatment):
                 torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=2e-6)
             else:
                 assert_same_step(expected, found, "fp32")
+
+
+class Cached(Asking):
+    """Computes more when it is asked for a cache, unless its factor is 1."""
+
+    factor = 2
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, use_cache=False, **kwargs):
+        out = super().forward(hidden_states, attention_mask, position_embeddings)
+        if use_cache:
+            out = self.factor * out if self.factor != 1 else out
+        return out
+
+    def add(self, x, *others):
+        return x
+
+
+def test_a_layer_that_asks_whether_to_fill_a_cache(monkeypatch):
+    def with_cached(**settings):
+        model = tiny("llama", **settings)
+        for index, layer in enumerate(model.model.layers):
+            cached = Cached(model.config, index)
+            cached.load_state_dict(layer.state_dict())
+            model.model.layers[index] = cached
+        return model.train()
+
+    site = Elimination(keep=1.0, score="random")
+    config = LemoConfig(site, site, block_size=8, dense_layers=())
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*use_cache=True.*Set model\.config\.use_cache = False"):
+        lemo_fx.transform(with_cached(), config)
+    for settings in ({"use_cache": False}, {}):
+        expected, model = with_cached(**settings), lemo_fx.transform(with_cached(**settings), config)
+        assert_same_step(step(expected, batch(2, 64)), step(model, batch(2, 64)), "fp32")
+        # What is asked without consequence is no obstacle.
+        monkeypatch.setattr(Cached, "factor", 1)
 
 
 class Weighing(LlamaForCausalLM):

@@ -7,9 +7,10 @@ import torch
 from tiny import assert_same_step, batch, gradients, tiny
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
+from transformers.models.llama import modeling_llama
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, UnsupportedModelError
 
 
 class Balanced(nn.Module):
@@ -32,6 +33,30 @@ class Listed(Balanced):
     def forward(self, x):
         self.losses.append(self.router(x).softmax(-1).mean((0, 1)).pow(2).sum())
         return self.inner(x)
+
+
+LOSSES = []
+"""As libraries of experts keep them (megablocks): of all layers, in one place."""
+
+
+class Global(Balanced):
+    def forward(self, x):
+        LOSSES.append(self.router(x).softmax(-1).mean((0, 1)).pow(2).sum())
+        return self.inner(x)
+
+
+def enclosed():
+    """A class whose forward writes what its function's other reads."""
+    last = {}
+
+    class Enclosed(Balanced):
+        loss = property(lambda self: last[self])
+
+        def forward(self, x):
+            last[self] = self.router(x).softmax(-1).mean((0, 1)).pow(2).sum()
+            return self.inner(x)
+
+    return Enclosed
 
 
 class Counting(Balanced):
@@ -85,17 +110,22 @@ def sparse():
 def three_losses(model):
     """Of three steps, with what modules left added; and the buffers at the end."""
     found = []
+    LOSSES.clear()
     for seed in range(3):
         loss = model(**batch(2, 64, seed=seed)).loss
         for layer in model.model.layers:
             loss = loss + getattr(layer.mlp, "loss", 0) + sum(vars(layer.mlp).get("losses", [])[-1:])
+        loss = loss + sum(LOSSES)
+        LOSSES.clear()
         loss.backward()
         found.append(loss.detach())
     return torch.stack(found), {n: b.clone() for n, b in model.named_buffers() if "lemo" not in n and "mlp" in n}
 
 
 @pytest.mark.parametrize(
-    "kinds", [(Balanced, Listed), (Counting, Normed), (Spectral,)], ids=["left", "counted", "power"]
+    "kinds",
+    [(Balanced, Listed, Global, enclosed()), (Counting, Normed), (Spectral,)],
+    ids=["left", "counted", "power"],
 )
 def test_a_module_that_keeps_something_of_what_it_sees_stays_dense(kinds):
     for kind in kinds:
@@ -110,6 +140,74 @@ def test_a_module_that_keeps_something_of_what_it_sees_stays_dense(kinds):
         torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=2e-6)
         for name, buffer in expected[1].items():
             torch.testing.assert_close(found[1][name], buffer, rtol=1e-4, atol=1e-5)
+
+
+class Sharing(modeling_llama.LlamaAttention):
+    """Adds the first layer's values, which lie in a dictionary of its class."""
+
+    values = {}  # noqa: RUF012
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        assert modeling_llama.ALL_ATTENTION_FUNCTIONS, "how lemo_fx knows an attention"
+        if self.layer_idx == 0:
+            self.values["first"] = self.v_proj(hidden_states)
+        out, weights = super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        return out + self.o_proj(self.values["first"].repeat(1, 1, 2)), weights
+
+
+class Stashing(modeling_llama.LlamaDecoderLayer):
+    """Its own forward, not a module of it, leaves something."""
+
+    def forward(self, hidden_states, **kwargs):
+        LOSSES.append(hidden_states.pow(2).mean())
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def with_layers(kind):
+    model = tiny("llama", 3)
+    for index, layer in enumerate(model.model.layers):
+        made = kind(model.config, index)
+        if kind is Sharing:
+            made.load_state_dict(layer.self_attn.state_dict())
+            layer.self_attn = made
+        else:
+            made.load_state_dict(layer.state_dict())
+            model.model.layers[index] = made
+    return model.train()
+
+
+def test_values_that_layers_share_past_their_arguments():
+    expected, model = with_layers(Sharing), lemo_fx.transform(with_layers(Sharing), sparse())
+    notes = [site.note for site in lemo_fx.report(model).sites if site.site == "attention"]
+    assert "leaves a tensor" in notes[0]
+    assert all("left dense" in note for note in notes)
+    torch.testing.assert_close(three_losses(model)[0], three_losses(expected)[0], rtol=1e-4, atol=2e-6)
+
+
+def test_a_layer_whose_own_forward_leaves_something_stays_as_it_is():
+    model = with_layers(Stashing)
+    with pytest.raises(UnsupportedModelError, match="leaves a tensor"):
+        lemo_fx.transform(model, sparse())
+    assert all(isinstance(loss, torch.Tensor) for loss in LOSSES)
+    model.model.layers[1] = tiny("llama", 3).model.layers[1]
+    expected = copy.deepcopy(model)
+    torch.testing.assert_close(
+        three_losses(lemo_fx.transform(model, sparse()))[0], three_losses(expected)[0], rtol=1e-4, atol=2e-6
+    )
+
+
+class Cast(nn.Linear):
+    """Keeps a weight of its own in the dtype of what it is given (PEFT's BOFT)."""
+
+    def forward(self, x):
+        self.last = self.weight.to(x)
+        return nn.functional.linear(x, self.last)
+
+
+def test_a_weight_that_is_kept_as_it_was_cast_is_none():
+    model = with_mlps(lambda: Cast(32, 32))
+    assert {site.eliminated for site in lemo_fx.report(lemo_fx.transform(model, sparse())).sites} == {"exact"}
 
 
 def test_a_weight_that_a_hook_makes_anew_is_none():
