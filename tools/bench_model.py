@@ -176,17 +176,22 @@ EXACT = "exact-0.5-compiled-checkpointed"
 BOUNDS = {
     "float32": {"loss": 1e-5, "values": 1e-4, "gradient": 1e-3},
     "bfloat16": {"loss": 2e-3, "values": 5e-2, "gradient": 1e-1},
-    "float8": {"loss": 5e-3, "values": 2e-1, "gradient": 3e-1},
+    "float8": {"loss": 5e-3, "values": 3e-1, "gradient": 5e-1},
 }
-"""Largest relative errors by precision: of the loss; of a token's hidden state; of a parameter's gradient."""
+"""Largest relative errors by precision: of the loss; of a token's hidden state; of a parameter's gradient.
+
+In float8 the worst token and parameter of 8B shapes with random weights reach 0.20 and 0.33 on an H200 where nothing is
+wrong: a last bit of bfloat16 moves an input to the next of float8's values, LoRA's without elimination too. Those bounds
+see wrong matmuls alone; that the plan is right is seen without float8.
+"""
 
 
 def gate(shape: str, device: torch.device, adapters: str, variants: Sequence[Variant]) -> dict[str, dict[str, float]]:
     """Relative errors by variant: of plans as they are timed, and of `exact` at 0.5 in float32 and as models are timed.
 
     On a model cut to four layers. The loss is compared with the original's where the plan is `exact`, else with the
-    reference's (`masked_reference`), hidden states and gradients with the reference's. Where a plan is all in float8,
-    so are the reference's frozen layers: random weights at 8B make a third of a token's hidden state of that rounding.
+    reference's (`masked_reference`), hidden states and gradients with the reference's. Plans in float8 are compared without
+    it, and then with it: where a plan is all in float8, so are the reference's frozen layers.
 
     Raises:
         SystemExit: one is larger than rounding explains.
@@ -205,6 +210,11 @@ def gate(shape: str, device: torch.device, adapters: str, variants: Sequence[Var
             continue
         rounded = "float8" in (variant.config.forward, variant.config.backward)
         precision = "float8" if rounded else "bfloat16" if half else "float32"
+        if rounded:
+            unrounded = dataclasses.replace(variant.config, forward="model", backward="model", base="model")
+            words = f"{variant.name}, without float8"
+            precise = "bfloat16" if half else "float32"
+            found[words] = _gated(model, dataclasses.replace(variant, name=words, config=unrounded), precise, device)
         found[variant.name] = _gated(model, variant, precision, device)
     return found
 

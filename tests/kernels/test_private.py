@@ -98,6 +98,13 @@ def test_products_of_experts_and_in_float8_are_what_the_policies_name():
     assert private.SCALED_PRODUCT in ops.seen
 
 
+def test_graphs_of_rewritten_layers_are_kept_in_torchs_caches():
+    """Else every process would compile them again; `test_compile.py` sees that they are found."""
+    private.cache_functions()
+    assert torch.ops.higher_order.autograd_function_apply.cacheable()
+    assert torch._prims.rng_prims.graphsafe_run_with_rng_state.cacheable()
+
+
 def test_a_recompute_is_told_from_a_forward():
     """Else it would choose its blocks anew: silently wrong gradients."""
     seen = []
