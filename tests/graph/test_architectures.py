@@ -140,7 +140,7 @@ def test_what_has_no_attention_that_can_be_told_of_kept_tokens_is_named():
     assert "BertSelfAttention in BertLayer, is not causal" in refusal(transformers.BertForMaskedLM(config))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text", "hy_v4"])
 def test_several_residual_streams_are_named(model_type):
     words = refusal(tiny_model(model_type))
     assert "its 'hidden_states' have 4 axes: several residual streams side by side" in words
