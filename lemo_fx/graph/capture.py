@@ -56,6 +56,8 @@ class Tracer(fx.Tracer):
         constants: values to hold in place of some arguments.
         leaf_functions: functions to record as one node instead of tracing into them.
         properties: attributes of the module whose value is a function to record as one node.
+        equal: what the forward is told where it asks whether two values are the same; None for an error, as for any
+            other question about a value.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Tracer(fx.Tracer):
         constants: Mapping[str, Any] | None = None,
         leaf_functions: tuple[Callable, ...] = (),
         properties: tuple[str, ...] = (),
+        equal: bool | None = None,
     ) -> None:
         super().__init__()
         self.constants = constants or {}
         self.leaf_functions = leaf_functions
         self.properties = properties
+        self.equal = equal
         self.thread = threading.get_ident()
 
     def call_module(
@@ -87,6 +91,12 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every submodule is one node."""
         return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """See `equal`."""
+        if self.equal is None or obj.node.target is not operator.eq:
+            return super().to_bool(obj)
+        return self.equal
 
     def keys(self, obj: fx.Proxy) -> Any:
         """`**proxy` is the only way that a captured forward uses a mapping."""
@@ -188,22 +198,24 @@ def capture(
     constants: Mapping[str, Any] | None = None,
     leaf_functions: tuple[Callable, ...] = (),
     properties: tuple[str, ...] = (),
+    equal: bool | None = None,
 ) -> fx.Graph:
-    """The graph of `module.forward`, with submodules as `call_module` nodes.
+    """The graph of `module.forward`, with submodules as `call_module` nodes; for the arguments see `Tracer`.
 
     Raises:
         CaptureError: the forward branches on the value of a tensor, or otherwise cannot be written as a graph.
     """
-    tracer = Tracer(constants, leaf_functions, properties)
+    tracer = Tracer(constants, leaf_functions, properties, equal)
     training = vars(module)["training"]
     try:
         with PATCHING, tracer.recorded_leaves(module):
             graph = tracer.trace(module)
-    # Anything may come of a forward that is given proxies: fx itself raises NameError for a module made within it.
+    # Anything may come of a forward that is given proxies; fx itself raises NameError for a module made within it.
     except Exception as error:
         if isinstance(error, CaptureError):
             raise
-        raise CaptureError(f"the forward of {type(module).__name__} cannot be captured as a graph: {error}") from error
+        why = "it calls a module that it makes itself" if isinstance(error, NameError) else error
+        raise CaptureError(f"the forward of {type(module).__name__} cannot be captured as a graph: {why}") from error
     finally:
         vars(module)["training"] = training
     graph.owning_module = module  # type: ignore[assignment]

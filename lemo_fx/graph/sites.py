@@ -31,7 +31,7 @@ from lemo_fx.graph.token_wise import why_not_alone, why_not_elementwise, why_not
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
-SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to")
+SCALES = (operator.mul, torch.mul, operator.truediv, "mul", "to", "float")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     flow = nx.DiGraph((source, user) for source in nodes for user in source.users)
     if not isinstance(last, fx.Node) or entry not in flow or not nx.has_path(flow, entry, last):
         return [], [Refusal(entry.name, "does not reach the output")]
-    dominator = nx.immediate_dominators(flow, entry)
+    # A type is no way for values: the stream may be cast back to the type that it came in.
+    values = flow.subgraph(n for n in nodes if n.target is not getattr or n.args[1] not in ("dtype", "device"))
+    dominator = nx.immediate_dominators(values, entry)
     spine = [last]
     while spine[-1] is not entry:
         spine.append(dominator[spine[-1]])
@@ -168,7 +170,7 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
             kind: SiteKind = "attention" if attends(branch) else "mlp"
             branches.append(Site(kind, stream, add, branch, carrier, _mixer(graph, region), region, addends))
     if not branches:
-        return [], [Refusal(entry.name, "no residual add in sight: it may be hidden inside a submodule")]
+        return [], [_why_no_add(graph, spine)]
 
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -199,6 +201,21 @@ def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
             # What reads it comes before the add: it can be left where it is, but not be made a function.
             refusals.append(replace(refusal, site=None))
     return sites, refusals
+
+
+def _why_no_add(graph: fx.Graph, spine: list[fx.Node]) -> Refusal:
+    """What a layer does to its stream where it adds nothing to it.
+
+    Args:
+        spine: the values of the stream, the layer's input first.
+    """
+    if len(spine) == 1:
+        return Refusal(spine[0].name, "is returned as it comes: no residual add in sight")
+    node = spine[1]
+    if node.op != "call_module":
+        return Refusal(node.name, "makes the next residual stream and is no plain x + y: no residual add in sight")
+    kind = type(module_of(graph, node)).__name__
+    return Refusal(node.name, f"hands the residual stream through {kind}: no residual add in sight outside of it")
 
 
 def _region(flow: nx.DiGraph, below: set[fx.Node], node: fx.Node) -> set[fx.Node]:

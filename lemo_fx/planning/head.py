@@ -10,7 +10,15 @@ from torch import fx, nn
 
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, kinds_left_out, matters_when_absent, readable_code
+from lemo_fx.graph.capture import (
+    NO_CACHE,
+    PATCHING,
+    capture,
+    kinds_left_out,
+    matters_when_absent,
+    readable_code,
+    remove_dead_nodes,
+)
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
 from lemo_fx.planning.plans import Plan, Planning
@@ -72,14 +80,15 @@ def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str
     loss_function: Any = head.loss_function
     constants: dict[str, Any] = {"output_router_logits": False}
     leaves: dict[str, Any] = {"leaf_functions": (slicer,) if slicer else (), "properties": ("loss_function",)}
-    graph = capture(head, constants, **leaves)
+    graph = _captured(head, constants, leaves)
     # Segments are for calls with labels, and a call without token ids or embeddings is none.
     names = matters_when_absent(head, graph, constants, besides=("input_ids", "labels"), **leaves)
     presence = {name: name in GIVEN for name in names}
     absent = {name: None for name, given in presence.items() if not given}
     if absent:
         graph = capture(head, {**constants, **absent}, **leaves)
-    left_out = kinds_left_out(head, graph, {*constants, *presence, *NO_CACHE, "return_dict"})
+    known = constants.keys() - {"logits_to_keep"}
+    left_out = kinds_left_out(head, graph, {*known, *presence, *NO_CACHE, "return_dict"})
     captured = CapturedHead(readable_code(graph, "Forward"), {**constants, **absent}, leaves, numbers_of(head))
     segmented = SegmentedLoss(loss_function, slicer is not None, presence, left_out, captured)
     file = f"{anatomy.head_name or 'model'}.loss_head"
@@ -92,3 +101,27 @@ def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str
     if fault:
         raise CaptureError(fault)
     return graph, functions, segmented
+
+
+def _captured(head: nn.Module, constants: dict[str, Any], leaves: dict[str, Any]) -> fx.Graph:
+    """The graph of a causal model's own forward.
+
+    Gemma 4 asks by their number whether its hidden states were cut to `logits_to_keep` already. Where all are kept, the
+    answer must not matter: the graph is then one for such calls.
+
+    Args:
+        constants, leaves: what to capture it with; added to where the graph is for such calls alone.
+    """
+    try:
+        return capture(head, constants, **leaves)
+    except CaptureError:
+        every = {**constants, "logits_to_keep": 0}
+        cut, whole = (capture(head, every, **leaves, equal=answer) for answer in (True, False))
+        for node in cut.nodes:
+            if node.target in leaves["leaf_functions"] and node.args[1:] == (0,):
+                node.replace_all_uses_with(node.args[0])
+        remove_dead_nodes(cut)
+        if readable_code(cut, "Forward") != readable_code(whole, "Forward"):
+            raise
+        constants["logits_to_keep"], leaves["equal"] = 0, False
+        return whole

@@ -66,7 +66,7 @@ def _rewrite_layer(
     sites, refusals = find_sites(graph)
     original.found, original.kinds = summary(sites, refusals), kinds
     for refusal in refusals:
-        if refusal.site is None:
+        if refusal.site is None or why_no_stream(layer, planning.proofs.usual(layer)):
             raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")
     planned = [PlannedSite(site_name(site, sites), site, None) for site in sites]
     reasons = dict(faults)

@@ -191,7 +191,8 @@ def _refuse_what_a_cache_changes(anatomy: Anatomy) -> None:
     numbered: dict[Any, str] = {}
     for name, layer in anatomy.layers[: getattr(text_config(anatomy.config), "num_hidden_layers", None)]:
         numbers = {getattr(m, "layer_idx", None) for m in layer.modules() if is_softmax_attention(m)}
-        for number in (n for n in numbers if isinstance(n, int)):
+        # Zamba2's attentions have -1 and are told their numbers in each call.
+        for number in (n for n in numbers if isinstance(n, int) and n >= 0):
             if number in numbered:
                 raise UnsupportedModelError(
                     f"{name} and {numbered[number]} both have layer_idx={number}: in training too, transformers' "

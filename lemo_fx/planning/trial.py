@@ -291,9 +291,13 @@ class Trial:
         return {
             site.mixer: mask.masked_fill(~keys.get(site.branch, every)[:, None, None, :], lowest)
             for site, planned in zip(self.sites, self.rewrite.sites, strict=True)
-            # A layer that the model hands no square mask may have an attention that takes none.
-            if site.kind == "attention" and (planned.treatment or square)
+            # A layer that the model hands no square mask may have an attention that takes none, as may one that is not
+            # causal.
+            if site.kind == "attention" and (planned.treatment or (square and self._is_causal(site.mixer)))
         }
+
+    def _is_causal(self, mixer: fx.Node) -> bool:
+        return bool(getattr(self.rewrite.layer.get_submodule(str(mixer.target)), "is_causal", False))
 
     def _fault(self, site: str | None, expected: Any, found: Any, words: str) -> Fault | None:
         (values, gradients), (other_values, other_gradients) = expected, found

@@ -16,7 +16,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
-from lemo_fx.graph.capture import argument_names, build_module, by_name, capture, module_of, remove_dead_nodes
+from lemo_fx.graph.capture import (
+    argument_names,
+    build_module,
+    by_name,
+    capture,
+    matters_when_absent,
+    module_of,
+    remove_dead_nodes,
+)
 from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
@@ -103,8 +111,8 @@ class AttentionScore(nn.Module):
 class ActivationScore(nn.Module):
     """Block informativeness for an MLP from the activations that enter its down projection (LeMo section 4.1).
 
-    Where the MLP has no single such activation (a mixture of experts, a forward that cannot be captured), the magnitude
-    of its output stands in; `note` says so.
+    Where the MLP has no single such activation (a mixture of experts, a forward that cannot be captured or has optional
+    arguments that change it), the magnitude of its output stands in; `note` says so.
     """
 
     def __init__(self, mlp: nn.Module, block_size: int) -> None:
@@ -131,8 +139,8 @@ def _activation_of(mlp: nn.Module) -> tuple[Callable[..., torch.Tensor], str]:
         graph = capture(mlp)
     except CaptureError:
         graph = None
-    down = None if graph is None else _down_projection(graph)
-    if graph is None or down is None:
+    # A graph is for calls with every argument, and this module may be called with fewer.
+    if graph is None or matters_when_absent(mlp, graph) or (down := _down_projection(graph)) is None:
         return _output, "scored by the magnitude of its output: it has no single intermediate activation"
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (down.args[0],)

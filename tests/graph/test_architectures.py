@@ -3,14 +3,17 @@
 import pytest
 import torch
 import transformers
-from survey_architectures import EVERYTHING, batch, same, survey_one
-from tiny import TOLERANCE, step, with_lora
+from survey_architectures import EVERYTHING, batch, same, step, survey_one
+from tiny import TOLERANCE, with_lora
 from tiny_models import HEAD, tiny_model
+from torch.nn import functional
 
 import lemo_fx
 from lemo_fx import LemoConfig
+from lemo_fx.runtime.logits import LateLogits
 
 FAMILIES = {
+    "qwen3_5_text": {"linear_attn": "mixes tokens"},
     "qwen3_next": {"linear_attn": "mixes tokens"},
     "granitemoehybrid": {"mamba": "mixes tokens"},
     "falcon_h1": {"mamba": "mixes tokens"},
@@ -18,6 +21,8 @@ FAMILIES = {
     "lfm2": {"conv": "mixes tokens"},
     "bamba": {"mamba": "mixes tokens"},
     "qwen3_moe": {},
+    "olmoe": {},
+    "glm4v_moe": {},
     "deepseek_v3": {},
     "gpt_oss": {},
     "gemma4_text": {"attention": "shares its keys and values", "mlp_1": "'per_layer_input'"},
@@ -49,10 +54,73 @@ def test_lora(model_type):
         torch.manual_seed(0)
         model = with_lora(tiny_model(model_type), targets=["q_proj", "v_proj", "o_proj"])
         results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch("padded")))
-    original, everything, default = ((float(loss), gradients) for loss, gradients in results)
+    original, everything, default = results
     same("keep 1.0", original, everything)
     same("exact", original, default, gradients=False)
     assert all(gradient.isfinite().all() for gradient in default[1].values())
+
+
+@pytest.mark.parametrize("experts", ["all-linear", "target_parameters"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_lora_on_mixtures_of_experts(model_type, experts):
+    """PEFT adapts routers and shared experts by `all-linear`, experts in one tensor by their names."""
+    fused = ["experts.gate_up_proj", "experts.down_proj"]
+    how = {"targets": "all-linear"} if experts == "all-linear" else {"targets": ["q_proj"], "target_parameters": fused}
+    results = []
+    for plan in (None, EVERYTHING, LemoConfig(block_size=8)):
+        torch.manual_seed(0)
+        model = with_lora(tiny_model(model_type), **how)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch("padded")))
+    original, everything, default = results
+    assert any(".experts." in name for name in original[1]) or experts == "all-linear"
+    same("keep 1.0", original, everything)
+    same("exact", original, default, gradients=False)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+def test_a_head_that_asks_whether_its_hidden_states_were_cut(model_type, softcap):
+    """Gemma 4 asks by their number, which a graph cannot: with every logit kept it does not matter."""
+    model = tiny_model(model_type)
+    model.config.final_logit_softcapping = softcap
+    count = {"num_items_in_batch": torch.tensor(7)}
+    shifted = functional.pad(batch("plain")["labels"], (0, 1), value=-100)[:, 1:]
+    cut = {**batch("plain"), "logits_to_keep": 10, "shift_labels": shifted[:, -10:].contiguous()}
+    calls = [batch("plain"), batch("padded"), {**batch("packed"), **count}, {**batch("plain"), "logits_to_keep": 0}]
+    expected = [step(model, inputs) for inputs in (*calls, cut)]
+    unlabelled = model(batch("padded")["input_ids"]).logits
+    lemo_fx.transform(model, LemoConfig(attention=None, mlp=None))
+    assert not [note for note in lemo_fx.report(model).notes if "not segmented" in note]
+    for inputs, wanted in zip(calls, expected, strict=False):
+        assert isinstance(model(**inputs).logits, LateLogits)
+        same("segments", wanted, step(model, inputs))
+    # Other calls run the original head.
+    assert not isinstance(model(**cut).logits, LateLogits)
+    same("the original head", expected[-1], step(model, cut))
+    torch.testing.assert_close(model(batch("padded")["input_ids"]).logits, unlabelled)
+
+
+def test_an_mlp_whose_optional_argument_changes_it():
+    """Moshi's hands a codebook's number on to linear layers, where it has one."""
+    row = survey_one("moshi", kinds=("padded",))
+    assert row["outcome"] == "partly", row
+    assert row["LeMo's rule"]["rewritten"] == {"mlp": 5}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("inkling2_text", "attention_input Inkling2BlockAttentionResidual is not causal"),
+        ("muse_spark", "'post_attention_residual_gate' hands the residual stream through MuseSparkResidualGate"),
+        ("qwen4_exp_text", "'attn_hyper_connection' hands the residual stream through Qwen4ExpTextGatedResidual"),
+        ("zamba2", "'mamba_decoder' hands the residual stream through Zamba2MambaDecoderLayer"),
+        ("zaya", "'post_attention_residual_scale' hands the residual stream through ZayaResidualScaling"),
+    ],
+)
+def test_where_the_residual_stream_goes_is_named(model_type, words):
+    assert words in refusal(tiny_model(model_type))
 
 
 def refusal(model):
@@ -72,7 +140,7 @@ def test_what_has_no_attention_that_can_be_told_of_kept_tokens_is_named():
     assert "BertSelfAttention in BertLayer, is not causal" in refusal(transformers.BertForMaskedLM(config))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text", "hy_v4"])
 def test_several_residual_streams_are_named(model_type):
     words = refusal(tiny_model(model_type))
     assert "its 'hidden_states' have 4 axes: several residual streams side by side" in words

@@ -132,10 +132,18 @@ def test_what_a_layer_returns_besides_its_stream():
     assert "is shared by two branches" in refusals[0].reason
 
 
+def test_a_stream_that_is_cast_for_the_add_and_back():
+    kinds, refusals = found(lambda m, x: (x.float() + m.attention(m.norm(x))).to(x.dtype))
+    assert kinds == ["attention"]
+    assert not refusals
+
+
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda m, x: m.hidden(m.hidden(x)), "no residual add in sight"),
+        (lambda m, x: m.hidden(m.hidden(x)), "hands the residual stream through"),
+        (lambda m, x: torch.sub(x, m.mlp(x)), "is no plain x + y"),
+        (lambda m, x: x, "is returned as it comes"),
         (lambda m, x: x + m.mixes(m.norm(x)), "mixes tokens"),
         (lambda m, x: x + m.second(m.attention(m.norm(x))), "is a second attention"),
         (lambda m, x: x + m.encoder(m.norm(x)), "is not causal"),
