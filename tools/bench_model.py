@@ -181,8 +181,8 @@ BOUNDS = {
 """Largest relative errors by precision: of the loss; of a token's hidden state; of a parameter's gradient.
 
 In float8 the worst token and parameter of 8B shapes with random weights reach 0.20 and 0.33 on an H200 where nothing is
-wrong: a last bit of bfloat16 moves an input to the next of float8's values, LoRA's without elimination too. Those bounds
-see wrong matmuls alone; that the plan is right is seen without float8.
+wrong, without elimination too: a last bit of bfloat16 moves an input to the next of float8's values. Those bounds see
+wrong matmuls alone; that the plan is right is seen without float8.
 """
 
 
@@ -190,8 +190,8 @@ def gate(shape: str, device: torch.device, adapters: str, variants: Sequence[Var
     """Relative errors by variant: of plans as they are timed, and of `exact` at 0.5 in float32 and as models are timed.
 
     On a model cut to four layers. The loss is compared with the original's where the plan is `exact`, else with the
-    reference's (`masked_reference`), hidden states and gradients with the reference's. Plans in float8 are compared without
-    it, and then with it: where a plan is all in float8, so are the reference's frozen layers.
+    reference's (`masked_reference`), hidden states and gradients with the reference's. Plans in float8 are compared
+    without it, and then with it: where a plan is all in float8, so are the reference's frozen layers.
 
     Raises:
         SystemExit: one is larger than rounding explains.

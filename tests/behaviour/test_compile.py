@@ -386,5 +386,5 @@ def test_what_is_compiled_is_found_in_torchs_cache(float8):
                 layer.compile()
             step(model, inputs)
             found = counters["aot_autograd"]
-            assert found[f"autograd_cache_{kind}"] == found["total"] > 1
+            assert found[f"autograd_cache_{kind}"] == found["total"] > 0
     torch.compiler.reset()
