@@ -23,7 +23,6 @@ from torch import fx, nn
 from transformers.utils import ModelOutput
 
 from lemo_fx.errors import CaptureError
-from lemo_fx.graph.anatomy import config_in_words
 from lemo_fx.kernels.private import with_kwargs
 
 SPLAT = "_splat_"
@@ -237,105 +236,6 @@ def _note_key(node: fx.Node) -> None:
     source = node.args[0] if looks_up and len(node.args) > 1 else None
     if isinstance(source, fx.Node) and source.op == "placeholder" and isinstance(node.args[1], str):
         source.meta.setdefault(KEYS, set()).add(node.args[1])
-
-
-def unread(graph: fx.Graph) -> tuple[str, ...]:
-    """Optional arguments that a captured graph does not use.
-
-    Its forward may have asked about them what a tracer answers once (`isinstance(bias, torch.Tensor)`), and do
-    something else in a call that brings another kind of value.
-    """
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    named = [str(n.target) for n in placeholders if n.args and not n.users and not str(n.target).startswith("*")]
-    used = {n.args[1] for p in placeholders for n in p.users if len(n.args) > 1 and isinstance(n.args[1], str)}
-    keys = {key for p in placeholders for key in p.meta.get(KEYS, ())}
-    return (*named, *sorted(keys - used))
-
-
-def kind_of(value: Any) -> Any:
-    """What a forward may ask of an argument without computing with it: a number or word itself, a tensor's type."""
-    return value if isinstance(value, bool | int | float | str | None) else type(value)
-
-
-def kinds_left_out(module: nn.Module, graph: fx.Graph, besides: Iterable[str]) -> dict[str, Any]:
-    """The optional arguments that a captured graph does not use, and the kind of value that each has where left out.
-
-    Args:
-        besides: arguments not to ask about.
-    """
-    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    return {name: kind_of(defaults.get(name)) for name in unread(graph) if name not in besides}
-
-
-def matters_when_absent(
-    module: nn.Module,
-    graph: fx.Graph,
-    constants: Mapping[str, Any] | None = None,
-    besides: tuple[str, ...] = (),
-    **options: Any,
-) -> tuple[str, ...]:
-    """The optional arguments whose absence changes what a captured forward does, beyond being handed on.
-
-    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So the forward
-    is captured once more with each argument held at None, and what comes out is compared.
-
-    Args:
-        graph: `capture(module, constants, **options)`.
-        besides: arguments not to ask about.
-    """
-    constants = constants or {}
-    function = inspect.unwrap(type(module).forward)
-    optional = tuple(
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is None and name not in (*constants, *besides)
-    )
-    own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
-    # What it does for an argument that is left out may hang on a config that the graph does not show.
-    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
-    key = (function, optional, own, *map(config_in_words, configs.values()), readable_code(graph, "Forward"))
-    if key not in _known:
-        _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
-    return _known[key]
-
-
-_known: dict[tuple[Any, ...], tuple[str, ...]] = {}
-"""What was found in this process: layers of one kind need it once."""
-
-
-def _matters(
-    module: nn.Module, graph: fx.Graph, name: str, constants: Mapping[str, Any], options: Mapping[str, Any]
-) -> bool:
-    try:
-        without = capture(module, {**constants, name: None}, **options)
-    except CaptureError:
-        return True
-    return _text_without(graph, name) != _text_without(without, name)
-
-
-def reads_use_cache(layer: nn.Module) -> bool:
-    """Whether a layer's forward computes another stream when it is asked for a cache, beyond handing that on."""
-    if "use_cache" not in argument_names(layer):
-        return False
-    texts = []
-    for value in (False, True):
-        try:
-            graph = capture(layer, {**ABSENT_IN_TRAINING, "use_cache": value})
-        except CaptureError:
-            return False
-        output = next(n for n in graph.nodes if n.op == "output")
-        # The cache may be returned beside the stream.
-        output.args = tuple(v[0] if isinstance(v, tuple | list) else v for v in output.args)
-        remove_dead_nodes(graph)
-        texts.append(re.sub(r"\b(True|False)\b", "", readable_code(graph, "Forward")))
-    return texts[0] != texts[1]
-
-
-def _text_without(graph: fx.Graph, name: str) -> str:
-    """A graph's code with None wherever it reads this argument."""
-    node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
-    return re.sub(rf"\b{node.name}\b", "None", readable_code(graph, "Forward"))
 
 
 def remove_dead_nodes(graph: fx.Graph) -> int:

@@ -10,15 +10,8 @@ from torch import fx, nn
 
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import (
-    NO_CACHE,
-    PATCHING,
-    capture,
-    kinds_left_out,
-    matters_when_absent,
-    readable_code,
-    remove_dead_nodes,
-)
+from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, readable_code, remove_dead_nodes
+from lemo_fx.graph.left_out import kinds_left_out, matters_when_absent
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
 from lemo_fx.planning.plans import Plan, Planning

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError, UnsupportedModelError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, kind_of, kinds_left_out, matters_when_absent
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx.graph.left_out import kind_of, kinds_left_out, matters_when_absent
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream

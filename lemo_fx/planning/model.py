@@ -14,7 +14,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
-from lemo_fx.graph.capture import reads_use_cache
+from lemo_fx.graph.left_out import reads_use_cache
 from lemo_fx.passes.pipeline import PASSES, Pass
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head

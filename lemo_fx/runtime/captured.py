@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import CaptureError, LemoError
 from lemo_fx.graph.anatomy import is_softmax_attention
-from lemo_fx.graph.capture import capture, kind_of, readable_code
+from lemo_fx.graph.capture import capture, readable_code
+from lemo_fx.graph.left_out import kind_of
 from lemo_fx.graph.sites import Refusal, Site, find_sites
 
 Parts = tuple[tuple[str, nn.Module, Any], ...]

@@ -16,7 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.graph.capture import CACHE_NAMES, by_name, kind_of, restored
+from lemo_fx.graph.capture import CACHE_NAMES, by_name, restored
+from lemo_fx.graph.left_out import kind_of
 from lemo_fx.kernels.private import in_transform
 from lemo_fx.runtime.cache import without_default_cache
 from lemo_fx.runtime.captured import CapturedHead

@@ -16,15 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.config import SiteKind
 from lemo_fx.errors import CaptureError, LemoError
-from lemo_fx.graph.capture import (
-    argument_names,
-    build_module,
-    by_name,
-    capture,
-    matters_when_absent,
-    module_of,
-    remove_dead_nodes,
-)
+from lemo_fx.graph.capture import argument_names, build_module, by_name, capture, module_of, remove_dead_nodes
+from lemo_fx.graph.left_out import matters_when_absent
 from lemo_fx.graph.sites import holds_matrix
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.block_scores.op import block_scores, random_scores
