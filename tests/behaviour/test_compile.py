@@ -372,7 +372,13 @@ def test_only_a_threshold_reads_and_one_number_per_site(site, reads, monkeypatch
     assert counts[0] - counts[1] == reads
 
 
-@pytest.mark.parametrize("float8", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_recompute_policy_is_known_to_torchs_cache_by_its_own_name():
+    policies = (branch.RECOMPUTE_ALL, *branch.SELECTIVE.values(), branch.SELECTIVE_COMPILED["elementwise"])
+    assert len({policy.cache_hash for policy in policies}) == len(policies) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("float8", [False, True])
 def test_what_is_compiled_is_found_in_torchs_cache(float8):
     """Another process does not compile again: an autograd.Function and a checkpoint's policy do not keep graphs out."""
     words = {"forward": "float8", "backward": "float8"} if float8 else {}
