@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bench_model import wait
 from torch._dynamo.utils import compilation_time_metrics, counters
 
 import lemo_fx
@@ -25,6 +26,7 @@ from lemo_fx.cli.machine import environment
 from lemo_fx.cli.trainer import adapted
 from lemo_fx.config import LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.measure import device_name
 
 LONGEST = 25
 """Phases of the compiler that are written down, the longest first; they hold one another."""
@@ -35,17 +37,12 @@ def step(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     began = time.perf_counter()
     with torch.autocast(ids.device.type, torch.bfloat16):
         loss = model(input_ids=ids, labels=ids).loss
-    _wait(ids.device)
+    wait(ids.device)
     forward = time.perf_counter() - began
     loss.backward()
-    _wait(ids.device)
+    wait(ids.device)
     model.zero_grad()
     return round(forward, 2), round(time.perf_counter() - began, 2)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(
@@ -85,7 +82,7 @@ def main(
     found = json.loads(out.read_text()) if out.exists() else {"runs": []}
     found["environment"] = environment(
         f"python tools/bench_first_step.py {config} --plan {plan} --layers {layers} --tokens {tokens} --out {out}"
-    ) | {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    ) | {"device": device_name(device)}
     found["runs"].append(run)
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{plan}: first step {steps[0][1]} s, then {steps[-1][1]} s; {run['graphs']} graphs")

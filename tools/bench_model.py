@@ -23,8 +23,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ import rivals
 import torch
 import transformers
 import typer
+from forwards import forwards
 from peft import LoraConfig, get_peft_model
 from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -176,13 +177,14 @@ EXACT = "exact-0.5-compiled-checkpointed"
 BOUNDS = {
     "float32": {"loss": 1e-5, "values": 1e-4, "gradient": 1e-3},
     "bfloat16": {"loss": 2e-3, "values": 5e-2, "gradient": 1e-1},
-    "float8": {"loss": 5e-3, "values": 3e-1, "gradient": 5e-1},
+    "float8": {"loss": 5e-3, "values": 2e-1, "gradient": 3e-1},
 }
 """Largest relative errors by precision: of the loss; of a token's hidden state; of a parameter's gradient.
 
-In float8 the worst token and parameter of 8B shapes with random weights reach 0.20 and 0.33 on an H200 where nothing is
-wrong, without elimination too: a last bit of bfloat16 moves an input to the next of float8's values. Those bounds see
-wrong matmuls alone; that the plan is right is seen without float8.
+In float8 of all tokens and of all gradients together: a last bit of bfloat16 moves an input to the next of float8's
+values, and random weights make much of that for single tokens, without elimination too. At 8B shapes these bounds see
+layers that are not rounded where the reference's are; that the plan is right is seen without float8, and the matmuls in
+tests/kernels.
 """
 
 
@@ -238,36 +240,33 @@ def _gated(model: torch.nn.Module, variant: Variant, precision: str, device: tor
         expected = _step(model, ids)
     sites = [treatment for sites in kept.values() for treatment, _ in sites.values()]
     loss = original[0] if set(sites) <= {"exact"} else expected[0]
-    largest = max(float(g.norm()) for g in expected[2].values())
-    errors = {
-        "loss": abs(found[0] - loss) / loss,
-        "values": float(((found[1] - expected[1]).norm(dim=-1) / expected[1].norm(dim=-1)).max()),
-        "gradient": max(
+    errors = {"loss": abs(found[0] - loss) / loss}
+    if precision == "float8":
+        every = [torch.cat([step[2][name].flatten() for name in expected[2]]) for step in (found, expected)]
+        errors["values"] = float((found[1] - expected[1]).norm() / expected[1].norm())
+        errors["gradient"] = float((every[0] - every[1]).norm() / every[1].norm())
+    else:
+        largest = max(float(g.norm()) for g in expected[2].values())
+        errors["values"] = float(((found[1] - expected[1]).norm(dim=-1) / expected[1].norm(dim=-1)).max())
+        errors["gradient"] = max(
             float((found[2][name] - g).norm() / (g.norm() + 1e-2 * largest)) for name, g in expected[2].items()
-        ),
-    }
+        )
     bound = BOUNDS[precision]
     if any(not errors[name] <= bound[name] for name in bound):
         sys.exit(f"correctness gate failed for {variant.name}: relative errors {errors}, allowed {bound}")
     return errors
 
 
-@contextmanager
-def _in_float8(model: torch.nn.Module) -> Iterator[None]:
+def _in_float8(model: torch.nn.Module) -> AbstractContextManager[None]:
     """The frozen linear layers of the decoder layers multiply in float8, forward and gradient."""
-    linears = [
-        module
-        for _, layer in decoder_layers(model)
-        for module in layer.modules()
-        if type(module) is torch.nn.Linear and not module.weight.requires_grad
-    ]
-    for module in linears:
-        module.forward = functools.partial(_float8_product, module)
-    try:
-        yield
-    finally:
-        for module in linears:
-            del module.forward
+    return forwards(
+        {
+            module: functools.partial(_float8_product, module)
+            for _, layer in decoder_layers(model)
+            for module in layer.modules()
+            if type(module) is torch.nn.Linear and not module.weight.requires_grad
+        }
+    )
 
 
 def _float8_product(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bench_model import wait
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 import lemo_fx
@@ -43,10 +44,10 @@ def main(
         seconds[name] = {}
         for kind in ("proven anew", "proven before"):
             lemo_fx.revert(model)
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             lemo_fx.transform(model, plan)
-            _wait(device)
+            wait(device)
             seconds[name][kind] = round(time.perf_counter() - start, 3)
     result: dict[str, Any] = {
         "device": device_name(device),
@@ -56,11 +57,6 @@ def main(
     print(json.dumps(result, indent=1))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

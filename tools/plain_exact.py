@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from forwards import forwards
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
@@ -280,15 +281,12 @@ def exact(
         tokens = choose(index) if choose else step.tokens(index, len(layers), hidden_states.shape[1])
         return _sparse_layer(layer, step, hidden_states, tokens, kwargs["position_embeddings"])
 
-    replaced = _take_linears(layers, step)
-    for index, layer in enumerate(layers):
-        layer.forward = functools.partial(run, index, layer.forward)
+    sparse = {layer: functools.partial(run, index, layer.forward) for index, layer in enumerate(layers)}
     try:
-        yield
+        with forwards({**_linears(layers, step), **sparse}):
+            yield
     finally:
         handle.remove()
-        for module in (*replaced, *layers):
-            del module.forward
 
 
 @contextmanager
@@ -296,21 +294,16 @@ def in_float8(model: nn.Module, how: Float8) -> Iterator[None]:
     """Evaluation in float8: what rounding costs a model that did not learn with it."""
     head = next(m for m in model.modules() if isinstance(m, LlamaForCausalLM))
     step = _Step(Exact(1.0, float8=how), torch.Generator(), None, phase="forward")
-    replaced = _take_linears(list(head.model.layers), step)
-    try:
+    with forwards(_linears(list(head.model.layers), step)):
         yield
-    finally:
-        for module in replaced:
-            del module.forward
 
 
-def _take_linears(layers: list[nn.Module], step: _Step) -> list[nn.Module]:
-    """Have the frozen linear layers compute as the step says; returns them."""
-    replaced = []
+def _linears(layers: list[nn.Module], step: _Step) -> dict[nn.Module, Callable]:
+    """The frozen linear layers, and how each computes as the step says."""
+    found: dict[nn.Module, Callable] = {}
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
             if type(module) is nn.Linear and not module.weight.requires_grad:
                 plain = name.removesuffix(".base_layer").rpartition(".")[2]
-                module.forward = functools.partial(_linear, step, index, plain, module)
-                replaced.append(module)
-    return replaced
+                found[module] = functools.partial(_linear, step, index, plain, module)
+    return found

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from forwards import forwards
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -90,13 +91,8 @@ def sparse_channels(model: nn.Module, share: float = 0.2) -> Iterator[None]:
 
     layers = [layer for _, layer in decoder_layers(model)]
     chosen = [layer.mlp for layer in layers[len(layers) // 2 : -1]]
-    for mlp in chosen:
-        mlp.forward = types.MethodType(forward, mlp)
-    try:
+    with forwards({mlp: types.MethodType(forward, mlp) for mlp in chosen}):
         yield
-    finally:
-        for mlp in chosen:
-            del mlp.forward
 
 
 @contextmanager
