@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +90,26 @@ def compile_layers(model: torch.nn.Module) -> None:
     for _, layer in decoder_layers(model):
         uncompile(layer)
         layer.forward = torch.compile(layer.forward)
+
+
+def prefetch_layers(model: torch.nn.Module, ahead: int) -> None:
+    """FSDP2 gathers the weights of the next layers before a layer's own work is launched, forward and backward."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    for index, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + ahead])
+        layer.set_modules_to_backward_prefetch(layers[max(index - ahead, 0) : index][::-1])
+
+
+@contextlib.contextmanager
+def shallow(model: torch.nn.Module, count: int) -> Iterator[None]:
+    """The model cut to `count` of its layers, the first and the last one among them."""
+    decoder = next(m for m in model.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
+    layers = decoder.layers
+    decoder.layers = torch.nn.ModuleList([*layers[: count - 1], layers[-1]])
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def run_step(model: torch.nn.Module, samples: list[torch.Tensor]) -> torch.Tensor:
@@ -206,6 +226,9 @@ def measure(
     cap: float,
     device: torch.device,
     adapters: str,
+    warm_layers: int = 0,
+    profiled: bool = True,
+    prefetch: int = 0,
 ) -> None:
     """Step time, throughput, memory and communication of one way to run the step; on every rank the same.
 
@@ -214,6 +237,9 @@ def measure(
         write: called once the record holds all but the communication, which another step is profiled for.
         count: samples per rank and step.
         cap: seconds of timed steps after which two are enough.
+        warm_layers: if not 0, a first step runs through that many layers only, and compiles for all.
+        profiled: whether another step is profiled, for the share of communication.
+        prefetch: under FSDP2, of how many layers a layer asks for the weights before it computes.
     """
     began = time.perf_counter()
     tokens = record["tokens"]
@@ -232,10 +258,20 @@ def measure(
         alone = statistics.fmean(_loss_alone(model, ids) for ids in samples)
     if shared:
         prepare(model, variant, dist.group.WORLD)
+    bare = model
     model = wrapped(model, record["wrap"], device)
+    if prefetch and record["wrap"] == "fsdp2":
+        prefetch_layers(model, prefetch)
     if variant.compiled:
         # After sharding: a method bound before it would belong to the class without FSDP2.
         compile_layers(model)
+    if warm_layers:
+        start = time.perf_counter()
+        with shallow(bare, warm_layers):
+            run_step(bare, samples)
+        bare.zero_grad()
+        _together(device)
+        record["warm_layers"], record["warm_layers_s"] = warm_layers, round(time.perf_counter() - start, 1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     losses: list[torch.Tensor] = []
     times: list[float] = []
@@ -276,7 +312,7 @@ def measure(
     record["seconds"] = round(time.perf_counter() - began, 1)
     del record["failed"]
     write()
-    if dist.get_world_size() > 1:
+    if dist.get_world_size() > 1 and profiled:
         share, hidden = communication(model, samples, device)
         record["communication_share"], record["communication_overlapped"] = round(share, 4), round(hidden, 4)
         record["seconds"] = round(time.perf_counter() - began, 1)
@@ -410,6 +446,9 @@ def main(
     seconds: Annotated[float, typer.Option(help="start no run that would last longer than this")] = 1e9,
     warm_up: Annotated[int, typer.Option(help="steps before the timed ones; the first one compiles")] = 2,
     cap: Annotated[float, typer.Option(help="seconds of timed steps after which two steps are enough")] = 1e9,
+    warm_layers: Annotated[int, typer.Option(help="compile in a step of so many layers, at least 4; 0 for none")] = 0,
+    profiled: Annotated[bool, typer.Option(help="profile one more step for the share of communication")] = True,
+    prefetch: Annotated[int, typer.Option(help="fsdp2: layers whose weights are asked for ahead; 0 as FSDP2 does")] = 0,
 ) -> None:
     """Measure every variant, length and wrapper on the processes that torchrun started; rank 0 writes the results."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -488,6 +527,7 @@ def main(
         else:
             count = samples if kind == "sequence" else samples // world
             parts = (shape, by_name[name], max(count, 1), steps, warm_up, cap, device, adapters)
+            parts += (warm_layers, profiled, prefetch)
             attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
         write()
         report(run)
