@@ -236,7 +236,7 @@ def measure(
         record: holds "wrap" and "tokens"; the rest goes into it.
         write: called once the record holds all but the communication, which another step is profiled for.
         count: samples per rank and step.
-        cap: seconds of timed steps after which two are enough.
+        cap: seconds of timed steps after which two are enough, or one with `warm_layers`.
         warm_layers: if not 0, a first step runs through that many layers only, and compiles for all.
         profiled: whether another step is profiled, for the share of communication.
         prefetch: under FSDP2, of how many layers a layer asks for the weights before it computes.
@@ -289,7 +289,7 @@ def measure(
         optimizer.zero_grad()
         _together(device)
         times.append((time.perf_counter() - start) * 1e3)
-        if len(times) >= warm_up + 2 and _on_any_rank(sum(times[warm_up:]) > cap * 1e3, device):
+        if len(times) >= warm_up + (1 if warm_layers else 2) and _on_any_rank(sum(times[warm_up:]) > cap * 1e3, device):
             break
     figures = torch.tensor([float(losses[0]), alone or 0.0], device=device)
     dist.all_reduce(figures)
@@ -445,7 +445,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks/scaling"),
     seconds: Annotated[float, typer.Option(help="start no run that would last longer than this")] = 1e9,
     warm_up: Annotated[int, typer.Option(help="steps before the timed ones; the first one compiles")] = 2,
-    cap: Annotated[float, typer.Option(help="seconds of timed steps after which two steps are enough")] = 1e9,
+    cap: Annotated[
+        float, typer.Option(help="seconds of timed steps after which two are enough; one with --warm-layers")
+    ] = 1e9,
     warm_layers: Annotated[int, typer.Option(help="compile in a step of so many layers, at least 4; 0 for none")] = 0,
     profiled: Annotated[bool, typer.Option(help="profile one more step for the share of communication")] = True,
     prefetch: Annotated[int, typer.Option(help="fsdp2: layers whose weights are asked for ahead; 0 as FSDP2 does")] = 0,
@@ -466,8 +468,9 @@ def main(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     more: dict = {"device_id": device} if device.type == "cuda" else {}
-    # The longest that ranks wait for each other is while one of them compiles.
-    more["timeout"] = datetime.timedelta(seconds=120)
+    lengths = [int(length) for length in tokens.split(",")]
+    # Ranks wait for each other while one compiles, and exchanges for the kernels that were launched before them.
+    more["timeout"] = datetime.timedelta(seconds=max(120, max(lengths) // 1000))
     # torchrun's store outlives a start, and with it the addresses of ranks that are gone.
     store, _, _ = next(dist.rendezvous("env://", rank, world))
     store = dist.PrefixStore(f"start {start}", store)
@@ -513,7 +516,7 @@ def main(
             attempt(f"gate {kind}", record, write, lambda r=record, k=kind: r.update(gate(shape, device, adapters, k)))
             report({"gate": kind, **record})
     done = [tuple(run[key] for key in ("tokens", "wrap", "variant")) for run in result["runs"]]
-    for length, kind, name in in_order([int(length) for length in tokens.split(",")], kinds, list(by_name)):
+    for length, kind, name in in_order(lengths, kinds, list(by_name)):
         if (length, kind, name) in done:
             continue
         run = {"wrap": kind, "variant": name, "tokens": length}

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from lemo_fx.kernels.select_blocks.reference import rank, take
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+LARGEST = {"float8": torch.finfo(torch.float8_e4m3fn).max, "int8": 127.0}
+Format = Literal["float8", "int8"]
 Phase = Literal["forward", "recompute", "dense"]
 
 
@@ -41,6 +42,8 @@ class Float8:
         gradient: those of the gradients that pass through kept tokens' layers.
         dense: forward and gradient of dense layers.
         weights, inputs: which operands are rounded; with one of them the product itself is in bfloat16.
+        weights_to, inputs_to: the format of weights and inputs in forward and recompute, one scale a row. Sums of
+            products with int8 are float32 here, where a GPU's own are whole numbers. Gradients stay in float8.
         but: names of linear layers that stay in the model's precision.
         first: so do all of that many decoder layers from the first one on.
         fast: add up in the tensor cores' short accumulators, as the package does.
@@ -55,6 +58,8 @@ class Float8:
     dense: bool = True
     weights: bool = True
     inputs: bool = True
+    weights_to: Format = "float8"
+    inputs_to: Format = "float8"
     but: tuple[str, ...] = ()
     first: int = 0
     fast: bool = True
@@ -144,21 +149,28 @@ def labelled(labels: torch.Tensor | None) -> torch.Tensor | None:
     return own | F.pad(own[:, 1:], (0, 1))
 
 
-def quantise(rows: torch.Tensor, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] -> (float8 [N, K], scales [N, 1]); the largest magnitude of a row becomes float8's largest / factor."""
-    scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) * (factor / LARGEST)
-    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+def quantise(rows: torch.Tensor, factor: float = 1.0, to: Format = "float8") -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> (rounded [N, K], scales [N, 1]); the largest magnitude of a row becomes the format's / factor."""
+    scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) * (factor / LARGEST[to])
+    scaled = rows.float() / scale
+    return (scaled.to(torch.float8_e4m3fn) if to == "float8" else scaled.round().to(torch.int8)), scale
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -> torch.Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, rounded."""
     flat = x.flatten(0, -2)
-    (rows, row_scale), (columns, column_scale) = quantise(flat), quantise(weight, factor if how.redraw else 1.0)
-    if how.weights and how.inputs and x.is_cuda:
+    rows, row_scale = quantise(flat, to=how.inputs_to)
+    columns, column_scale = quantise(weight, factor if how.redraw else 1.0, how.weights_to)
+    formats = {to for to, used in ((how.weights_to, how.weights), (how.inputs_to, how.inputs)) if used}
+    if how.weights and how.inputs and x.is_cuda and formats == {"float8"}:
         out = torch._scaled_mm(
             rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16,
             use_fast_accum=how.fast,
         )  # fmt: skip
+    elif how.weights and how.inputs and "int8" in formats:
+        # Both formats' numbers are bfloat16's too; the scales come after the sum.
+        half = torch.bfloat16 if x.is_cuda else torch.float32
+        out = F.linear(rows.to(half), columns.to(half)).float() * row_scale * column_scale.t()
     else:
         left = (rows.float() * row_scale).to(flat.dtype) if how.inputs else flat
         right = (columns.float() * column_scale).to(flat.dtype) if how.weights else weight.to(flat.dtype)
@@ -177,7 +189,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):
         (weight,) = ctx.saved_tensors
         if ctx.gradient:
-            return product(grad, weight.t(), ctx.how, ctx.factor), None, None, None, None, None
+            how = replace(ctx.how, weights_to="float8", inputs_to="float8")
+            return product(grad, weight.t(), how, ctx.factor), None, None, None, None, None
         return grad @ weight, None, None, None, None, None
 
 

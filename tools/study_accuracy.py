@@ -129,6 +129,11 @@ ROUNDED = {
     "float8-weights": Float8(inputs=False),
     "float8-inputs": Float8(weights=False),
     "float8-slow": Float8(fast=False),
+    "int8": Float8(weights_to="int8", inputs_to="int8"),
+    "int8-weights-float8-inputs": Float8(weights_to="int8"),
+    "int8-weights": Float8(weights_to="int8", inputs=False),
+    "int8-inputs": Float8(inputs_to="int8", weights=False),
+    "int8-float8-down": Float8(weights_to="int8", inputs_to="int8", but=("down_proj",)),
     "float8-but-kv": Float8(but=("k_proj", "v_proj")),
     "float8-but-qkv": Float8(but=("q_proj", "k_proj", "v_proj")),
     "float8-redraw": Float8(redraw=True),
@@ -141,6 +146,7 @@ PLAIN = {
     **{f"plain-balanced-{name}": Exact(0.5, 0.6, float8=float8) for name, float8 in ROUNDED.items()},
     "plain-careful": Exact(0.4375, 0.5),
     "plain-fast": Exact(0.375, 0.6, float8=Float8()),
+    "plain-fast-int8": Exact(0.375, 0.6, float8=ROUNDED["int8"]),
 }
 DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
 # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
@@ -157,6 +163,8 @@ PLANS: dict[str, Plan] = {
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
     **{name: Plan(plain=plain) for name, plain in PLAIN.items()},
+    "plain-balanced-float8-half-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=0.5),
+    "plain-balanced-float8-double-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=2.0),
     "longlora": Plan(rival=rivals.shifted_groups),
     "tokentune-0.25": like("step-0.25", rival=rivals.full_keys),
     "lemo": Plan(deeper_half(score="measured")),
@@ -639,6 +647,7 @@ def rounding(
         "all, long sums": Float8(fast=False),
         "weights": Float8(inputs=False),
         "inputs": Float8(weights=False),
+        **{name: ROUNDED[name] for name in ROUNDED if name.startswith("int8")},
         **{f"only {name}": Float8(but=tuple(x for x in linears if x != name)) for name in linears},
         **{f"all but {name}": Float8(but=(name,)) for name in linears},
         **{f"all but the first {first} layers": Float8(first=first) for first in (1, 2, 4, 8, 15)},

@@ -160,3 +160,30 @@ def test_weights_are_rounded_otherwise_in_every_step(adapted):
         plain = gradients(adapted)[0]
     assert plain == pytest.approx(gradients(adapted)[0], rel=1e-6)
     assert rounded != plain
+
+
+@pytest.mark.parametrize("how", [Float8(weights_to="int8", inputs_to="int8"), Float8(weights_to="int8")])
+def test_products_with_int8_are_those_of_the_rounded_operands(how):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+    rows, row_scale = plain_exact.quantise(x, to=how.inputs_to)
+    columns, column_scale = plain_exact.quantise(weight, to="int8")
+    expected = (rows.float() * row_scale) @ (columns.float() * column_scale).T
+    torch.testing.assert_close(plain_exact.product(x, weight, how, 1.0), expected)
+    assert columns.dtype is torch.int8
+    assert columns.abs().amax(1).eq(127).all()
+    float8, scale = plain_exact.quantise(weight)
+    assert (columns * column_scale - weight).norm() < 0.5 * (float8.float() * scale - weight).norm()
+
+
+def test_gradients_stay_in_float8_where_the_forward_is_in_int8():
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    found = []
+    for how in (Float8(weights_to="int8", inputs_to="int8"), Float8()):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = plain_exact._Product.apply(x, weight, how, True, True, 1.0)
+        out.backward(torch.ones_like(out))
+        found.append((out.detach(), x.grad))
+    assert not torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
