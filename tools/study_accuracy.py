@@ -162,6 +162,7 @@ PLANS: dict[str, Plan] = {
     "truncated-0.5": Plan(tokens=0.5),
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
+    "truncated-0.5-double-rate": Plan(tokens=0.5, rate=2.0),
     **{name: Plan(plain=plain) for name, plain in PLAIN.items()},
     "plain-balanced-float8-half-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=0.5),
     "plain-balanced-float8-double-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=2.0),
@@ -511,6 +512,9 @@ def train(
     if plan.plain and plan.plain.float8 and isinstance(texts, Texts):
         with plain_exact.in_float8(model.eval(), Float8()):
             result["perplexity_in_float8"] = math.exp(token_losses(model, texts.heldout, args.batch).mean().item())
+        # As after merging into the rounded base.
+        with plain_exact.in_float8(model, Float8(inputs=False)):
+            result["perplexity_rounded_base"] = math.exp(token_losses(model, texts.heldout, args.batch).mean().item())
     return result
 
 
@@ -673,6 +677,7 @@ def write(path: Path, row: dict[str, Any], device: torch.device) -> None:
         "perplexity_last_quarter",
         "perplexity_key",
         "perplexity_in_float8",
+        "perplexity_rounded_base",
         "sparse_perplexity",
         "match",
         "nats",
