@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import float8_attention
 import torch
 import torch.nn.functional as F
 from forwards import forwards
@@ -47,6 +48,9 @@ class Float8:
         but: names of linear layers that stay in the model's precision.
         first: so do all of that many decoder layers from the first one on.
         fast: add up in the tensor cores' short accumulators, as the package does.
+        attention: attention in the forward without gradient too, as `float8_attention`.
+        mean: add what the rounding of the weights takes from the mean input: (weights - rounded weights) @ mean of x's
+            rows, a constant of the call. What rounding takes from every input alike, adapters learn to give back.
         redraw: widen the scales of weights by a factor from [1, 2) that is drawn anew in every step, so that no
             rounding error stays the same from step to step.
         until: share of the steps after which everything is in the model's precision.
@@ -63,6 +67,8 @@ class Float8:
     but: tuple[str, ...] = ()
     first: int = 0
     fast: bool = True
+    attention: bool = False
+    mean: bool = False
     redraw: bool = False
     until: float = 1.0
 
@@ -175,6 +181,9 @@ def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -
         left = (rows.float() * row_scale).to(flat.dtype) if how.inputs else flat
         right = (columns.float() * column_scale).to(flat.dtype) if how.weights else weight.to(flat.dtype)
         out = F.linear(left, right)
+    if how.mean and how.weights:
+        lost = weight.float() - columns.float() * column_scale
+        out = out + (lost @ flat.float().mean(0)).to(out.dtype)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
@@ -189,7 +198,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):
         (weight,) = ctx.saved_tensors
         if ctx.gradient:
-            how = replace(ctx.how, weights_to="float8", inputs_to="float8")
+            how = replace(ctx.how, weights_to="float8", inputs_to="float8", mean=False)
             return product(grad, weight.t(), how, ctx.factor), None, None, None, None, None
         return grad @ weight, None, None, None, None, None
 
@@ -223,9 +232,18 @@ def _heads(attention: LlamaAttention, x: torch.Tensor, names: str, rotary: tuple
     return found
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    float8: Float8 | None = None,
+) -> torch.Tensor:
     """[B, heads, K, D] -> [B, K, heads * D]; `seen` [B, 1, K, S] says which keys a query may see; None is causal."""
-    if seen is None:
+    if float8 is not None and float8.attention:
+        out = (float8_attention.attention if query.is_cuda else float8_attention.reference)(query, key, value)
+        out = out.to(query.dtype)
+    elif seen is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     else:
         # Repeated, because the kernels that take a mask know no grouped queries.
@@ -238,7 +256,7 @@ def _sparse_layer(layer: LlamaDecoderLayer, step: _Step, hidden: torch.Tensor, t
     attention = layer.self_attn
     with torch.no_grad(), step.within("forward"):
         query, all_keys, all_values = _heads(attention, layer.input_layernorm(hidden), "qkv", rotary)
-        every = attention.o_proj(_attend(query, all_keys, all_values, None))
+        every = attention.o_proj(_attend(query, all_keys, all_values, None, step.settings.float8))
     with step.within("recompute"):
         own_rotary = tuple(_gather(x.expand(tokens.shape[0], -1, -1), tokens) for x in rotary)
         query, key, value = _heads(attention, layer.input_layernorm(_gather(hidden, tokens)), "qkv", own_rotary)

@@ -136,6 +136,8 @@ ROUNDED = {
     "int8-float8-down": Float8(weights_to="int8", inputs_to="int8", but=("down_proj",)),
     "float8-but-kv": Float8(but=("k_proj", "v_proj")),
     "float8-but-qkv": Float8(but=("q_proj", "k_proj", "v_proj")),
+    "float8-attention": Float8(attention=True),
+    "float8-mean": Float8(mean=True),
     "float8-redraw": Float8(redraw=True),
     "float8-finish": Float8(until=0.85),
     "float8-redraw-finish": Float8(redraw=True, until=0.9),
@@ -146,6 +148,7 @@ PLAIN = {
     **{f"plain-balanced-{name}": Exact(0.5, 0.6, float8=float8) for name, float8 in ROUNDED.items()},
     "plain-careful": Exact(0.4375, 0.5),
     "plain-fast": Exact(0.375, 0.6, float8=Float8()),
+    "plain-fast-float8-mean": Exact(0.375, 0.6, float8=ROUNDED["float8-mean"]),
     "plain-fast-int8": Exact(0.375, 0.6, float8=ROUNDED["int8"]),
 }
 DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
@@ -651,6 +654,8 @@ def rounding(
         "all, long sums": Float8(fast=False),
         "weights": Float8(inputs=False),
         "inputs": Float8(weights=False),
+        "all, mean corrected": Float8(mean=True),
+        "weights, mean corrected": Float8(mean=True, inputs=False),
         **{name: ROUNDED[name] for name in ROUNDED if name.startswith("int8")},
         **{f"only {name}": Float8(but=tuple(x for x in linears if x != name)) for name in linears},
         **{f"all but {name}": Float8(but=(name,)) for name in linears},

@@ -1,8 +1,10 @@
 """The plain `exact` of the studies is the package's where they do the same, and what it adds is what it says."""
 
+import float8_attention
 import plain_exact
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from plain_exact import Exact, Float8
 from tiny import tiny
@@ -187,3 +189,32 @@ def test_gradients_stay_in_float8_where_the_forward_is_in_int8():
         found.append((out.detach(), x.grad))
     assert not torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_the_mean_input_loses_nothing_to_rounded_weights():
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64) * 0.1 + torch.randn(64), torch.randn(32, 64)
+    errors = {}
+    for mean in (False, True):
+        out = plain_exact.product(x, weight, Float8(inputs=False, mean=mean), 1.0)
+        errors[mean] = (out - x @ weight.T).norm()
+        torch.testing.assert_close(out.mean(0), x.mean(0) @ weight.T, rtol=0, atol=1e-5 if mean else 1.0)
+    assert errors[True] < 0.2 * errors[False]
+
+
+def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 96, 16) for heads in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    error = (float8_attention.reference(query, key, value) - expected).norm() / expected.norm()
+    assert 0.02 < error < 0.08
+
+
+def test_attention_in_float8_changes_the_forward_alone(adapted):
+    found = {}
+    for attention in (False, True):
+        float8 = Float8(forward=False, recompute=False, gradient=False, dense=False, attention=attention)
+        with plain_exact.exact(adapted, Exact(0.5, block=8, float8=float8)):
+            found[attention] = gradients(adapted)[0]
+    assert found[True] != found[False]
+    assert found[True] == pytest.approx(found[False], rel=0.02)
