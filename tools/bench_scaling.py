@@ -72,12 +72,12 @@ ENDED = "the command ended during it"
 
 
 def wrapped(model: torch.nn.Module, wrap: str, device: torch.device) -> torch.nn.Module:
-    """The model under "none", "ddp", "sequence", or "fsdp2" (a unit per decoder layer, then the root)."""
+    """The model under "none", "ddp", "fsdp2" (a unit per layer, then the root), or sharing sequences under either."""
     if wrap in ("ddp", "sequence"):
         # The only buffers are constants: rotary frequencies, predictors, sites.
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if wrap == "fsdp2":
+    if wrap.endswith("fsdp2"):
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for _, layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh)
@@ -151,7 +151,7 @@ def gate(shape: str, device: torch.device, adapters: str, wrap: str) -> dict[str
     """
     worst = {"loss": 0.0, "gradient": 0.0}
     independent = {"loss": 0.0, "gradient": 0.0}
-    shared = wrap == "sequence"
+    shared = wrap.startswith("sequence")
     names = ("lora", "skip-0.5", "step-0.25") if shared else (None, "skip-0.5", "exact-0.25")
     for name in names:
         config = None if name is None else plans.named(name, "step" if shared else "measured")
@@ -243,7 +243,7 @@ def measure(
     """
     began = time.perf_counter()
     tokens = record["tokens"]
-    shared = record["wrap"] == "sequence"
+    shared = record["wrap"].startswith("sequence")
     if shared and variant.config is None:
         raise ValueError(f"{variant.name} runs the model as it is, whose sequences no ranks can share")
     sets = 1 if shared else dist.get_world_size()
@@ -260,7 +260,7 @@ def measure(
         prepare(model, variant, dist.group.WORLD)
     bare = model
     model = wrapped(model, record["wrap"], device)
-    if prefetch and record["wrap"] == "fsdp2":
+    if prefetch and record["wrap"].endswith("fsdp2"):
         prefetch_layers(model, prefetch)
     if variant.compiled:
         # After sharding: a method bound before it would belong to the class without FSDP2.
@@ -438,7 +438,9 @@ def main(
     shape: Annotated[str, typer.Option(help=f"one of {', '.join(SHAPES)}")] = "llama3-8b",
     tokens: Annotated[str, typer.Option(help="tokens of a sample, comma-separated")] = "32768,8192",
     variants: Annotated[str, typer.Option(help="comma-separated, from tools/bench_model.py")] = ",".join(PICKED),
-    wraps: Annotated[str, typer.Option(help="ddp, fsdp2, sequence; a single process runs unwrapped")] = "ddp,fsdp2",
+    wraps: Annotated[
+        str, typer.Option(help="ddp, fsdp2, sequence, sequence-fsdp2; one process runs unwrapped")
+    ] = "ddp,fsdp2",
     samples: Annotated[int, typer.Option(help="samples of a step over all ranks; 0 for one on each")] = 0,
     adapters: Annotated[str, typer.Option(help="dtype of the adapters: float32 or bfloat16")] = "float32",
     steps: Annotated[int, typer.Option(help="timed steps after the warm-up")] = 3,
@@ -528,7 +530,7 @@ def main(
         elif late:
             run["skipped"] = "out of time"
         else:
-            count = samples if kind == "sequence" else samples // world
+            count = samples if kind.startswith("sequence") else samples // world
             parts = (shape, by_name[name], max(count, 1), steps, warm_up, cap, device, adapters)
             parts += (warm_layers, profiled, prefetch)
             attempt(f"{kind} {name} {length}", run, write, lambda r=run, p=parts: measure(r, write, *p))
