@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import BASES, UNTRAINABLE, dequantised, finegrained, finegrained_product, in_blocks, linears
+from bases import BASES, UNTRAINABLE, dequantised, finegrained, finegrained_product, in_blocks, linears, out_of_blocks
 from peft import PeftModel, get_peft_model_state_dict
 from tiny import anatomy, assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch._dynamo.backends.common import aot_autograd
@@ -205,7 +205,7 @@ def test_blocks_that_do_not_divide_a_weight():
     weight = torch.randn(40, 56)
     rounded, scale = in_blocks(weight, 16)
     assert scale.shape == (3, 4)
-    expected = finegrained_fp8._dequantize_fp8_weight(rounded, scale, [16, 16], torch.float32)
+    expected = out_of_blocks(rounded, scale, 16)
     for turn in range(3):
         assert torch.equal(as_it_comes.dequantise(rounded, scale, (16, 16), torch.float32, turn), expected)
     x = torch.randn(5, 56)

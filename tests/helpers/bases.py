@@ -76,21 +76,24 @@ def finegrained(model, block=BLOCK):
     return model
 
 
-def finegrained_product(x, weight, scale, block, bias=None, *_):
-    """In the place of the Triton kernel that `FP8Linear` calls, which is downloaded and needs a GPU."""
-    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+def out_of_blocks(weight, scale, block):
+    """float32 [N, K] of what `in_blocks` made."""
+    along = scale.float().repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return weight.float() * along[: weight.shape[0], : weight.shape[1]]
 
-    out = x @ _dequantize_fp8_weight(weight, scale, block, x.dtype).T
-    return out if bias is None else out + bias
+
+def finegrained_product(
+    input, weight, weight_scale_inv, block_size, bias=None, activation_scale=None, allow_deepgemm=True
+):
+    """In the place of the Triton kernel that `FP8Linear` calls, which is downloaded and needs a GPU."""
+    return nn.functional.linear(input, out_of_blocks(weight, weight_scale_inv, block_size[0]).to(input.dtype), bias)
 
 
 def dequantised(model):
     """The same model with plain weights of the same values."""
     for name, layer in linears(model).items():
         if hasattr(layer, "weight_scale_inv"):
-            from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
-            weight = _dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, layer.block_size, torch.float32)
+            weight = out_of_blocks(layer.weight, layer.weight_scale_inv, layer.block_size[0])
         else:
             weight = layer.weight.dequantize()
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
