@@ -100,6 +100,8 @@ def weights_kept(model, inputs):
 
 @pytest.mark.parametrize("kind", CHOSEN)
 def test_no_dequantised_weight_is_kept_for_the_backward(kind):
+    if kind == "finegrained" and not hasattr(finegrained_fp8, "FP8LinearFunction"):
+        pytest.skip("of a transformers whose product has no backward, this test's stand-in keeps them")
     model, inputs = with_lora(base(kind, num_key_value_heads=4)), batch(1, 40)
     # Torchao's own product keeps one.
     assert weights_kept(model, inputs) == (11 if kind.startswith("torchao") else 0)
@@ -192,7 +194,7 @@ def test_so_they_are_when_a_part_of_the_gradient_is_lost(monkeypatch):
 
 
 def test_a_kernel_that_is_missing_is_named(monkeypatch):
-    def missing(*_):
+    def missing(*_, **__):
         raise ImportError("finegrained-fp8 kernel unavailable: `kernels` is not installed")
 
     monkeypatch.setattr(finegrained_fp8, "fp8_linear", missing)
