@@ -25,7 +25,7 @@ from lemo_fx.passes.rewrite import part_name
 from lemo_fx.planning.model import make_plans
 from lemo_fx.planning.plans import Plan
 from lemo_fx.recall import measure_recall
-from lemo_fx.reporting import Report, SiteReport, held_in_float8, in_float8, lowerings
+from lemo_fx.reporting import Report, SiteReport, base_in_float8, in_float8, lowerings
 from lemo_fx.runtime.head import UNLABELLED
 from lemo_fx.runtime.hooks import hooks_note, own_hooks
 from lemo_fx.runtime.layer import pass_by
@@ -227,7 +227,7 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
             )
     dense = any(installation.settings.step.dense for _, _, installation in installed(model))
     unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
-    held = held_in_float8(model) if done.config.base == "float8" else []
+    held = base_in_float8(model, done.config.base == "float8")
     notes = [*done.notes, *held, *([UNLABELLED] if unlabelled else []), *lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=dense)
 

@@ -17,7 +17,7 @@ from torch import nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.install import installed
 from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers
+from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers, layers_in_float8
 from lemo_fx.kernels.private import is_op
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.runtime.loss import segmented_loss
@@ -119,17 +119,22 @@ def in_float8(module: nn.Module, row: SitePlan) -> str:
     return row.float8 if taken else "no frozen linear layer that float8 takes"
 
 
-def held_in_float8(model: nn.Module) -> list[str]:
-    """How much of the base is held in float8."""
-    layers = held_layers(model)
-    if not layers:
-        return ["base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)"]
+def base_in_float8(model: nn.Module, asked: bool) -> list[str]:
+    """How much of the base is in float8: held so (`base="float8"`, `asked`), or come so."""
+    layers, came = held_layers(model), layers_in_float8(model)
     held = sum(layer.weight.numel() for layer in layers) / 1e9
-    return [
-        f"base: the weights of {len(layers)} frozen linear layers are held in float8 ({held:.2f} GB); evaluation and "
-        "generation compute with them de-quantised, and revert gives them back so; merge adapters into the model as it "
-        "was loaded"
-    ]
+    notes = []
+    if layers:
+        notes.append(
+            f"base: the weights of {len(layers)} frozen linear layers are held in float8 ({held:.2f} GB); evaluation "
+            "and generation compute with them de-quantised, and revert gives them back so; merge adapters into the "
+            "model as it was loaded"
+        )
+    if came:
+        notes.append(f"base: the weights of {len(came)} linear layers came in float8, and are used as they are")
+    if asked and not notes:
+        notes.append("base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)")
+    return notes
 
 
 def lowerings(model: nn.Module, block_size: int) -> list[str]:

@@ -52,7 +52,7 @@ def held_product(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tens
         packed: the weight, from `pack`; width: its K.
     """
     columns, column_scale = unpack(packed, width)
-    return _product(rows, row_scale, columns, column_scale)
+    return product(rows, row_scale, columns, column_scale)
 
 
 @torch.library.custom_op("lemo_fx::held_gradient", mutates_args=())
@@ -65,12 +65,13 @@ def held_gradient(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Ten
         columns = triton.transposed(columns.view(torch.uint8)).view(columns.dtype)
     else:
         columns = columns.t().contiguous()
-    return _product(rows, row_scale, columns, row_scale.new_ones(width, 1))
+    return product(rows, row_scale, columns, row_scale.new_ones(width, 1))
 
 
-def _product(
+def product(
     rows: torch.Tensor, row_scale: torch.Tensor, columns: torch.Tensor, column_scale: torch.Tensor
 ) -> torch.Tensor:
+    """Float8 [M, K] @ float8 [N, K].T, times scales [M, 1] and [N, 1] -> [M, N], bfloat16; float32 on the CPU."""
     if not rows.is_cuda:
         return (rows.float() @ columns.float().T) * row_scale * column_scale.T
     return scaled_product(rows, columns.t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)

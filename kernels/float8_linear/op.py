@@ -5,6 +5,7 @@ Plain torch rather than a custom op: a compiler fuses the rounding of x into wha
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
-from lemo_fx.kernels.float8_linear import held, reference
+from lemo_fx.kernels.float8_linear import as_it_comes, held, reference
 from lemo_fx.kernels.private import scaled_product
 
 
@@ -65,22 +66,33 @@ def fits(x: torch.Tensor, layer: nn.Linear) -> bool:
 
 def _takes_float8(layer: nn.Linear, frozen: bool = True) -> bool:
     weight = layer.weight
+    if as_it_comes.is_packed(weight) and as_it_comes.read(layer) is None:
+        return False
     return not (frozen and weight.requires_grad) and layer.in_features % 16 == layer.out_features % 16 == 0
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:
-    """Of the weight, or of what it was before it was held in float8."""
-    return vars(layer).get(DTYPE, layer.weight.dtype)
+    """Of the weight, or of what it was before it was held in float8; checkpoints in float8 are of bfloat16 models."""
+    dtype = vars(layer).get(DTYPE, layer.weight.dtype)
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return weight.requires_grad and x.dtype is weight.dtype is torch.float32 and has_float8(x.device)
 
 
-def _plain_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
-    """Those of torch's own class: a quantised layer's computes in its own way."""
-    kinds = (nn.Linear, SwitchedLinear, HeldLinear)
-    return tuple(layer for layer in module.modules() if isinstance(layer, nn.Linear) and type(layer) in kinds)
+def _known_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
+    """Those of torch's own class, or with a float8 weight that can be read: others compute in their own way."""
+    return tuple(
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear)
+        and (type(layer) is nn.Linear or isinstance(layer, SwitchedLinear) or _is_finegrained(layer))
+    )
+
+
+def _is_finegrained(layer: nn.Linear) -> bool:
+    return type(layer).__name__ == as_it_comes.FINEGRAINED and as_it_comes.read(layer) is not None
 
 
 def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
@@ -89,12 +101,22 @@ def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
     Args:
         frozen: as the layers are now; else as they will be once they are frozen (under adapters that come later).
     """
-    return any(_takes_float8(layer, frozen) for layer in _plain_linears(module))
+    return any(_takes_float8(layer, frozen) for layer in _known_linears(module))
 
 
 def held_layers(module: nn.Module) -> list[HeldLinear]:
     """The layers whose weights a switch holds in float8."""
     return [layer for layer in module.modules() if isinstance(layer, HeldLinear)]
+
+
+def layers_in_float8(module: nn.Module) -> list[nn.Linear]:
+    """The layers whose weights came in float8, and are used as they are."""
+    return [layer for layer in _known_linears(module) if as_it_comes.read(layer) is not None]
+
+
+def has_packed_layers(module: nn.Module) -> bool:
+    """Whether a switch on the module saves de-quantised weights, on or off."""
+    return any(as_it_comes.unpacks(layer.weight) for layer in _known_linears(module))
 
 
 class Float8Switch(nn.Module):
@@ -124,11 +146,11 @@ class Float8Switch(nn.Module):
         if self.children_seen and all(tuple(m._modules.values()) == seen for m, seen in self.children_seen):
             return
         self.children_seen = tuple((m, tuple(m._modules.values())) for m in self.module[0].modules())
-        self.layers = _plain_linears(self.module[0])
+        self.layers = _known_linears(self.module[0])
         for layer in self.layers:
-            if type(layer) is nn.Linear:
+            if not isinstance(layer, SwitchedLinear):
                 vars(layer)[SWITCH] = self
-                layer.__class__ = SwitchedLinear
+                layer.__class__ = _switched(type(layer))  # type: ignore[arg-type]
         self.in_bfloat16 = any(
             _dtype(layer) is torch.bfloat16 and _takes_float8(layer, frozen=False) for layer in self.layers
         )
@@ -140,7 +162,8 @@ class Float8Switch(nn.Module):
         self.holding = True
         for layer in self.layers:
             # A weight of another class is sharded, or quantised already.
-            if type(layer) is SwitchedLinear and type(layer.weight) is nn.Parameter and _takes_float8(layer):
+            plain = type(layer) is SwitchedLinear and type(layer.weight) is nn.Parameter
+            if plain and layer.weight.itemsize > 1 and _takes_float8(layer):
                 vars(layer)[DTYPE] = layer.weight.dtype
                 # The parameter stays the object that others may know.
                 layer.weight.data = held.pack(layer.weight)
@@ -155,8 +178,8 @@ class Float8Switch(nn.Module):
                 layer.__class__ = SwitchedLinear  # type: ignore[assignment]
                 del vars(layer)[DTYPE]
             vars(layer).pop(SWITCH, None)
-            if type(layer) is SwitchedLinear:
-                layer.__class__ = nn.Linear  # type: ignore[assignment]
+            if isinstance(layer, SwitchedLinear):
+                layer.__class__ = layer.original  # type: ignore[assignment]
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)` in float8."""
@@ -173,15 +196,28 @@ DTYPE = "_lemo_fx_dtype"
 
 
 class SwitchedLinear(nn.Linear):
-    """A linear layer under a `Float8Switch`."""
+    """A linear layer under a `Float8Switch`.
+
+    Attributes:
+        original: the class that it has without.
+    """
+
+    original: type[nn.Linear] = nn.Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
         switch = vars(self)[SWITCH]
+        came = as_it_comes.read(self)
         if switch.on and fits(x, self):
-            run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
-            out = run(x, self.weight)
+            if came is not None:
+                out = as_it_comes.float8_product(x, came, _dtype(self))
+            else:
+                run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
+                out = run(x, self.weight)
             # Not within: a bias may be trained where the weight is frozen.
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+        if as_it_comes.unpacks(self.weight) and not self.weight.requires_grad:
+            out = as_it_comes.PackedProduct.apply(x, self.weight)
             return out if self.bias is None else out + self.bias.to(out.dtype)
         if switch.on and switch.in_bfloat16 and _is_float32_adapter(x, self.weight):
             bias = None if self.bias is None else self.bias.bfloat16()
@@ -191,7 +227,16 @@ class SwitchedLinear(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copied and pickled as the linear layer it is without a switch."""
         state = {name: value for name, value in vars(self).items() if name != SWITCH}
-        return object.__new__, (nn.Linear,), state
+        return object.__new__, (self.original,), state
+
+
+@functools.cache
+def _switched(kind: type[nn.Linear]) -> type[SwitchedLinear]:
+    """`SwitchedLinear` of another class of linear layers, which bears its name."""
+    if kind is nn.Linear:
+        return SwitchedLinear
+    namespace = {"original": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (SwitchedLinear, kind), namespace)
 
 
 class HeldLinear(SwitchedLinear):

@@ -14,6 +14,7 @@ from lemo_fx.graph.capture import (
     is_tensor_function,
     modes_kept,
 )
+from lemo_fx.kernels.float8_linear.as_it_comes import is_packed
 
 ELEMENTWISE_FUNCTIONS = frozenset(
     {
@@ -54,7 +55,8 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
 
 def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shape: tuple[int, int, int]) -> str | None:
     """None if a function, which calls a module or several, gives the same rows in another order and on their own."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    # Weights in float8 are no example of what a layer is handed.
+    parameter = next((p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1), None)
     if parameter is None:
         dtype, device = torch.float32, torch.device("cpu")
     elif parameter.device.type == "meta":
@@ -73,7 +75,7 @@ def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shap
             if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
                 return "does not return one row per token"
             permuted, alone = _first(run(x[:, order])), _first(run(x[:, 2:5]))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, ImportError) as error:
             problem = [*str(error).splitlines(), ""][0]
             if isinstance(error, TypeError) and "missing" in problem:
                 return "is no softmax attention that transformers dispatches, and reads more than its token"
@@ -113,9 +115,9 @@ def why_not_elementwise(node: fx.Node, attentions: list[fx.Node]) -> str | None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ)."""
+    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ), in float8, or as torchao's tensor."""
     return any(
-        not t.is_floating_point() and t.dim() > 0
+        t.dim() > 0 and (not t.is_floating_point() or t.itemsize == 1 or is_packed(t))
         for t in (*module._parameters.values(), *module._buffers.values())
         if t is not None
     )

@@ -14,7 +14,8 @@ from lemo_fx.graph.left_out import kind_of, kinds_left_out, matters_when_absent
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
-from lemo_fx.kernels.float8_linear.op import has_float8_layers
+from lemo_fx.kernels.float8_linear.op import Float8Switch, has_float8_layers, has_packed_layers
+from lemo_fx.passes.outline_branches import FLOAT8
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.planning.dense import PASSED_THROUGH, why_dense
@@ -102,6 +103,8 @@ def _rewrite_layer(
     if index == 0 and not draws and config.sequence_parts > 1 and config.eliminations:
         # Of the embeddings, which every number of ranks computes alike; what later layers read differs in the last bit.
         rewrite.modules[part_name("step", "score")] = StepScore(config.block_size, planning.step, *planning.parts)
+    if has_packed_layers(layer):
+        rewrite.modules[FLOAT8] = Float8Switch()
     observe = dumper(planning.dump, name) if planning.dump else None
     planning.changes[name] = run_passes(rewrite, observe, planning.passes)
     return rewrite, rows, original, planning.proofs.fault(rewrite, *untouched)

@@ -16,6 +16,7 @@ from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
 from lemo_fx.graph.left_out import reads_use_cache
 from lemo_fx.passes.pipeline import PASSES, Pass
+from lemo_fx.planning.base import refuse_untrainable
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
 from lemo_fx.planning.layer import plan_layer
@@ -69,6 +70,8 @@ def make_plans(
     proofs = Proofs(model, [layer for _, layer in layers])
     planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group)
     planned: dict[nn.Module, str] = {}
+    trains = any(p.requires_grad for p in model.parameters())
+    tried: set[tuple] = set()
     for index, (name, layer) in enumerate(layers):
         if layer in planned:
             notes.append(f"{name}: is {planned[layer]} again")
@@ -82,6 +85,11 @@ def make_plans(
             if not (planning.rewrites_dense_layers or last):
                 continue
         distributed.refuse_finer_units(name, layer)
+        with distributed.gathered(layer):
+            if trains:
+                # Some bases are unpacked in the model's first call.
+                proofs.usual(layer)
+                refuse_untrainable(name, layer, tried)
         try:
             with distributed.gathered(layer):
                 plan = plan_layer(planning, name, layer, index)

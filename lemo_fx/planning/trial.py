@@ -77,7 +77,9 @@ class Trial:
         self.built = built
         self.rewrite, self.captured, self.sites = rewrite, captured, sites
         layer = rewrite.layer
-        plain = all(p.is_floating_point() and type(p.data) is torch.Tensor for p in layer.parameters())
+        plain = all(
+            p.is_floating_point() and p.itemsize > 1 and type(p.data) is torch.Tensor for p in layer.parameters()
+        )
         self.float32 = float32 and plain and sum(p.numel() for p in layer.parameters()) <= LARGEST
         self.precision = FULL if self.float32 else ROUNDED
         self.given, explicit = self._cast(probe.calls[layer]), self._cast(probe.explicit[layer])

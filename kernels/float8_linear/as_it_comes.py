@@ -1,0 +1,142 @@
+"""Frozen weights that come quantised, used as they are: torchao's tensors and transformers' `FP8Linear`.
+
+Nothing of them is cast, packed or kept: the bytes and scales that the layer has are read in every product. In float8,
+scales of whole rows go into the product; where a row has several (blocks of 128 x 128) no product of whole rows takes
+them, and the row is de-quantised and rounded anew, as a bfloat16 weight's would be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lemo_fx.kernels.float8_linear import held, reference
+
+Came = tuple[torch.Tensor, torch.Tensor, tuple[int, int]]
+"""float8 [N, K]; its scales, one a block; the block's sides."""
+
+
+FINEGRAINED = "FP8Linear"
+"""Transformers' class of linear layers with weights in float8, known by name."""
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors, with which products are computed and nothing else."""
+    return type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao.")
+
+
+def unpacks(weight: torch.Tensor) -> bool:
+    """Whether a packed weight can be de-quantised."""
+    return is_packed(weight) and type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def read(layer: nn.Linear) -> Came | None:
+    """A layer's float8 weight as it came; None where it did not."""
+    # Of other classes the weight may be made anew when it is asked for. A switched layer bears its class's name.
+    if type(layer).__name__ not in ("Linear", FINEGRAINED):
+        return None
+    weight: Any = layer.weight
+    scale: Any = None
+    sides = tuple(weight.shape)
+    if is_packed(weight):
+        scale = getattr(weight, "scale", None)
+        weight = getattr(weight, "qdata", None)
+        if scale is not None and scale.dim() == 2:
+            sides = (sides[0] // scale.shape[0], sides[1] // scale.shape[1])
+    elif type(layer).__name__ == FINEGRAINED:
+        scale = getattr(layer, "weight_scale_inv", None)
+        sides = tuple(getattr(layer, "block_size", None) or sides)
+    if weight is None or scale is None or weight.dtype is not torch.float8_e4m3fn or weight.dim() != 2:
+        return None
+    return weight, scale.reshape(1, 1) if scale.dim() < 2 else scale, sides
+
+
+def _along(scale: torch.Tensor, axis: int, side: int, size: int) -> torch.Tensor:
+    """Scales, one for each row or column of the weight."""
+    return scale if scale.shape[axis] == size else scale.repeat_interleave(side, axis).narrow(axis, 0, size)
+
+
+def dequantise(
+    rounded: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype, turn: int = 0
+) -> torch.Tensor:
+    """The weight [N, K] in a dtype.
+
+    Args:
+        turn: the same numbers from other operations (factors of two are exact), as `again` in `reference.quantise`.
+    """
+    scale = scale.float() / 2**turn if turn else scale.float()
+    values = rounded.float() * 2**turn if turn else rounded.float()
+    rows = _along(scale, 0, block[0], rounded.shape[0])
+    return (values * (rows if rows.shape[1] == 1 else _along(rows, 1, block[1], rounded.shape[1]))).to(dtype)
+
+
+def float8_product(x: torch.Tensor, came: Came, dtype: torch.dtype) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, in float8, and its gradient too.
+
+    Args:
+        dtype: in which a weight is that is rounded anew.
+    """
+    return Float8Product.apply(x, *came, dtype) if torch.is_grad_enabled() else _forward(x, *came, dtype)
+
+
+def _forward(
+    x: torch.Tensor,
+    rounded: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    again: bool = False,
+) -> torch.Tensor:
+    if scale.shape[1] == 1:
+        columns, scale = rounded, _along(scale.float(), 0, block[0], len(rounded))
+    else:
+        columns, scale = reference.quantise(dequantise(rounded, scale, block, dtype, turn=int(again)), again)
+    out = held.product(*reference.quantise(x.flatten(0, -2)), columns, scale)
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Float8Product(torch.autograd.Function):
+    """`float8_product` with its gradient; what came is all that is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        rounded: torch.Tensor,
+        scale: torch.Tensor,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        ctx.save_for_backward(rounded, scale)
+        ctx.block, ctx.dtype = block, dtype
+        return _forward(x, rounded, scale, block, dtype, again=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8."""
+        rounded, scale = ctx.saved_tensors
+        weight = dequantise(rounded, scale, ctx.block, ctx.dtype, turn=2)
+        columns, scale = reference.quantise(weight.t())
+        out = held.product(*reference.quantise(grad.flatten(0, -2)), columns.contiguous(), scale)
+        return out.to(grad.dtype).unflatten(0, grad.shape[:-1]), None, None, None, None
+
+
+class PackedProduct(torch.autograd.Function):
+    """x @ weight.T as torchao computes it; the backward de-quantises the weight anew, where torchao's keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        ctx.save_for_backward(weight)
+        ctx.x_dtype = x.dtype
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient [..., N] @ weight [N, K] -> [..., K]."""
+        (weight,) = ctx.saved_tensors
+        return (grad @ weight.dequantize().to(grad.dtype)).to(ctx.x_dtype), None
