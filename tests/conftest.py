@@ -1,3 +1,4 @@
+import gc
 import warnings
 import zlib
 from collections import Counter
@@ -30,6 +31,21 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
         items[:] = [item for item in items if runs(item)]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Everything imported so far is left out of garbage collections from here on.
+
+    torch, transformers and the tests make most of a million objects that live as long as the process, and whoever
+    collects (accelerate after every training, torch where compilers are reset) would go through all of them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Extensions complain of what is never freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
