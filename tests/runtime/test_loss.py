@@ -265,7 +265,7 @@ def test_a_recompute_of_the_whole_model_does_as_its_forward_did():
 
 
 def test_a_compiled_model_reads_no_label_on_the_host():
-    model, inputs = tiny("llama"), labelled(0.05)
+    model, inputs = tiny("llama", 1), labelled(0.05)
     expected = step(model, inputs)
     lemo_fx.transform(model, only_loss())
     torch.compiler.reset()
