@@ -52,6 +52,7 @@ def invoke(config, tmp_path, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.rendered
 def test_every_plan_at_every_length(config, tmp_path):
     result = invoke(config, tmp_path, "--context", "256,320", "--steps", "1")
     assert result.exit_code == 0, result.output
@@ -72,6 +73,7 @@ def test_every_plan_at_every_length(config, tmp_path):
         assert run["first_loss"] == pytest.approx(beside, abs=5e-3 if plan in ("balanced", "fast") else 1e-4)
 
 
+@pytest.mark.rendered
 def test_one_plan_of_ones_own(config, tmp_path):
     result = invoke(config, tmp_path, "--context", "256", "--keep", "0.25", "--eliminated", "skip", "--score", "random")
     assert result.exit_code == 0, result.output

@@ -65,6 +65,7 @@ def test_no_bar_of_loaded_weights_lies_over_a_command(tmp_path):
         transformers.logging.enable_progress_bar()
 
 
+@pytest.mark.rendered
 def test_inspect_a_config(config, tmp_path):
     out, dump = tmp_path / "out", tmp_path / "dump"
     result = runner.invoke(app, ["inspect", str(config), "--layer", "1", "--out", str(out), "--dump", str(dump)])
@@ -219,6 +220,7 @@ def test_demo_refuses_a_plan_before_it_trains(tmp_path, monkeypatch, options, sa
 
 
 @pytest.mark.slow
+@pytest.mark.rendered
 def test_demo(tmp_path):
     arguments = ["demo", "--steps", "2", "--context", "512", "--windows", "1", "--out", str(tmp_path)]
     result = runner.invoke(app, [*arguments, "--graph", "--predicted", "--plans", "fast,lemo"])

@@ -32,6 +32,7 @@ def run(folder, out, *options):
     )
 
 
+@pytest.mark.rendered
 def test_all_are_measured_on_the_same_windows_and_stand_in_one_page(folder, tmp_path):
     result = run(folder, tmp_path / "out", "--plans", "careful,cut,fewer", "--same-time")
     assert result.exit_code == 0, result.output

@@ -192,6 +192,7 @@ def test_stopped_resumed_and_made_longer(folder, tmp_path, monkeypatch):
     assert yaml.safe_load((out / "run.yaml").read_text())["steps"] == 5
 
 
+@pytest.mark.rendered
 def test_a_dense_run_and_another_one_beside_it_on_the_page(folder, first, tmp_path):
     _, other, _, _ = first
     options = ["--preset", "dense", "--steps", "1", "--compare-with", other]

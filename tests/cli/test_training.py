@@ -84,6 +84,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.rendered
 def test_the_whole_job(folder, tmp_path):
     """Fits predictors, trains, and saves an adapter that has the held-out loss of the page without lemo_fx."""
     heldout = [*range(3, 90), *range(3, 90), *range(3, 20)]
