@@ -17,7 +17,7 @@ from torch import fx, nn
 import lemo_fx
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, by_name, capture
-from lemo_fx.graph.oracle import Changes, run_captured
+from lemo_fx.graph.oracle import Changes, Oracle
 from lemo_fx.graph.probe import eager
 from lemo_fx.graph.sites import Site, find_sites, site_name
 
@@ -94,8 +94,8 @@ def _forward(layer: nn.Module, kept: Mapping[str, tuple[str, torch.Tensor]]) -> 
 
         skipping = {branch: row for branch, row in rows.items() if branch not in exact}
         with torch.no_grad():
-            run_captured(layer, graph, sites, given, Changes(values, _masks(sites, given, stream, skipping)))
-        return run_captured(layer, graph, sites, given, Changes(gradients, _masks(sites, given, stream, rows)))
+            Oracle(layer, graph, sites, given, Changes(_masks(sites, given, stream, skipping), values)).run()
+        return Oracle(layer, graph, sites, given, Changes(_masks(sites, given, stream, rows), gradients)).run()
 
     return forward
 

@@ -6,7 +6,7 @@ No pass, kernel or generated code takes part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -36,28 +36,23 @@ class Changes:
     """What to do otherwise than the layer does.
 
     Attributes:
-        treat: (a branch's node, its value [B, S, H]) -> the value to add to the residual stream.
         masks: by attention call, the additive mask [B, 1, S, S] that it reads in the place of the layer's.
+        treat: (a branch's node, its value [B, S, H]) -> the value to add to the residual stream.
         tokens: by attention call, those [B, S] whose gradient leaves it by its input.
     """
 
+    masks: Mapping[fx.Node, torch.Tensor]
     treat: Callable[[fx.Node, torch.Tensor], torch.Tensor] | None = None
-    masks: Mapping[fx.Node, torch.Tensor] | None = None
-    tokens: Mapping[fx.Node, torch.Tensor] | None = None
+    tokens: Mapping[fx.Node, torch.Tensor] = field(default_factory=dict)
 
 
-def run_captured(
-    layer: nn.Module, graph: fx.Graph, sites: Sequence[Site], given: Mapping[str, Any], changes: Changes
-) -> Any:
-    """Run a layer's captured graph.
+class Oracle(fx.Interpreter):
+    """Runs a layer's captured graph.
 
     Args:
         given: the layer's arguments by name.
     """
-    return _Run(layer, graph, sites, given, changes).run()
 
-
-class _Run(fx.Interpreter):
     def __init__(
         self, layer: nn.Module, graph: fx.Graph, sites: Sequence[Site], given: Mapping[str, Any], changes: Changes
     ) -> None:
@@ -76,7 +71,7 @@ class _Run(fx.Interpreter):
         """A node's arguments, with mappings spread out and an attention's mask replaced."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         kwargs = {**{k: v for k, v in kwargs.items() if k != SPLAT}, **kwargs.get(SPLAT, {})}
-        through = (self.changes.tokens or {}).get(n)
+        through = self.changes.tokens.get(n)
         if through is not None:
 
             def limited(value: Any) -> Any:
@@ -84,7 +79,7 @@ class _Run(fx.Interpreter):
                 return torch.where(through[..., None], value, value.detach()) if runs else value
 
             args, kwargs = tuple(map(limited, args)), {name: limited(value) for name, value in kwargs.items()}
-        mask = (self.changes.masks or {}).get(n)
+        mask = self.changes.masks.get(n)
         if mask is not None:
             read = [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a.target == "attention_mask"]
             args = tuple(mask if i in read else a for i, a in enumerate(args))

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.capture import graph_module
-from lemo_fx.graph.oracle import Changes, run_captured
+from lemo_fx.graph.oracle import Changes, Oracle
 from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, eager, in_a_line, quiet, with_weights
 from lemo_fx.graph.sites import Site
 from lemo_fx.kernels.private import tree_leaves, tree_map
@@ -144,7 +144,7 @@ class Trial:
             return Fault(None, f"on a probe of {LENGTH} tokens it fails: {in_a_line(error)}")
 
     def _rewritten_differs(self, original: Any) -> Fault | None:
-        untouched = self._values_and_gradients(self._captured(Changes(masks=self._masks({}))), self.explicit)
+        untouched = self._values_and_gradients(self._captured(Changes(self._masks({}))), self.explicit)
         fault = self._fault(None, original, untouched, "captured as a graph,")
         if fault is not None:
             return fault
@@ -259,11 +259,11 @@ class Trial:
 
         with torch.no_grad():
             inexact = {branch: kept for branch, kept in keys.items() if planned[branch].treatment != "exact"}
-            changes = Changes(values_only, self._masks(inexact))
+            changes = Changes(self._masks(inexact), values_only)
             self._captured(changes)(**{**self.explicit, self.entry: self.stream})
         unmasked = {site.mixer: keys[site.branch] for site, s in pairs if s.every_key}
         masked = {site.branch: keys[site.branch] for site, s in pairs if s.treatment and not s.every_key}
-        changes = Changes(treat, self._masks(masked), unmasked)
+        changes = Changes(self._masks(masked), treat, unmasked)
         return self._values_and_gradients(self._captured(changes), self.explicit)
 
     def _captured(self, changes: Changes) -> Callable[..., Any]:
@@ -272,7 +272,7 @@ class Trial:
 
         def run(**given: Any) -> Any:
             with eager(layer) if self.attends else nullcontext():
-                return run_captured(layer, self.captured, self.sites, given, changes)
+                return Oracle(layer, self.captured, self.sites, given, changes).run()
 
         return run
 
