@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError, UnsupportedModelError
-from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, readable_code
 from lemo_fx.graph.left_out import kind_of, kinds_left_out, matters_when_absent
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
@@ -23,7 +23,7 @@ from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning, SitePlan, layer_plan
 from lemo_fx.planning.proof import Fault, Proofs
 from lemo_fx.planning.site import called_by, float8_asked, plan_site
-from lemo_fx.runtime.captured import Captured, captured, summary
+from lemo_fx.runtime.captured import Captured, numbers_of, parts_of, summary
 from lemo_fx.runtime.scores import StepScore
 
 
@@ -62,11 +62,11 @@ def _rewrite_layer(
     try:
         graph, presence = _capture_as_called(layer, planning.proofs)
         kinds = _kinds(layer, graph, planning.proofs)
-        original = captured(layer, graph, {**ABSENT_IN_TRAINING, **_absent(presence)})
     except CaptureError as error:
         raise _refused(planning, name, layer, str(error)) from error
+    code, constants = readable_code(graph, "Forward"), {**ABSENT_IN_TRAINING, **_absent(presence)}
     sites, refusals = find_sites(graph)
-    original.found, original.kinds = summary(sites, refusals), kinds
+    original = Captured(code, summary(sites, refusals), constants, numbers_of(layer), parts_of(layer), kinds)
     for refusal in refusals:
         if refusal.site is None or why_no_stream(layer, planning.proofs.usual(layer)):
             raise _refused(planning, name, layer, f"node {refusal.node!r} {refusal.reason}")

@@ -9,10 +9,10 @@ is new, the layer is captured and analysed once more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import CaptureError, LemoError
@@ -27,15 +27,15 @@ OWN = "lemo_"
 """How the names of modules begin that lemo_fx adds to a layer."""
 
 HARMLESS = frozenset({"torch", "transformers", "accelerate", "bitsandbytes", "torchao", "lemo_fx"})
-"""Packages whose hooks and forwards within a layer see to weights or collect what a call asked for, whatever rows come
-by."""
+"""Packages whose hooks and forwards within a layer work with any rows: they manage weights, or collect what a call
+asked for."""
 
 SWITCHED = frozenset({"training", "gradient_checkpointing"})
 """Attributes that a graph reads anew in every call."""
 
 
 def harmless(hook: Any) -> bool:
-    """Whether a hook, or a forward that was put on a module, is of a package that does not mind which rows come by."""
+    """True if a hook, or a forward that was put on a module, is of a package in `HARMLESS`."""
     function = getattr(hook, "func", hook)
     package = getattr(function, "__module__", None) or type(function).__module__
     return package.partition(".")[0] in HARMLESS
@@ -63,7 +63,7 @@ class Captured:
     constants: Mapping[str, Any]
     numbers: tuple[dict[str, Any], ...]
     parts: Parts
-    kinds: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[Any, ...]]
 
     def other_kind(self, given: Mapping[str, Any]) -> str:
         """The argument of a call that the graph does not use, and the forward may; empty if there is none."""
@@ -131,11 +131,6 @@ class CapturedHead:
                 return False
             self.numbers = numbers
         return True
-
-
-def captured(layer: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> Captured:
-    """A layer as it is, and its graph before `find_sites`; `found` is filled in after that."""
-    return Captured(readable_code(graph, "Forward"), (), constants, numbers_of(layer), parts_of(layer))
 
 
 def summary(sites: list[Site], refusals: list[Refusal]) -> tuple[Any, ...]:
