@@ -56,15 +56,13 @@ class Proofs:
         Args:
             captured, sites: as in `prove`.
         """
-        if self.obstacle:
+        probes = self._recorded(rewrite.layer)
+        if not probes:
             return None
         key = (*self.key, *signature(rewrite))
         if key not in _known:
-            if not self._recorded_all(rewrite.layer):
-                return None
-            assert self.probes is not None
             try:
-                _known[key] = prove(rewrite, captured, sites, self.probes)
+                _known[key] = prove(rewrite, captured, sites, probes)
             except OriginalFails as error:
                 self.obstacle = f"a layer does not run by itself: {error}"
                 return None
@@ -72,10 +70,8 @@ class Proofs:
 
     def usual(self, layer: nn.Module) -> Mapping[str, Any]:
         """The arguments by name of a layer's call without padding; empty where the model cannot be run."""
-        if self.obstacle or not self._recorded_all(layer):
-            return {}
-        assert self.probes is not None
-        return self.probes[-1].calls[layer]
+        probes = self._recorded(layer)
+        return probes[-1].calls[layer] if probes else {}
 
     def watched(self, layer: nn.Module) -> Watched:
         """What the modules of a layer do in a call without padding."""
@@ -83,17 +79,19 @@ class Proofs:
             self._watched = layer, watch(layer, self.usual(layer))
         return self._watched[1]
 
-    def _recorded_all(self, layer: nn.Module) -> bool:
-        if self.probes is None:
+    def _recorded(self, layer: nn.Module) -> Sequence[Probe]:
+        """What the model hands its layers, this one among them; nothing where there is an obstacle."""
+        if self.probes is None and not self.obstacle:
             try:
                 self.probes = record(self.model, self.layers)
             except LemoError as error:
                 self.obstacle = f"it does not run on plain token ids: {error}"
-                return False
+        if self.obstacle or self.probes is None:
+            return ()
         if not all(layer in calls for probe in self.probes for calls in (probe.calls, probe.explicit)):
             self.obstacle = "some layers are not called in a forward pass of plain token ids"
-            return False
-        return True
+            return ()
+        return self.probes
 
 
 _known: dict[tuple[Any, ...], Fault | None] = {}
