@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -27,22 +27,12 @@ def own_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     for hook in global_hooks():
         if not harmless(hook):
             yield "every module", hook
-    if not any(any(_hooks_of(module)) for child in _children(layer) for module in child.modules()):
-        return
     for name, module in layer.named_modules():
         if name and not name.startswith("lemo_"):
-            for hook in itertools.chain.from_iterable(hooks.values() for hooks in _hooks_of(module)):
+            own = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+            for hook in itertools.chain.from_iterable(hooks.values() for hooks in own):
                 if not harmless(hook):
                     yield name, getattr(hook, "func", hook)
-
-
-def _children(layer: nn.Module) -> list[nn.Module]:
-    """The layer's own modules, without those that lemo_fx added."""
-    return [child for name, child in layer.named_children() if not name.startswith("lemo_")]
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Callable], ...]:
-    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
 def look_for_hooks(model: nn.Module, step: Step) -> None:
