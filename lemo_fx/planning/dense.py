@@ -24,7 +24,10 @@ SHARED = "score='shared' needs a rewritten attention that comes before the MLP i
 def why_dense(
     proofs: Proofs, rewrite: LayerRewrite, planned: PlannedSite, elimination: Elimination | None
 ) -> str | None:
-    """Why a branch that may run on some tokens cannot be told which, or cannot know what they are; None if it can."""
+    """Why a branch that could run on some of the tokens needs them all; None if it does not.
+
+    An argument may not be known to follow the kept tokens, or a module may count the rows that it is given.
+    """
     site = planned.site
     for node in site.nodes:
         for argument in node.all_input_nodes:

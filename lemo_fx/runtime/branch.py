@@ -160,7 +160,7 @@ def segments(rows: torch.Tensor, length: int, share: float) -> Sequence[torch.Te
     Args:
         length: S, of the stream that the rows are from.
         share: of the stream's tokens that the rows are at most, in any layer. While a compiler traces, it counts in the
-            place of K, so that layers of other budgets, and what a threshold keeps, need no other program.
+            place of K, so that one compiled graph does for layers of all budgets, and for what a threshold keeps.
     """
     count, pieces = rows.shape[1], 1
     most = -(-length * math.ceil(64 * share) // 64) if torch.compiler.is_compiling() else count

@@ -1,4 +1,4 @@
-"""Calls from above the rewritten layers: the cache that one would make by default, the labels that it brings."""
+"""Calls of the modules that hold the rewritten layers: they make no cache by default, and hand on their labels."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def refuse_function_transforms(name: str) -> None:
 
 @functools.cache
 def warn_once(words: str) -> None:
-    """Say once that a rewritten layer trains as it was."""
+    """Log a warning, once in a process."""
     logger.warning(words)
 
 

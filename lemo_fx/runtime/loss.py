@@ -107,7 +107,7 @@ DECIDED = "_lemo_fx_few_labels"
 
 
 def _few_labels(head: nn.Module, targets: torch.Tensor, given: torch.Tensor, ignore_index: int) -> bool:
-    """Whether to run the head for rows with labels alone; asked again about the same labels, it says the same.
+    """True if the head is to run only for rows with labels; kept with the labels, so that a recompute decides alike.
 
     Args:
         targets: [N], on the head's device.

@@ -24,7 +24,7 @@ class Step:
         dense: whether the layers run their original code for now (`lemo_fx.set_dense`, `generate`).
         switches: of the installed layers that compute in float8.
         hooked: whether a layer has someone's hooks in it, see `look_for_hooks`.
-        handles: of hooks that torch had made when it looked.
+        handles: how many handles of hooks torch had made by then.
         owner: the model whose layers share it.
     """
 
