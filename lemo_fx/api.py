@@ -207,6 +207,7 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
             select = module._modules.get(part_name(row.tokens_of, "select"))
             record = select.record if isinstance(select, SelectBlocks) else None
             nan = bool(record.nan_seen) if record is not None and record.nan_seen is not None else False
+            words = [row.note, hooked, in_float8(module, row), "NaN among the last scores" if nan else ""]
             rows.append(
                 SiteReport(
                     module=name,
@@ -217,19 +218,14 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                     kept_tokens=record.kept_tokens if record and record.total_tokens else None,
                     total_tokens=record.total_tokens if record and record.total_tokens else None,
                     recall=recalls.get((name, row.site)),
-                    note="; ".join(
-                        filter(
-                            None,
-                            [row.note, hooked, in_float8(module, row), "NaN among the last scores" if nan else ""],
-                        )
-                    ),
+                    note="; ".join(filter(None, words)),
                 )
             )
-    dense = any(installation.settings.step.dense for _, _, installation in installed(model))
-    unlabelled = any(record.settings.step.unlabelled for _, _, record in installed(model))
+    steps = [record.settings.step for _, _, record in installed(model)]
     held = base_in_float8(model, done.config.base == "float8")
-    notes = [*done.notes, *held, *([UNLABELLED] if unlabelled else []), *lowerings(model, done.config.block_size)]
-    return Report(config=done.config, sites=rows, notes=notes, dense=dense)
+    unlabelled = [UNLABELLED] if any(step.unlabelled for step in steps) else []
+    notes = [*done.notes, *held, *unlabelled, *lowerings(model, done.config.block_size)]
+    return Report(config=done.config, sites=rows, notes=notes, dense=any(step.dense for step in steps))
 
 
 def _check_batch(model: nn.Module, batch: object) -> None:

@@ -124,7 +124,9 @@ def test_what_a_layer_returns_besides_its_stream():
     assert not refusals
     kinds, refusals = found(lambda m, x: ((h := x + (a := m.attention(m.norm(x)))) + m.mlp(m.norm(h)), a * 2))
     assert kinds == ["mlp"]
-    assert [(r.kind, r.reason) for r in refusals] == [("attention", "is also read outside of its branch, by 'mul'")]
+    assert [(r.site.kind, r.reason) for r in refusals] == [
+        ("attention", "is also read outside of its branch, by 'mul'")
+    ]
     kinds, refusals = found(lambda m, x: ((a := m.attention(m.norm(x))), b := a * 2, x + a, b)[2:])
     assert [r.site for r in refusals] == [None], "what reads it comes before the add"
     kinds, refusals = found(lambda m, x: x + (a := m.attention(m.norm(x))) + m.mlp(a))
