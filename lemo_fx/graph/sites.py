@@ -21,12 +21,7 @@ from torch import fx, nn
 
 from lemo_fx.config import SiteKind
 from lemo_fx.graph.anatomy import is_softmax_attention
-from lemo_fx.graph.capture import (
-    ABSENT_IN_TRAINING,
-    capture,
-    module_of,
-    remove_dead_nodes,
-)
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture, module_of, remove_dead_nodes
 from lemo_fx.graph.token_wise import why_not_alone, why_not_elementwise, why_not_token_wise
 
 ADDS = (operator.add, operator.iadd, torch.add)
@@ -78,11 +73,6 @@ class Refusal:
     node: str
     reason: str
     site: Site | None = None
-
-    @property
-    def kind(self) -> SiteKind | None:
-        """The kind of the branch."""
-        return None if self.site is None else self.site.kind
 
 
 def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
