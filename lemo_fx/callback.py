@@ -97,13 +97,7 @@ class LemoCallback(TrainerCallback):
             recalls = report(kwargs["model"], recall_on=batch).means("recall")
             self._recall = {f"lemo/recall_{kind}": recall for kind, recall in recalls.items()}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to a training log; those of evaluations and of the whole run are left alone."""
         model, logs = kwargs["model"], kwargs["logs"]
         if "loss" not in logs:

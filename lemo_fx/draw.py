@@ -35,12 +35,7 @@ ROLES = {
 COLOURS = ("#6b7178", "#2f6fb0", "#2e7d4f", "#b8860b")
 """Of lines and bars."""
 
-OUTLINED = (
-    branch.branch,
-    branch.token_wise_branch,
-    branch.without_gradient,
-    branch.token_wise_without_gradient,
-)
+OUTLINED = (branch.branch, branch.token_wise_branch, branch.without_gradient, branch.token_wise_without_gradient)
 """What calls a function that a pass made of a region."""
 
 SPINE, BRANCH, CHOICE = 0.0, 3.15, 6.8

@@ -66,11 +66,7 @@ def _fwd_kernel(
 
 
 def block_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    documents: torch.Tensor | None,
-    scaling: float,
-    block_size: int,
+    query: torch.Tensor, key: torch.Tensor, documents: torch.Tensor | None, scaling: float, block_size: int
 ) -> torch.Tensor:
     """As `reference.block_scores` for causal order (within documents, if given); any strides, memory linear in S."""
     batch, heads, length, width = query.shape

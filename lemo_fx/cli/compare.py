@@ -30,10 +30,7 @@ from lemo_fx.kernels.float8_linear.op import has_float8
 
 LORA, CUT, FEWER = "LoRA", "cut", "fewer"
 KINDS = (CUT, FEWER, "careful", "balanced", "fast")
-WORDS = {
-    CUT: "LoRA, sequences cut to half",
-    FEWER: "LoRA, fewer steps",
-}
+WORDS = {CUT: "LoRA, sequences cut to half", FEWER: "LoRA, fewer steps"}
 PAGE, FIGURES = "compare.html", "compare.json"
 MORE = ", more steps"
 

@@ -187,10 +187,7 @@ class Reader:
 
 
 def tokenise(
-    rows: Sequence[Row],
-    reader: Reader,
-    vocabulary: int,
-    tick: Callable[[int], None] = lambda done: None,
+    rows: Sequence[Row], reader: Reader, vocabulary: int, tick: Callable[[int], None] = lambda done: None
 ) -> list[Document]:
     """Tokens of every row that has any. Texts get an end-of-sequence token; chats end as their template says.
 

@@ -157,9 +157,7 @@ def _figure(height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
 
 
 def html(
-    summary: Mapping[str, Any],
-    figures: Mapping[str, tuple[Figure, str]],
-    other: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any], figures: Mapping[str, tuple[Figure, str]], other: Mapping[str, Any] | None = None
 ) -> str:
     """The page as one string that needs no other file; with `other`, beside the figures of that run."""
     title = f"Fine-tuning {Path(summary['model']).name}"

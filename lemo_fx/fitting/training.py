@@ -124,11 +124,7 @@ class Trained:
 
 
 def train(
-    kind: SiteKind,
-    blocks: Blocks,
-    recipe: Recipe,
-    heldout: Blocks | None = None,
-    device: torch.device | str = "cpu",
+    kind: SiteKind, blocks: Blocks, recipe: Recipe, heldout: Blocks | None = None, device: torch.device | str = "cpu"
 ) -> Trained:
     """Fit one predictor.
 

@@ -34,11 +34,7 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 NO_CACHE: Mapping[str, Any] = {**dict.fromkeys(CACHE_NAMES), "use_cache": False}
 """A layer's cache under all its names, and the values that say that there is none."""
 
-ABSENT_IN_TRAINING: Mapping[str, Any] = {
-    **NO_CACHE,
-    "encoder_hidden_states": None,
-    "encoder_attention_mask": None,
-}
+ABSENT_IN_TRAINING: Mapping[str, Any] = {**NO_CACHE, "encoder_hidden_states": None, "encoder_attention_mask": None}
 """Layer arguments that a training step does not use. The captured graph holds these values in their place, and a call
 that brings anything else runs the original code."""
 

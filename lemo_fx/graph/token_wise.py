@@ -10,10 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from lemo_fx.graph.capture import (
-    is_tensor_function,
-    modes_kept,
-)
+from lemo_fx.graph.capture import is_tensor_function, modes_kept
 from lemo_fx.kernels.float8_linear.as_it_comes import is_packed
 
 ELEMENTWISE_FUNCTIONS = frozenset(
