@@ -2,7 +2,7 @@
 
 Nothing of them is cast, packed or kept: the bytes and scales that the layer has are read in every product. In float8,
 scales of whole rows go into the product; where a row has several (blocks of 128 x 128) no product of whole rows takes
-them, and the row is de-quantised and rounded anew, as a bfloat16 weight's would be.
+them, and the row is rounded to one of them for as long as the product takes.
 """
 
 from __future__ import annotations
@@ -59,41 +59,30 @@ def _along(scale: torch.Tensor, axis: int, side: int, size: int) -> torch.Tensor
     return scale if scale.shape[axis] == size else scale.repeat_interleave(side, axis).narrow(axis, 0, size)
 
 
-def dequantise(
-    rounded: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype, turn: int = 0
-) -> torch.Tensor:
-    """The weight [N, K] in a dtype.
+def by_rows(
+    rounded: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], turn: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight with one scale a row: float8 [N, K] and float32 scales [N, 1].
+
+    Where a row has several scales, its values are rounded to the largest of them, under which none is too large.
 
     Args:
         turn: the same numbers from other operations (factors of two are exact), as `again` in `reference.quantise`.
     """
-    scale = scale.float() / 2**turn if turn else scale.float()
-    values = rounded.float() * 2**turn if turn else rounded.float()
-    rows = _along(scale, 0, block[0], rounded.shape[0])
-    return (values * (rows if rows.shape[1] == 1 else _along(rows, 1, block[1], rounded.shape[1]))).to(dtype)
+    scale, factor = scale.float(), 2.0**turn
+    if scale.shape[1] > 1:
+        largest = scale.amax(1, keepdim=True).clamp_min(1e-30)
+        share = _along(_along(scale / (largest * factor), 0, block[0], len(rounded)), 1, block[1], rounded.shape[1])
+        rounded, scale = (rounded.float() * factor * share).to(rounded.dtype), largest
+    return rounded, _along(scale, 0, block[0], len(rounded))
 
 
-def float8_product(x: torch.Tensor, came: Came, dtype: torch.dtype) -> torch.Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, in float8, and its gradient too.
-
-    Args:
-        dtype: in which a weight is that is rounded anew.
-    """
-    return Float8Product.apply(x, *came, dtype) if torch.is_grad_enabled() else _forward(x, *came, dtype)
+def float8_product(x: torch.Tensor, came: Came) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, in float8, and its gradient too."""
+    return Float8Product.apply(x, *came) if torch.is_grad_enabled() else _forward(x, *by_rows(*came))
 
 
-def _forward(
-    x: torch.Tensor,
-    rounded: torch.Tensor,
-    scale: torch.Tensor,
-    block: tuple[int, int],
-    dtype: torch.dtype,
-    again: bool = False,
-) -> torch.Tensor:
-    if scale.shape[1] == 1:
-        columns, scale = rounded, _along(scale.float(), 0, block[0], len(rounded))
-    else:
-        columns, scale = reference.quantise(dequantise(rounded, scale, block, dtype, turn=int(again)), again)
+def _forward(x: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     out = held.product(*reference.quantise(x.flatten(0, -2)), columns, scale)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -103,26 +92,21 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        rounded: torch.Tensor,
-        scale: torch.Tensor,
-        block: tuple[int, int],
-        dtype: torch.dtype,
+        ctx: Any, x: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
     ) -> torch.Tensor:
         """[..., K] -> [..., N] in x's dtype."""
         ctx.save_for_backward(rounded, scale)
-        ctx.block, ctx.dtype = block, dtype
-        return _forward(x, rounded, scale, block, dtype, again=True)
+        ctx.block = block
+        return _forward(x, *by_rows(rounded, scale, block, turn=1))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8."""
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Gradient [..., N] times the weight's scales, rounded, @ float8 [N, K] -> [..., K]."""
         rounded, scale = ctx.saved_tensors
-        weight = dequantise(rounded, scale, ctx.block, ctx.dtype, turn=2)
-        columns, scale = reference.quantise(weight.t())
-        out = held.product(*reference.quantise(grad.flatten(0, -2)), columns.contiguous(), scale)
-        return out.to(grad.dtype).unflatten(0, grad.shape[:-1]), None, None, None, None
+        columns, scale = by_rows(rounded, scale, ctx.block, turn=2)
+        rows = reference.quantise(grad.flatten(0, -2).float() * scale.T)
+        out = held.product(*rows, columns.t().contiguous(), scale.new_ones(columns.shape[1], 1))
+        return out.to(grad.dtype).unflatten(0, grad.shape[:-1]), None, None, None
 
 
 class PackedProduct(torch.autograd.Function):

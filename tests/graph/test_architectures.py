@@ -61,7 +61,10 @@ def test_lora(model_type):
 
 
 @pytest.mark.parametrize("experts", ["all-linear", "target_parameters"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared"],
+)
 def test_lora_on_mixtures_of_experts(model_type, experts):
     """PEFT adapts routers and shared experts by `all-linear`, experts in one tensor by their names."""
     fused = ["experts.gate_up_proj", "experts.down_proj"]
@@ -77,6 +80,20 @@ def test_lora_on_mixtures_of_experts(model_type, experts):
     assert any(".experts." in name for name in original[1]) or experts == "all-linear"
     same("keep 1.0", original, everything)
     same("exact", original, default, gradients=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_routers_that_return_a_tuple_take_no_adapter(model_type):
+    """PEFT's `all-linear` adapts them, and fails on its own; without them a step is plain LoRA's."""
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'dtype'"):
+        step(with_lora(tiny_model(model_type)), batch("padded"))
+    results = []
+    for plan in (None, EVERYTHING, LemoConfig(block_size=8)):
+        torch.manual_seed(0)
+        model = with_lora(tiny_model(model_type), exclude_modules=["router"])
+        results.append(step(model if plan is None else lemo_fx.transform(model, plan), batch("padded")))
+    same("keep 1.0", results[0], results[1])
+    same("exact", results[0], results[2], gradients=False)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -58,8 +58,8 @@ def in_blocks(weight, block):
     padded[: weight.shape[0], : weight.shape[1]] = weight
     blocks = padded.view(rows, block, columns, block)
     scale = blocks.abs().amax((1, 3)) / 448
-    rounded = (blocks / scale[:, None, :, None]).view(padded.shape)[: weight.shape[0], : weight.shape[1]]
-    return rounded.to(torch.float8_e4m3fn).contiguous(), scale
+    rounded = (blocks / scale.clamp_min(1e-30)[:, None, :, None]).view(padded.shape)
+    return rounded[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn).contiguous(), scale
 
 
 def finegrained(model, block=BLOCK):
