@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
     from lemo_fx.reporting import Report
+    from lemo_fx.trainer import SequenceParallelTrainer
 
 __all__ = [
     "CaptureError",
@@ -40,6 +41,7 @@ __all__ = [
     "Predictors",
     "Report",
     "SelectionError",
+    "SequenceParallelTrainer",
     "StorageError",
     "UnsupportedModelError",
     "__version__",
@@ -59,6 +61,7 @@ _LATE = {
     "LemoCallback": "callback",
     "Predictors": "predictors",
     "Report": "reporting",
+    "SequenceParallelTrainer": "trainer",
     "fit": "fitting.fit",
     "graphs": "api",
     "labels": "api",

@@ -272,6 +272,12 @@ def set_dense(model: Model, dense: bool = True) -> Model:
     return model
 
 
+def shared_by(model: nn.Module) -> SequenceGroup | None:
+    """The ranks that share a model's sequences, or None."""
+    done = _find(model)
+    return None if done is None else done.group
+
+
 def shard_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """This rank's part of a batch, where ranks share sequences: arguments [B, L] each of the model's call.
 

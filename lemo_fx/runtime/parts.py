@@ -96,6 +96,11 @@ def is_told(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dtype == torch.int64 and mask.dim() == 4
 
 
+def restarts(position_ids: torch.Tensor) -> bool:
+    """Whether positions [B, S] restart, where documents begin."""
+    return bool((document_ids(position_ids) > 0).any())
+
+
 def mask_within(mask: Any) -> Any:
     """The mask of an attention that is told of the whole sequence otherwise: none; any other mask as it is."""
     return None if is_told(mask) else mask
@@ -104,6 +109,9 @@ def mask_within(mask: Any) -> Any:
 TAKEN = ("input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache")
 """What a batch may hold that is cut into parts."""
 
+UNREAD = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What collators say of packed documents besides position_ids: `sdpa` and `eager` attention do not read it."""
+
 
 def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict[str, Any]:
     """A rank's part of a batch, see `lemo_fx.shard_sequence`.
@@ -111,7 +119,7 @@ def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict
     Args:
         multiple: of tokens, to which the end is padded.
     """
-    unknown = [name for name, value in batch.items() if value is not None and name not in TAKEN]
+    unknown = [name for name, value in batch.items() if value is not None and name not in (*TAKEN, *UNREAD)]
     if unknown:
         raise InputError(
             f"the batch holds {', '.join(unknown)}, of which is not known how it is cut into parts; known are "
@@ -132,7 +140,7 @@ def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict
         valid = torch.ones_like(ids, dtype=torch.bool)
     restarting = None
     # As in transformers, where documents are told apart only without a mask.
-    if positions is not None and mask is None and bool((document_ids(positions) > 0).any()):
+    if positions is not None and mask is None and restarts(positions):
         restarting = positions
     if positions is None:
         positions = torch.arange(length, device=ids.device)[None]
@@ -179,7 +187,8 @@ def check_alike(model: nn.Module, batch: Mapping[str, Any], group: SequenceGroup
     if batches:
         raise InputError(
             "the ranks that share a sequence hold different batches: give all of them the same one (no "
-            "DistributedSampler within the group, the same seed, the same padding)"
+            "DistributedSampler within the group, the same seed, the same padding); a Trainer does where it is a "
+            "lemo_fx.SequenceParallelTrainer"
         )
     if weights:
         raise InputError(

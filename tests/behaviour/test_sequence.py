@@ -3,17 +3,13 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import shared
 import torch
 from peft import PeftModel
-from processes import free_ports
-from tiny import TOLERANCE, Recorder, assert_same_step, batch, step, tiny, with_lora
+from processes import ended, start
+from tiny import Recorder, assert_same_step, batch, step, tiny, with_lora
 from transformers import AutoModelForCausalLM
 
 import lemo_fx
@@ -24,38 +20,7 @@ from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.planning.proof_of_parts import prove_parts
 from lemo_fx.runtime import parts
 
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT / "tests" / "helpers" / "shared.py"
-
-
-def start(folder: Path, count: int, *arguments: str) -> tuple[list[subprocess.Popen], list[Path]]:
-    """The script on several ranks, as torchrun would start it; their logs."""
-    (port,) = free_ports(1)
-    logs = [folder / f"rank{rank}.log" for rank in range(count)]
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-    }
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            command = [sys.executable, str(SHARED), *arguments]
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own))
-    return processes, logs
-
-
-def ended(processes: list[subprocess.Popen], logs: list[Path], seconds: float) -> list[int]:
-    try:
-        return [process.wait(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        print("\n\n".join(log.read_text()[-6000:] for log in logs))
+SHARED = Path(__file__).parents[1] / "helpers" / "shared.py"
 
 
 @pytest.mark.slow
@@ -65,37 +30,21 @@ def ended(processes: list[subprocess.Popen], logs: list[Path], seconds: float) -
 )
 def test_ranks(count, checks, tmp_path):
     """See tests/helpers/shared.py for what the ranks check."""
-    assert ended(*start(tmp_path, count, str(tmp_path), *checks), 600) == [0] * count
+    assert ended(*start(SHARED, tmp_path, count, str(tmp_path), *checks), 600) == [0] * count
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_does_not_hang_the_others(tmp_path):
     """It ends in the middle of a step; the other one is in an exchange, and says so."""
-    processes, logs = start(tmp_path, 2, str(tmp_path), "one_rank_fails")
+    processes, logs = start(SHARED, tmp_path, 2, str(tmp_path), "one_rank_fails")
     codes = ended(processes, logs, 500)
     assert codes[0] == 0
     assert codes[1] == 7
 
 
 @pytest.mark.slow
-def test_the_trainer(tmp_path):
-    """On two ranks it takes the steps of one process, and evaluates whole sequences."""
-    started = start(tmp_path, 2, str(tmp_path), "the_trainer")
-    alone = shared.trained(tmp_path / "alone")
-    assert ended(*started, 500) == [0, 0]
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"trained{rank}.pt")
-        assert len(found["losses"]) == 6
-        assert found.keys() == alone.keys()
-        for name, value in alone.items():
-            torch.testing.assert_close(
-                found[name], value, **TOLERANCE["fp32"], msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-@pytest.mark.slow
 def test_the_example(tmp_path):
-    assert ended(*start(tmp_path, 2, str(tmp_path), "the_example"), 500) == [0, 0]
+    assert ended(*start(SHARED, tmp_path, 2, str(tmp_path), "the_example"), 500) == [0, 0]
     assert "loss" in (tmp_path / "rank0.log").read_text()
     base = AutoModelForCausalLM.from_pretrained(Path(lemo_fx.__file__).parent / "demo_assets" / "model")
     adapter = PeftModel.from_pretrained(base, tmp_path / "example")
@@ -104,7 +53,7 @@ def test_the_example(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark(tmp_path):
-    assert ended(*start(tmp_path, 2, str(tmp_path), "the_benchmark"), 500) == [0, 0]
+    assert ended(*start(SHARED, tmp_path, 2, str(tmp_path), "the_benchmark"), 500) == [0, 0]
     result = json.loads((tmp_path / "scaling" / "tiny-2.json").read_text())
     (run,) = result["runs"]
     assert run["samples"] == 1
