@@ -22,7 +22,7 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.private import CheckpointWrapper
 
 _MEND = "train with DDP or FSDP2 instead, or without lemo_fx.transform"
-_SHARE = "to share sequences between ranks, use lemo_fx.transform(model, sequence_group=...) and lemo_fx.shard_sequence"
+_SHARE = "to share sequences between ranks, use lemo_fx.transform(model, sequence_group=...)"
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -9,7 +9,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from lemo_fx.api import shared_by
+from lemo_fx.distributed import accelerates_parts
 from lemo_fx.errors import ConfigError
+from lemo_fx.runtime.parts import SequenceGroup
 
 
 class SequenceParallelTrainer(Trainer):
@@ -26,12 +28,12 @@ class SequenceParallelTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Samples of an optimizer step; the ranks of a group have the same ones."""
-        return super().get_total_train_batch_size(args) // self._sharing
+        group = self._group()
+        return super().get_total_train_batch_size(args) // (1 if group is None else group.size)
 
-    @property
-    def _sharing(self) -> int:
-        group = shared_by(self.model)
-        return 1 if group is None else group.size
+    def _group(self) -> SequenceGroup | None:
+        """The ranks that are to have the same batches; under accelerate's `sp_size` it cuts batches of its own."""
+        return None if accelerates_parts() > 1 else shared_by(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own, with the same batches on every rank of a group.
@@ -39,7 +41,7 @@ class SequenceParallelTrainer(Trainer):
         Raises:
             ConfigError: samplers or settings that cannot give them.
         """
-        group = shared_by(self.model)
+        group = self._group()
         if group is None:
             return super().get_train_dataloader()
         ranks, groups = dist.get_process_group_ranks(group.process_group), self.args.world_size // group.size
@@ -56,7 +58,7 @@ class SequenceParallelTrainer(Trainer):
             )
         if hasattr(self, "_tp_size"):
             self._tp_size = group.size  # TRL's: by how much it counts too many tokens
-        # What accelerate does for ranks that hold a model in pieces ("tp"): one of its means, used for the loader only.
+        # accelerate gives ranks that hold a layer in pieces ("tp") the same batches; nothing else is told of this mesh.
         mesh = init_device_mesh(self.args.device.type, (groups, group.size), mesh_dim_names=("dp_replicate", "tp"))
         state = self.accelerator.state
         before, state.device_mesh = state.device_mesh, mesh

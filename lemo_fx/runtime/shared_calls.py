@@ -90,6 +90,7 @@ def part_of(
                 "alone: call the model in eval(), in generate() and while it is dense with whole sequences"
             )
         return None
+    distributed.refuse_process(model, group.size)
     asked = given.get("output_router_logits")
     if getattr(model.config, "output_router_logits", False) if asked is None else asked:
         raise InputError(

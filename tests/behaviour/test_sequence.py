@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from processes import ended, start
-from tiny import Recorder, assert_same_step, batch, step, tiny, with_lora
+from tiny import TOLERANCE, VOCABULARY, Recorder, assert_same_step, batch, packed, step, tiny, with_lora
 from transformers import AutoModelForCausalLM
 
 import lemo_fx
@@ -146,10 +146,10 @@ def test_one_rank_alone(gloo):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"fused_lm_head": True}, "TRL's SFTTrainer"),
+        ({"fused_lm_head": True}, "with the whole sequences"),
         ({"return_dict": False}, "return_dict=True"),
         ({"output_router_logits": True}, "auxiliary loss of a part"),
-        ({"attention_mask": torch.ones(1, 64)}, "lemo_fx.shard_sequence"),
+        ({"attention_mask": torch.ones(1, 64)}, "the batch holds shift_labels"),
         ({"num_items_in_batch": None}, "num_items_in_batch"),
     ],
 )
@@ -158,6 +158,50 @@ def test_calls_that_a_part_cannot_make(more, why, gloo):
     part = lemo_fx.shard_sequence(model, batch(1, 64))
     with pytest.raises(lemo_fx.InputError, match=why):
         model(**{**part, **more})
+
+
+def test_a_whole_batch(gloo):
+    """The model cuts it: the loss is the whole one, as are values of tokens; logits would not be."""
+    model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
+    inputs = packed([40, 17])
+    expected = step(model, lemo_fx.shard_sequence(model, inputs))
+    unread = {"cu_seq_lens_q": torch.tensor([0, 40, 57]), "output_hidden_states": False, "logits_to_keep": 0}
+    assert_same_step(step(model, {**inputs, **unread}), expected, "same")
+    output = model(**inputs)
+    assert output.logits.shape == (1, 57, VOCABULARY)
+    with pytest.raises(lemo_fx.InputError, match="logits of its part only"):
+        output.logits.sum()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"labels": None}, "call it with labels"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"inputs_embeds": torch.ones(1, 64, 32), "input_ids": None}, "inputs_embeds"),
+        ({"cache_position": torch.arange(64)}, "cache_position"),
+        ({"return_dict": False}, "return_dict=True"),
+    ],
+)
+def test_whole_batches_that_are_not_cut(more, why, gloo):
+    model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
+    with pytest.raises(lemo_fx.InputError, match=why):
+        model(**{**batch(1, 64), **more})
+
+
+def test_values_of_tokens(gloo):
+    """What TRL's fused head returns for each token [B, S - 1], and its gradient."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    inputs, found = {**batch(2, 61), "fused_lm_head": True}, []
+    for group in (None, gloo):
+        model = lemo_fx.transform(tiny("llama"), config(), sequence_group=group)
+        utils.add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+        output = model(**inputs)
+        output.log_probs.square().sum().backward()
+        found.append((output.log_probs, output.is_top1, output.label_mask, model.lm_head.weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **TOLERANCE["fp32"])
 
 
 def test_layers_alone(gloo):
@@ -169,11 +213,13 @@ def test_layers_alone(gloo):
 
 def test_a_model_compiled_as_a_whole(gloo):
     model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
-    part = lemo_fx.shard_sequence(model, batch(1, 64))
+    whole = batch(1, 64)
+    part = lemo_fx.shard_sequence(model, whole)
     expected = step(model, part)
-    loss, found = step(torch.compile(model, backend="eager"), part)
-    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
-    assert_same_step((loss, found), expected, "compiled")
+    for inputs in (part, whole):
+        loss, found = step(torch.compile(model, backend="eager"), inputs)
+        found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+        assert_same_step((loss, found), expected, "compiled")
 
 
 @pytest.mark.parametrize("size", [2, 3])

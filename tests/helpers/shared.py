@@ -132,7 +132,7 @@ def uneven_sequences():
     for treatment in ("exact", "skip"):
         expected = step(lemo_fx.transform(make(), config(0.5, treatment, sequence_parts=size)), padded)
         model = shared(make(), config(0.5, treatment))
-        loss, found = step(model, lemo_fx.shard_sequence(model, inputs))
+        loss, found = step(model, inputs)
         assert_equal(expected, (loss, averaged(found)), treatment)
 
 
@@ -248,13 +248,12 @@ def data_parallel_wrappers_average_gradients():
     alone = lemo_fx.transform(make(checkpointing=True), dataclasses.replace(settings, sequence_parts=size))
     expected = step(alone, inputs)
     model = shared(make(checkpointing=True), settings)
-    part = lemo_fx.shard_sequence(model, inputs)
-    loss, found = step(DistributedDataParallel(copy.deepcopy(model)), part)
+    loss, found = step(DistributedDataParallel(copy.deepcopy(model)), inputs)
     assert_equal(expected, (loss, {n.removeprefix("module."): g for n, g in found.items()}), "DDP")
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    loss, found = step(model, part)
+    loss, found = step(model, inputs)
     assert_equal(expected, (loss, {n: g.full_tensor() for n, g in found.items()}), "FSDP2")
 
 
@@ -299,7 +298,7 @@ def what_cannot_be_is_refused_on_every_rank():
     raises("share no sequence", lemo_fx.shard_sequence, lemo_fx.transform(model, config()), batch(1, 64))
 
     model = shared(make(), config())
-    raises("lemo_fx.shard_sequence(model, batch)", model, **batch(1, 64))
+    raises("hold different batches", model, **batch(1, 64, seed=dist.get_rank()))
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64, seed=dist.get_rank()))
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64 + 8 * dist.get_rank()))
     raises("known are", lemo_fx.shard_sequence, model, {**batch(1, 64), "pixel_values": torch.ones(1)})

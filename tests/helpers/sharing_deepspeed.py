@@ -18,7 +18,7 @@ import lemo_fx
 
 CASES = {
     "Trainer": (transformers.Trainer, {}, 2),
-    "SFT": (trl.SFTTrainer, PADDED, 0),
+    "SFT": (trl.SFTTrainer, PADDED | {"pad_to_multiple_of": 64}, 0),
 }
 """Trainer, settings of it, and stage of ZeRO."""
 
@@ -32,23 +32,35 @@ def with_positions(rows):
 def trained(name, folder, shared=False):
     """Losses and weights of a run: by one process, or by two under `sp_size`."""
     kind, settings, stage = CASES[name]
-    given = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 1, "learning_rate": 1e-2}
+    given = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 1, "learning_rate": 0.1}
     given |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": []}
-    given |= {"disable_tqdm": True, "seed": 1, "bf16": False, "gradient_checkpointing": True}
+    given |= {"disable_tqdm": True, "seed": 1, "bf16": False, "gradient_checkpointing": True, "optim": "sgd"}
+    given |= {"max_grad_norm": 0, "train_sampling_strategy": "sequential"}
     if shared:
         from accelerate import ParallelismConfig
         from accelerate.utils import DeepSpeedSequenceParallelConfig
 
         handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
         given["parallelism_config"] = ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler)
-        auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
-        given["deepspeed"] = dict.fromkeys(auto, "auto") | {"zero_optimization": {"stage": stage}}
+        auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+        engine = {
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+        }
+        given["deepspeed"] = dict.fromkeys(auto, "auto") | {"gradient_clipping": 0.0} | engine
+        # With and without lemo_fx, transformers adds up the losses' gradients of all ranks, and DeepSpeed those too.
+        given["learning_rate"] /= 2
     else:
         given["use_cpu"] = True
     if kind is trl.SFTTrainer:
         arguments, more = trl.SFTConfig(**given, **settings), {"processing_class": word_tokenizer()}
     else:
         arguments, more = transformers.TrainingArguments(**given, **settings), {"data_collator": with_positions}
+    if shared:
+        # accelerate takes a process with DeepSpeed and no GPU for one that is alone.
+        state = arguments.distributed_state
+        state.num_processes, state.process_index, state.local_process_index = 2, dist.get_rank(), dist.get_rank()
     model = lemo_fx.transform(
         make(), config(0.5, sequence_parts=2), sequence_group=dist.group.WORLD if shared else None
     )
