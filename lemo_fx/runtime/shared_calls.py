@@ -13,7 +13,7 @@ from torch.nn import functional
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
-from lemo_fx.runtime.logits import LateLogits
+from lemo_fx.runtime.logits import NO_LOGITS, LateLogits
 from lemo_fx.runtime.parts import IGNORED, SequenceGroup, check_alike, is_told, restarts, shard, tell
 from lemo_fx.runtime.sequence import gather_tokens, whole_loss
 
@@ -59,6 +59,8 @@ class PartCall:
         if "loss" in found:
             output["loss"] = whole_loss(found.pop("loss"), self.group)
         for name, value in found.items() if self.length is not None else ():
+            if value is NO_LOGITS:
+                continue
             if name == "logits":
                 shape = (len(value), self.length, value.shape[-1])
                 output[name] = LateLogits(_no_logits, shape, value.dtype, value.device, False)
