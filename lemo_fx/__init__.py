@@ -20,11 +20,10 @@ from lemo_fx.errors import (
 
 if TYPE_CHECKING:
     from lemo_fx.api import graphs, labels, report, revert, set_dense, shard_sequence, transform
-    from lemo_fx.callback import DenseFinish, LemoCallback
+    from lemo_fx.callback import DenseFinish, LemoCallback, SequenceParallelTrainer
     from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
     from lemo_fx.reporting import Report
-    from lemo_fx.trainer import SequenceParallelTrainer
 
 __all__ = [
     "CaptureError",
@@ -61,7 +60,7 @@ _LATE = {
     "LemoCallback": "callback",
     "Predictors": "predictors",
     "Report": "reporting",
-    "SequenceParallelTrainer": "trainer",
+    "SequenceParallelTrainer": "callback",
     "fit": "fitting.fit",
     "graphs": "api",
     "labels": "api",

@@ -263,14 +263,14 @@ def telling_labels(forward: Callable) -> Callable:
         settings = settings_of(self)
         if settings is None:
             return forward(self, *args, **kwargs)
+        args, kwargs = without_default_cache(self, settings, args, kwargs)
         given = by_name(settings.arguments, args, kwargs)
         step = settings.step
         sparse = (self.training or settings.config.active == "always") and not step.dense
         part = None if settings.group is None else part_of(self, settings.group, settings.config, given, sparse)
         settings.check(self, kwargs)
         if part is not None:
-            args, kwargs = (), part.arguments
-        args, kwargs = without_default_cache(self, settings, args, kwargs)
+            args, kwargs = without_default_cache(self, settings, (), part.arguments)
         before = step.labels
         if given.get("labels") is not None:
             step.labels = given["labels"] if part is None else part.labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -113,26 +113,32 @@ UNREAD = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 """What collators say of packed documents besides position_ids: `sdpa` and `eager` attention do not read it."""
 
 
+def check_known(batch: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise where a batch holds what is not known to be of one entry a token, or of none."""
+    unknown = [name for name, value in batch.items() if value is not None and name not in (*names, *UNREAD)]
+    if unknown:
+        raise InputError(
+            f"the batch holds {', '.join(unknown)}, of which is not known how it is cut into parts; known are "
+            f"{', '.join(names)}"
+        )
+
+
 def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict[str, Any]:
     """A rank's part of a batch, see `lemo_fx.shard_sequence`.
 
     Args:
         multiple: of tokens, to which the end is padded.
     """
-    unknown = [name for name, value in batch.items() if value is not None and name not in (*TAKEN, *UNREAD)]
-    if unknown:
-        raise InputError(
-            f"the batch holds {', '.join(unknown)}, of which is not known how it is cut into parts; known are "
-            f"{', '.join(TAKEN)}"
-        )
+    check_known(batch, TAKEN)
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise InputError("shard_sequence takes a batch with input_ids [B, S], a tensor of token ids")
     batch_size, length = ids.shape
     for name, rows in (("labels", (batch_size,)), ("attention_mask", (batch_size,)), ("position_ids", (1, batch_size))):
         value = batch.get(name)
-        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != length):
-            raise InputError(f"{name} of shape {list(value.shape)} does not fit input_ids of shape {list(ids.shape)}")
+        shape = list(getattr(value, "shape", ()))
+        if value is not None and (len(shape) != 2 or shape[0] not in rows or shape[1] != length):
+            raise InputError(f"{name} of shape {shape} does not fit input_ids of shape {list(ids.shape)}")
     mask, positions, labels = batch.get("attention_mask"), batch.get("position_ids"), batch.get("labels")
     valid = None if mask is None or bool(mask.bool().all()) else mask.bool()
     missing = -length % multiple

@@ -14,7 +14,7 @@ from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.runtime.logits import NO_LOGITS, LateLogits
-from lemo_fx.runtime.parts import IGNORED, SequenceGroup, check_alike, is_told, restarts, shard, tell
+from lemo_fx.runtime.parts import IGNORED, SequenceGroup, check_alike, check_known, is_told, restarts, shard, tell
 from lemo_fx.runtime.sequence import gather_tokens, whole_loss
 
 SWITCHES = ("return_dict", "fused_lm_head")
@@ -136,6 +136,7 @@ def tell_part(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> 
     Args:
         multiple: of tokens, that the part has to be.
     """
+    check_known(batch, ("input_ids", "position_ids", "attention_mask", "labels", "shift_labels", "use_cache"))
     ids, positions, shifted, mask = (
         batch.get(name) for name in ("input_ids", "position_ids", "shift_labels", "attention_mask")
     )

@@ -173,6 +173,19 @@ def test_a_whole_batch(gloo):
         output.logits.sum()
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_positions_that_restart(checkpointing, gloo):
+    """They are documents where the original model takes them for some: not where it makes a cache."""
+    inputs = {name: value for name, value in packed([40, 24]).items() if name != "use_cache"}
+    steps = []
+    for group in (None, gloo):
+        model = lemo_fx.transform(tiny("llama"), config(), sequence_group=group)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps.append(step(model, inputs))
+    assert_same_step(*reversed(steps), "fp32")
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [
@@ -180,6 +193,7 @@ def test_a_whole_batch(gloo):
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"inputs_embeds": torch.ones(1, 64, 32), "input_ids": None}, "inputs_embeds"),
         ({"cache_position": torch.arange(64)}, "cache_position"),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask"),
         ({"return_dict": False}, "return_dict=True"),
     ],
 )
