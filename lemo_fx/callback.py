@@ -188,6 +188,7 @@ class SequenceParallelTrainer(Trainer):
 
     def _group(self) -> SequenceGroup | None:
         """The ranks that are to have the same batches; under accelerate's `sp_size` it cuts batches of its own."""
+        assert self.model is not None
         return None if accelerates_parts() > 1 else shared_by(self.model)
 
     def get_train_dataloader(self) -> DataLoader:

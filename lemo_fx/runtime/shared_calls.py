@@ -58,7 +58,9 @@ class PartCall:
         found = {name: value for name, value in output.items() if value is not None}
         if "loss" in found:
             output["loss"] = whole_loss(found.pop("loss"), self.group)
-        for name, value in found.items() if self.length is not None else ():
+        if self.length is None:
+            return output
+        for name, value in found.items():
             if value is NO_LOGITS:
                 continue
             if name == "logits":
