@@ -45,7 +45,7 @@ def main(
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for step in range(steps):
         ids = samples[step % len(samples)][None].to(device)  # the same on every rank
-        loss = model(**lemo_fx.shard_sequence(model, {"input_ids": ids, "labels": ids})).loss
+        loss = model(input_ids=ids, labels=ids).loss  # of the whole sequence
         loss.backward()
         for parameter in trained:  # as DDP or FSDP2 would
             dist.all_reduce(parameter.grad)

@@ -20,7 +20,7 @@ from lemo_fx.errors import (
 
 if TYPE_CHECKING:
     from lemo_fx.api import graphs, labels, report, revert, set_dense, shard_sequence, transform
-    from lemo_fx.callback import DenseFinish, LemoCallback
+    from lemo_fx.callback import DenseFinish, LemoCallback, SequenceParallelTrainer
     from lemo_fx.fitting.fit import fit
     from lemo_fx.predictors import Predictors
     from lemo_fx.reporting import Report
@@ -40,6 +40,7 @@ __all__ = [
     "Predictors",
     "Report",
     "SelectionError",
+    "SequenceParallelTrainer",
     "StorageError",
     "UnsupportedModelError",
     "__version__",
@@ -59,6 +60,7 @@ _LATE = {
     "LemoCallback": "callback",
     "Predictors": "predictors",
     "Report": "reporting",
+    "SequenceParallelTrainer": "callback",
     "fit": "fitting.fit",
     "graphs": "api",
     "labels": "api",

@@ -84,7 +84,7 @@ def transform(
         dump: folder for the graph of every layer before the first and after each pass, as readable code.
         passes: what rewrites each layer's graph, in this order: `lemo_fx.passes.pipeline.PASSES`, and passes of your
             own between them (see "Writing a pass"). They must not change what a layer computes.
-        sequence_group: ranks that share each sequence: train on what `lemo_fx.shard_sequence` returns on each of them.
+        sequence_group: ranks that share each sequence: in training, call the model with the same batch on each of them.
 
     Returns:
         The same model.
@@ -272,10 +272,17 @@ def set_dense(model: Model, dense: bool = True) -> Model:
     return model
 
 
+def shared_by(model: nn.Module) -> SequenceGroup | None:
+    """The ranks that share a model's sequences, or None."""
+    done = _find(model)
+    return None if done is None else done.group
+
+
 def shard_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """This rank's part of a batch, where ranks share sequences: arguments [B, L] each of the model's call.
 
-    The loss of that call is the whole sequences', and gradients are to be averaged over the ranks, as DDP and FSDP2 do.
+    The model cuts whole batches itself; this is for those who want the part, or its logits. The loss of that call is
+    the whole sequences', and gradients are to be averaged over the ranks, as DDP and FSDP2 do.
 
     Args:
         batch: the same on every rank of the group, which is checked: `input_ids`, `labels`, `attention_mask` [B, S];

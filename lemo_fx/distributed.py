@@ -22,7 +22,7 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.private import CheckpointWrapper
 
 _MEND = "train with DDP or FSDP2 instead, or without lemo_fx.transform"
-_SHARE = "to share sequences between ranks, use lemo_fx.transform(model, sequence_group=...) and lemo_fx.shard_sequence"
+_SHARE = "to share sequences between ranks, use lemo_fx.transform(model, sequence_group=...)"
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -35,15 +35,31 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def refuse_process(model: nn.Module) -> None:
-    """Raise if the process is set up for tensor, context or sequence parallelism, or this is DataParallel's replica."""
+def accelerates_parts() -> int:
+    """Into how many parts accelerate's `sp_size` cuts sequences; 1 where it does not."""
+    settings = AcceleratorState._shared_state.get("parallelism_config")
+    return getattr(settings, "sp_size", None) or 1
+
+
+def refuse_process(model: nn.Module, shared_by: int = 1) -> None:
+    """Raise if the process is set up for tensor, context or sequence parallelism, or this is DataParallel's replica.
+
+    Args:
+        shared_by: how many ranks share the model's sequences.
+    """
     if getattr(model, "_is_replica", False):
         raise UnsupportedModelError(
             "torch.nn.DataParallel runs one model in several threads, which would share one step's labels: start one "
             "process per GPU (torchrun, accelerate launch) for DDP or FSDP2, or show one GPU only"
         )
     settings = AcceleratorState._shared_state.get("parallelism_config")
-    for kind, name, mend in (("tp", "tensor", _MEND), ("cp", "context", _SHARE), ("sp", "sequence", _SHARE)):
+    if accelerates_parts() not in (1, shared_by):
+        raise UnsupportedModelError(
+            f"accelerate's ParallelismConfig(sp_size={accelerates_parts()}) cuts sequences into parts, of which the "
+            f"rewritten layers have to know: lemo_fx.transform(model, sequence_group=...) with a group of that many "
+            "ranks"
+        )
+    for kind, name, mend in (("tp", "tensor", _MEND), ("cp", "context", _SHARE)):
         if (getattr(settings, f"{kind}_size", None) or 1) > 1:
             raise UnsupportedModelError(
                 f"accelerate's ParallelismConfig({kind}_size={getattr(settings, f'{kind}_size')}): {name} parallelism "

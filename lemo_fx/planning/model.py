@@ -51,7 +51,7 @@ def make_plans(
     """
     model, layers = anatomy.model, anatomy.layers
     distributed.refuse_wrapped(model)
-    distributed.refuse_process(model)
+    distributed.refuse_process(model, 1 if group is None else group.size)
     distributed.refuse_cut_weights(model)
     if not layers:
         raise UnsupportedModelError(

@@ -24,8 +24,8 @@ from lemo_fx.runtime.captured import CapturedHead
 from lemo_fx.runtime.hooks import look_for_hooks
 from lemo_fx.runtime.layer import STATE, refuse_function_transforms, settings_of, warn_once
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
-from lemo_fx.runtime.parts import SequenceGroup, is_told
-from lemo_fx.runtime.sequence import whole_loss
+from lemo_fx.runtime.parts import SequenceGroup
+from lemo_fx.runtime.shared_calls import part_of
 from lemo_fx.runtime.step import Step
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class HeadSettings:
         """
         alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
         if not alone and (model.training or self.config.active == "always"):
-            distributed.refuse_process(model)
+            distributed.refuse_process(model, 1 if self.group is None else self.group.size)
             if not self.weights_checked:
                 # At the first step, since models are sharded after the transform; a walk through all modules.
                 distributed.refuse_cut_weights(model)
@@ -116,8 +116,6 @@ class HeadSettings:
 
     def check(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Raise where a call asks for what rewritten layers cannot give."""
-        if self.group is not None:
-            self._check_part(model, kwargs)
         if not model.training or self.step.dense:
             return
         refuse_function_transforms(type(model).__name__)
@@ -131,28 +129,6 @@ class HeadSettings:
                 "output_router_logits: the auxiliary loss counts every token, but the experts of rewritten layers see "
                 "only the kept ones; leave the sites that hold experts dense, LemoConfig(mlp=None) in most models, or "
                 "train without the auxiliary loss"
-            )
-
-    def _check_part(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """Raise where a call of a model whose ranks share sequences does not bring what `shard_sequence` returns."""
-        part = is_told(kwargs.get("attention_mask"))
-        sparse = (model.training or self.config.active == "always") and not self.step.dense
-        if part != sparse:
-            raise InputError(
-                "the ranks share their sequences: call the model in training with what "
-                "lemo_fx.shard_sequence(model, batch) returns, by name"
-                if sparse
-                else "a part of a sequence is for training, and layers that run their original code would attend "
-                "within it alone: call the model in eval(), in generate() and while it is dense with whole sequences"
-            )
-        if part and "fused_lm_head" in kwargs:
-            raise InputError(
-                "TRL's SFTTrainer computes a loss of its own, which does not count the labels of other parts: share "
-                "sequences in transformers' Trainer, or in a loop of your own"
-            )
-        if part and wanted(model, kwargs, "output_router_logits"):
-            raise InputError(
-                "output_router_logits: the auxiliary loss of a part is no share of the whole sequence's; train without"
             )
 
     def segments(self, model: nn.Module, labels: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -279,26 +255,6 @@ def note_unlabelled(step: Step) -> None:
     step.unlabelled = step.labels is None
 
 
-def labels_of_part(given: Mapping[str, Any]) -> torch.Tensor:
-    """[B, L + 1]: the labels of a part of a sequence and the one that follows, which its last token predicts."""
-    shifted = given.get("shift_labels")
-    if not isinstance(shifted, torch.Tensor) or given.get("num_items_in_batch") is None:
-        raise InputError(
-            "a part of a sequence comes with shift_labels and num_items_in_batch, which count beyond its ends: call "
-            "the model with all that lemo_fx.shard_sequence returns"
-        )
-    return torch.cat([given["labels"], shifted[:, -1:]], dim=1)
-
-
-def whole(output: Any, group: SequenceGroup) -> Any:
-    """A causal model's output for a part, with the loss of the whole sequence."""
-    if isinstance(output, tuple):
-        raise InputError("return_dict=False: a part's loss is found by its name only; call with return_dict=True")
-    if getattr(output, "loss", None) is not None:
-        output.loss = whole_loss(output.loss, group)
-    return output
-
-
 def telling_labels(forward: Callable) -> Callable:
     """A causal model's forward with its call checked, and whose rewritten layers know the labels while it runs."""
 
@@ -307,14 +263,17 @@ def telling_labels(forward: Callable) -> Callable:
         settings = settings_of(self)
         if settings is None:
             return forward(self, *args, **kwargs)
-        settings.check(self, kwargs)
-        given = by_name(settings.arguments, args, kwargs)
         args, kwargs = without_default_cache(self, settings, args, kwargs)
+        given = by_name(settings.arguments, args, kwargs)
         step = settings.step
+        sparse = (self.training or settings.config.active == "always") and not step.dense
+        part = None if settings.group is None else part_of(self, settings.group, settings.config, given, sparse)
+        settings.check(self, kwargs)
+        if part is not None:
+            args, kwargs = without_default_cache(self, settings, (), part.arguments)
         before = step.labels
-        part = settings.group is not None and is_told(given.get("attention_mask"))
         if given.get("labels") is not None:
-            step.labels = labels_of_part(given) if part else given["labels"]
+            step.labels = given["labels"] if part is None else part.labels
         else:
             _check_labels(step, given)
         try:
@@ -324,6 +283,6 @@ def telling_labels(forward: Callable) -> Callable:
         finally:
             step.labels = before
             step.scores = None
-        return whole(output, settings.group) if part else output
+        return output if part is None else part.whole(output)
 
     return told

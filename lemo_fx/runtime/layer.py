@@ -83,7 +83,7 @@ class LayerSettings:
         if applies != is_told(by_name(self.arguments, args, kwargs).get("attention_mask")):
             raise InputError(
                 "ranks share a sequence, but a rewritten layer was called without being told of the whole of it: call "
-                "the causal model with what lemo_fx.shard_sequence returns"
+                "the causal model, which tells it"
                 if applies
                 else "a part of a sequence reached a layer that runs its original code, which would attend within that "
                 "part alone: train with model.train(), parts of at least one block, no hooks within layers and no "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -96,6 +96,11 @@ def is_told(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dtype == torch.int64 and mask.dim() == 4
 
 
+def restarts(position_ids: torch.Tensor) -> bool:
+    """Whether positions [B, S] restart, where documents begin."""
+    return bool((document_ids(position_ids) > 0).any())
+
+
 def mask_within(mask: Any) -> Any:
     """The mask of an attention that is told of the whole sequence otherwise: none; any other mask as it is."""
     return None if is_told(mask) else mask
@@ -104,6 +109,19 @@ def mask_within(mask: Any) -> Any:
 TAKEN = ("input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache")
 """What a batch may hold that is cut into parts."""
 
+UNREAD = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What collators say of packed documents besides position_ids: `sdpa` and `eager` attention do not read it."""
+
+
+def check_known(batch: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise where a batch holds what is not known to be of one entry a token, or of none."""
+    unknown = [name for name, value in batch.items() if value is not None and name not in (*names, *UNREAD)]
+    if unknown:
+        raise InputError(
+            f"the batch holds {', '.join(unknown)}, of which is not known how it is cut into parts; known are "
+            f"{', '.join(names)}"
+        )
+
 
 def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict[str, Any]:
     """A rank's part of a batch, see `lemo_fx.shard_sequence`.
@@ -111,20 +129,16 @@ def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict
     Args:
         multiple: of tokens, to which the end is padded.
     """
-    unknown = [name for name, value in batch.items() if value is not None and name not in TAKEN]
-    if unknown:
-        raise InputError(
-            f"the batch holds {', '.join(unknown)}, of which is not known how it is cut into parts; known are "
-            f"{', '.join(TAKEN)}"
-        )
+    check_known(batch, TAKEN)
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise InputError("shard_sequence takes a batch with input_ids [B, S], a tensor of token ids")
     batch_size, length = ids.shape
     for name, rows in (("labels", (batch_size,)), ("attention_mask", (batch_size,)), ("position_ids", (1, batch_size))):
         value = batch.get(name)
-        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != length):
-            raise InputError(f"{name} of shape {list(value.shape)} does not fit input_ids of shape {list(ids.shape)}")
+        shape = list(getattr(value, "shape", ()))
+        if value is not None and (len(shape) != 2 or shape[0] not in rows or shape[1] != length):
+            raise InputError(f"{name} of shape {shape} does not fit input_ids of shape {list(ids.shape)}")
     mask, positions, labels = batch.get("attention_mask"), batch.get("position_ids"), batch.get("labels")
     valid = None if mask is None or bool(mask.bool().all()) else mask.bool()
     missing = -length % multiple
@@ -132,7 +146,7 @@ def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict
         valid = torch.ones_like(ids, dtype=torch.bool)
     restarting = None
     # As in transformers, where documents are told apart only without a mask.
-    if positions is not None and mask is None and bool((document_ids(positions) > 0).any()):
+    if positions is not None and mask is None and restarts(positions):
         restarting = positions
     if positions is None:
         positions = torch.arange(length, device=ids.device)[None]
@@ -179,7 +193,8 @@ def check_alike(model: nn.Module, batch: Mapping[str, Any], group: SequenceGroup
     if batches:
         raise InputError(
             "the ranks that share a sequence hold different batches: give all of them the same one (no "
-            "DistributedSampler within the group, the same seed, the same padding)"
+            "DistributedSampler within the group, the same seed, the same padding); a Trainer does where it is a "
+            "lemo_fx.SequenceParallelTrainer"
         )
     if weights:
         raise InputError(

@@ -88,6 +88,16 @@ def gather(tokens: torch.Tensor, length: int, group: SequenceGroup) -> torch.Ten
     return (received + first).transpose(0, 1).flatten(1)
 
 
+def gather_tokens(values: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """[B, L], a value of each token of the rank's part -> [B, P L], of the whole sequence, on every rank.
+
+    The gradient is the sum of all ranks', to be averaged over them, as `whole_loss`'s is.
+    """
+    if values.dtype == torch.bool:
+        return gather_tokens(values.to(torch.uint8), group).bool()
+    return all_to_all(values.expand(group.size, *values.shape), group.name).transpose(0, 1).flatten(1)
+
+
 def own_mask(exchange: ExchangedAttention, mask: Any) -> Any:
     """What the choice of a rank's blocks reads in the place of a mask: [B, L] bool, or None without padding."""
     if not is_told(mask):

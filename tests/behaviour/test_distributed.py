@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
 from peft import PeftModel
-from processes import free_ports
+from processes import ended, free_ports, start
 from tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,28 +21,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     """See tests/helpers/ranks.py for what the ranks check; the Trainer's results meet one process's here."""
-    port, *ports = free_ports(3)
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-    }
-    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), *ports]
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as file:
-            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
-    try:
-        losses, model = ranks.train(tmp_path / "alone", 2)
-        codes = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n\n".join(log.read_text()[-6000:] for log in logs)
+    started = start(Path(ranks.__file__), tmp_path, 2, str(tmp_path), *free_ports(2))
+    losses, model = ranks.train(tmp_path / "alone", 2)
+    assert ended(*started, 400) == [0, 0]
 
     several = json.loads((tmp_path / "losses.json").read_text())
     assert len(losses) == 4

@@ -3,17 +3,13 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import shared
 import torch
 from peft import PeftModel
-from processes import free_ports
-from tiny import TOLERANCE, Recorder, assert_same_step, batch, step, tiny, with_lora
+from processes import ended, start
+from tiny import TOLERANCE, VOCABULARY, Recorder, assert_same_step, batch, packed, step, tiny, with_lora
 from transformers import AutoModelForCausalLM
 
 import lemo_fx
@@ -24,38 +20,7 @@ from lemo_fx.kernels.select_blocks import reference as selection
 from lemo_fx.planning.proof_of_parts import prove_parts
 from lemo_fx.runtime import parts
 
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT / "tests" / "helpers" / "shared.py"
-
-
-def start(folder: Path, count: int, *arguments: str) -> tuple[list[subprocess.Popen], list[Path]]:
-    """The script on several ranks, as torchrun would start it; their logs."""
-    (port,) = free_ports(1)
-    logs = [folder / f"rank{rank}.log" for rank in range(count)]
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-    }
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            command = [sys.executable, str(SHARED), *arguments]
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own))
-    return processes, logs
-
-
-def ended(processes: list[subprocess.Popen], logs: list[Path], seconds: float) -> list[int]:
-    try:
-        return [process.wait(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        print("\n\n".join(log.read_text()[-6000:] for log in logs))
+SHARED = Path(__file__).parents[1] / "helpers" / "shared.py"
 
 
 @pytest.mark.slow
@@ -65,37 +30,21 @@ def ended(processes: list[subprocess.Popen], logs: list[Path], seconds: float) -
 )
 def test_ranks(count, checks, tmp_path):
     """See tests/helpers/shared.py for what the ranks check."""
-    assert ended(*start(tmp_path, count, str(tmp_path), *checks), 600) == [0] * count
+    assert ended(*start(SHARED, tmp_path, count, str(tmp_path), *checks), 600) == [0] * count
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_does_not_hang_the_others(tmp_path):
     """It ends in the middle of a step; the other one is in an exchange, and says so."""
-    processes, logs = start(tmp_path, 2, str(tmp_path), "one_rank_fails")
+    processes, logs = start(SHARED, tmp_path, 2, str(tmp_path), "one_rank_fails")
     codes = ended(processes, logs, 500)
     assert codes[0] == 0
     assert codes[1] == 7
 
 
 @pytest.mark.slow
-def test_the_trainer(tmp_path):
-    """On two ranks it takes the steps of one process, and evaluates whole sequences."""
-    started = start(tmp_path, 2, str(tmp_path), "the_trainer")
-    alone = shared.trained(tmp_path / "alone")
-    assert ended(*started, 500) == [0, 0]
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"trained{rank}.pt")
-        assert len(found["losses"]) == 6
-        assert found.keys() == alone.keys()
-        for name, value in alone.items():
-            torch.testing.assert_close(
-                found[name], value, **TOLERANCE["fp32"], msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-@pytest.mark.slow
 def test_the_example(tmp_path):
-    assert ended(*start(tmp_path, 2, str(tmp_path), "the_example"), 500) == [0, 0]
+    assert ended(*start(SHARED, tmp_path, 2, str(tmp_path), "the_example"), 500) == [0, 0]
     assert "loss" in (tmp_path / "rank0.log").read_text()
     base = AutoModelForCausalLM.from_pretrained(Path(lemo_fx.__file__).parent / "demo_assets" / "model")
     adapter = PeftModel.from_pretrained(base, tmp_path / "example")
@@ -104,7 +53,7 @@ def test_the_example(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark(tmp_path):
-    assert ended(*start(tmp_path, 2, str(tmp_path), "the_benchmark"), 500) == [0, 0]
+    assert ended(*start(SHARED, tmp_path, 2, str(tmp_path), "the_benchmark"), 500) == [0, 0]
     result = json.loads((tmp_path / "scaling" / "tiny-2.json").read_text())
     (run,) = result["runs"]
     assert run["samples"] == 1
@@ -197,10 +146,10 @@ def test_one_rank_alone(gloo):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"fused_lm_head": True}, "TRL's SFTTrainer"),
+        ({"fused_lm_head": True}, "with the whole sequences"),
         ({"return_dict": False}, "return_dict=True"),
         ({"output_router_logits": True}, "auxiliary loss of a part"),
-        ({"attention_mask": torch.ones(1, 64)}, "lemo_fx.shard_sequence"),
+        ({"attention_mask": torch.ones(1, 64)}, "the batch holds shift_labels"),
         ({"num_items_in_batch": None}, "num_items_in_batch"),
     ],
 )
@@ -209,6 +158,64 @@ def test_calls_that_a_part_cannot_make(more, why, gloo):
     part = lemo_fx.shard_sequence(model, batch(1, 64))
     with pytest.raises(lemo_fx.InputError, match=why):
         model(**{**part, **more})
+
+
+def test_a_whole_batch(gloo):
+    """The model cuts it: the loss is the whole one, as are values of tokens; logits would not be."""
+    model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
+    inputs = packed([40, 17])
+    expected = step(model, lemo_fx.shard_sequence(model, inputs))
+    unread = {"cu_seq_lens_q": torch.tensor([0, 40, 57]), "output_hidden_states": False, "logits_to_keep": 0}
+    assert_same_step(step(model, {**inputs, **unread}), expected, "same")
+    output = model(**inputs)
+    assert output.logits.shape == (1, 57, VOCABULARY)
+    with pytest.raises(lemo_fx.InputError, match="logits of its part only"):
+        output.logits.sum()
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_positions_that_restart(checkpointing, gloo):
+    """They are documents where the original model takes them for some: not where it makes a cache."""
+    inputs = {name: value for name, value in packed([40, 24]).items() if name != "use_cache"}
+    steps = []
+    for group in (None, gloo):
+        model = lemo_fx.transform(tiny("llama"), config(), sequence_group=group)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps.append(step(model, inputs))
+    assert_same_step(*reversed(steps), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"labels": None}, "call it with labels"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"inputs_embeds": torch.ones(1, 64, 32), "input_ids": None}, "inputs_embeds"),
+        ({"cache_position": torch.arange(64)}, "cache_position"),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask"),
+        ({"return_dict": False}, "return_dict=True"),
+    ],
+)
+def test_whole_batches_that_are_not_cut(more, why, gloo):
+    model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
+    with pytest.raises(lemo_fx.InputError, match=why):
+        model(**{**batch(1, 64), **more})
+
+
+def test_values_of_tokens(gloo):
+    """What TRL's fused head returns for each token [B, S - 1], and its gradient."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    inputs, found = {**batch(2, 61), "fused_lm_head": True}, []
+    for group in (None, gloo):
+        model = lemo_fx.transform(tiny("llama"), config(), sequence_group=group)
+        utils.add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+        output = model(**inputs)
+        output.log_probs.square().sum().backward()
+        found.append((output.log_probs, output.is_top1, output.label_mask, model.lm_head.weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **TOLERANCE["fp32"])
 
 
 def test_layers_alone(gloo):
@@ -220,9 +227,9 @@ def test_layers_alone(gloo):
 
 def test_a_model_compiled_as_a_whole(gloo):
     model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
-    part = lemo_fx.shard_sequence(model, batch(1, 64))
-    expected = step(model, part)
-    loss, found = step(torch.compile(model, backend="eager"), part)
+    inputs = batch(1, 64)
+    expected = step(model, inputs)
+    loss, found = step(torch.compile(model, backend="eager"), inputs)
     found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
     assert_same_step((loss, found), expected, "compiled")
 

@@ -1,11 +1,9 @@
 """TRL's SFTTrainer, which replaces the model's forward on the instance: its own chunked loss, packing, masks."""
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from tiny import TOLERANCE, VOCABULARY, Recorder, tiny, with_lora
-from training import losses, plan
+from training import losses, plan, word_tokenizer
 
 import lemo_fx
 
@@ -20,13 +18,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A word per id of the tiny models' vocabulary."""
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1")
-    backend = tokenizers.Tokenizer(words)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", eos_token="w2", unk_token="w1", chat_template=TEMPLATE
-    )
+    return word_tokenizer(chat_template=TEMPLATE)
 
 
 def words(count, seed):

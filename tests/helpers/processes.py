@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -223,3 +224,35 @@ def assert_no_growth(settings, checkpointing, steps):
     assert seen[-1][1] == seen[0][1], seen
     # KiB; what an allocator keeps varies by some hundreds.
     assert seen[-1][0] - seen[0][0] < 3000, seen
+
+
+def start(script: Path, folder: Path, count: int, *arguments: str) -> tuple[list[subprocess.Popen], list[Path]]:
+    """A script of tests/helpers on several ranks, as torchrun would start it; their logs."""
+    (port,) = free_ports(1)
+    logs = [folder / f"rank{rank}.log" for rank in range(count)]
+    paths = [str(script.parents[2]), str(script.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(script), *arguments]
+            processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=own))
+    return processes, logs
+
+
+def ended(processes: list[subprocess.Popen], logs: list[Path], seconds: float) -> list[int]:
+    """The ranks' exit codes; prints the end of their logs."""
+    try:
+        return [process.wait(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        print("\n\n".join(log.read_text()[-6000:] for log in logs))

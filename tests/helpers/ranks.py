@@ -312,10 +312,15 @@ def parallelism_that_cuts_a_layer_or_a_sequence_is_refused_by_name():
         raises("context_parallel is active", lemo_fx.transform, make(False), config())
     step(model.train(), inputs)
 
-    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+    refused = {
+        "tp": "tensor parallelism is not supported",
+        "cp": "context parallelism is not supported",
+        "sp": "lemo_fx.transform(model, sequence_group=...) with a group of that many ranks",
+    }
+    for kind, words in refused.items():
         AcceleratorState._shared_state["parallelism_config"] = ParallelismConfig(**{f"{kind}_size": 2})
-        raises(f"{name} parallelism is not supported", model, **inputs)
-        raises(f"{name} parallelism is not supported", lemo_fx.transform, make(False), config())
+        raises(words, model, **inputs)
+        raises(words, lemo_fx.transform, make(False), config())
         AcceleratorState._reset_state()
 
     model = lemo_fx.transform(make(False), config())
@@ -372,6 +377,9 @@ def trainer_with_ddp_and_fsdp2():
     losses["fsdp2"], model = train(folder / "fsdp2", 1, fsdp=True, fsdp_config=dict(fsdp))
     assert all(isinstance(layer, FSDPModule) for layer in model.get_base_model().model.layers)
     losses["resumed"], _ = train(folder / "fsdp2", 1, resume=True, fsdp=True, fsdp_config=dict(fsdp))
+    ring = {"fsdp": True, "fsdp_config": dict(fsdp), "parallelism_config": ParallelismConfig(cp_size=2)}
+    raises("accelerate's ParallelismConfig(cp_size=2)", train, folder / "ring", 1, **ring)
+    AcceleratorState._reset_state(reset_partial_state=True)
     fsdp["cpu_ram_efficient_loading"] = True
     losses["fsdp2, rank 0 loads"], _ = train(folder / "ram", 1, fsdp=True, fsdp_config=fsdp)
     if dist.get_rank() == 0:

@@ -16,13 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from peft import LoraConfig, get_peft_model
 from tiny import TOLERANCE, Recorder, batch, packed, step, tiny, with_lora
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import Rows, arguments
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
@@ -134,7 +132,7 @@ def uneven_sequences():
     for treatment in ("exact", "skip"):
         expected = step(lemo_fx.transform(make(), config(0.5, treatment, sequence_parts=size)), padded)
         model = shared(make(), config(0.5, treatment))
-        loss, found = step(model, lemo_fx.shard_sequence(model, inputs))
+        loss, found = step(model, inputs)
         assert_equal(expected, (loss, averaged(found)), treatment)
 
 
@@ -250,13 +248,12 @@ def data_parallel_wrappers_average_gradients():
     alone = lemo_fx.transform(make(checkpointing=True), dataclasses.replace(settings, sequence_parts=size))
     expected = step(alone, inputs)
     model = shared(make(checkpointing=True), settings)
-    part = lemo_fx.shard_sequence(model, inputs)
-    loss, found = step(DistributedDataParallel(copy.deepcopy(model)), part)
+    loss, found = step(DistributedDataParallel(copy.deepcopy(model)), inputs)
     assert_equal(expected, (loss, {n.removeprefix("module."): g for n, g in found.items()}), "DDP")
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
-    loss, found = step(model, part)
+    loss, found = step(model, inputs)
     assert_equal(expected, (loss, {n: g.full_tensor() for n, g in found.items()}), "FSDP2")
 
 
@@ -301,7 +298,7 @@ def what_cannot_be_is_refused_on_every_rank():
     raises("share no sequence", lemo_fx.shard_sequence, lemo_fx.transform(model, config()), batch(1, 64))
 
     model = shared(make(), config())
-    raises("lemo_fx.shard_sequence(model, batch)", model, **batch(1, 64))
+    raises("hold different batches", model, **batch(1, 64, seed=dist.get_rank()))
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64, seed=dist.get_rank()))
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64 + 8 * dist.get_rank()))
     raises("known are", lemo_fx.shard_sequence, model, {**batch(1, 64), "pixel_values": torch.ones(1)})
@@ -343,58 +340,6 @@ def ranks_that_train_weights_of_their_own():
 
 def _hook(*_):
     """Someone's."""
-
-
-class SharedTrainer(transformers.Trainer):
-    """As docs/sequence-parallelism.md has it."""
-
-    def get_train_dataloader(self):
-        """The same batches on every rank."""
-        return torch.utils.data.DataLoader(
-            self.train_dataset,
-            self.args.per_device_train_batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self.data_collator,
-        )
-
-    def compute_loss(self, model, inputs, **kwargs):
-        """Of a part each."""
-        if model.training and dist.is_initialized():
-            inputs = lemo_fx.shard_sequence(self.model, inputs)
-        return super().compute_loss(model, inputs, **kwargs)
-
-
-def padded_at_the_end(rows):
-    """Rows of tokens as a batch [B, 64]."""
-    pad = torch.nn.functional.pad
-    lengths = [len(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": torch.stack([pad(r["input_ids"], (0, 64 - n)) for r, n in zip(rows, lengths, strict=True)]),
-        "labels": torch.stack([pad(r["labels"], (0, 64 - n), value=-100) for r, n in zip(rows, lengths, strict=True)]),
-        "attention_mask": torch.stack([(torch.arange(64) < n).long() for n in lengths]),
-    }
-
-
-def trained(folder, group=None):
-    """Losses and weights of six steps of two batches each, with padding; by one process, or by a group's ranks."""
-    model = make(checkpointing=True)
-    lemo_fx.transform(model, config(0.5, sequence_parts=2), sequence_group=group)
-    settings = {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False}
-    given = arguments(folder, **settings)
-    data = Rows(ragged=True)
-    trainer = SharedTrainer(model, given, padded_at_the_end, train_dataset=data, eval_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    evaluated = trainer.evaluate()["eval_loss"]
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {"losses": torch.tensor(losses), "evaluated": torch.tensor(evaluated), **weights}
-
-
-def the_trainer():
-    """transformers' Trainer, which wraps the model in DDP."""
-    found = trained(Path(sys.argv[1]) / "several", dist.group.WORLD)
-    torch.save(found, Path(sys.argv[1]) / f"trained{dist.get_rank()}.pt")
 
 
 def the_example():

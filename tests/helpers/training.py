@@ -1,5 +1,6 @@
 """What every test of a training library needs: rows, arguments, one run of the Trainer, and its losses."""
 
+import tokenizers
 import torch
 import transformers
 from tiny import VOCABULARY
@@ -21,6 +22,15 @@ class Rows(torch.utils.data.Dataset):
         length = 64 - 16 * (index % 2) if self.ragged else 64
         ids = torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(index))
         return {"input_ids": ids, "labels": ids}
+
+
+def word_tokenizer(**settings):
+    """A word per id of the tiny models' vocabulary."""
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1")
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    named = {"pad_token": "w0", "eos_token": "w2", "unk_token": "w1"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named, **settings)
 
 
 def plan(keep=0.5, **settings):
