@@ -641,6 +641,7 @@ def rounding(
     context: Annotated[int, typer.Option()] = 8192,
     stretch: Annotated[float, typer.Option()] = 2.0,
     windows: Annotated[int, typer.Option()] = 16,
+    chosen: Annotated[str, typer.Option("--cases", help="separated by semicolons; all of them unless given")] = "",
 ) -> None:
     """Perplexity of the base itself where products are rounded to float8: which ones cost what, without training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -661,6 +662,11 @@ def rounding(
         **{f"all but {name}": Float8(but=(name,)) for name in linears},
         **{f"all but the first {first} layers": Float8(first=first) for first in (1, 2, 4, 8, 15)},
     }
+    if chosen:
+        wanted = chosen.split(";")
+        if unknown := [name for name in wanted if name not in cases]:
+            raise typer.BadParameter(f"{unknown[0]!r} is none of: {'; '.join(cases)}")
+        cases = {name: cases[name] for name in wanted}
     for name, how in cases.items():
         with plain_exact.in_float8(model, how) if how else nullcontext():
             losses = token_losses(model, texts.heldout, 2)
