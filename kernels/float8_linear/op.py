@@ -207,8 +207,8 @@ class SwitchedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
         switch = vars(self)[SWITCH]
-        came = as_it_comes.read(self)
         if switch.on and fits(x, self):
+            came = as_it_comes.read(self)
             if came is not None:
                 out = as_it_comes.float8_product(x, came)
             else:

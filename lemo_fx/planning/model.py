@@ -90,15 +90,14 @@ def make_plans(
                 # Some bases are unpacked in the model's first call.
                 proofs.usual(layer)
                 refuse_untrainable(name, layer, tried)
-        try:
-            with distributed.gathered(layer):
+            try:
                 plan = plan_layer(planning, name, layer, index)
-        except UnsupportedModelError as error:
-            if group is not None:
-                raise UnsupportedModelError(f"ranks cannot share a sequence: {error}") from error
-            lost = ", neither offloaded, nor recomputed in parts, nor in float8" if config.rewrites_dense_layers else ""
-            notes.append(f"{name}: left as it is{lost}: {error}")
-            continue
+            except UnsupportedModelError as error:
+                if group is not None:
+                    raise UnsupportedModelError(f"ranks cannot share a sequence: {error}") from error
+                lost = ", neither offloaded, nor recomputed in parts, nor in float8"
+                notes.append(f"{name}: left as it is{lost if config.rewrites_dense_layers else ''}: {error}")
+                continue
         if plan is not None:
             if group is not None:
                 check_exchanged(plan)

@@ -25,16 +25,10 @@ from lemo_fx.runtime.hooks import look_for_hooks
 from lemo_fx.runtime.layer import STATE, refuse_function_transforms, settings_of, warn_once
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.parts import SequenceGroup
-from lemo_fx.runtime.shared_calls import part_of
+from lemo_fx.runtime.shared_calls import part_of, wanted
 from lemo_fx.runtime.step import Step
 
 logger = logging.getLogger(__name__)
-
-
-def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
-    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
-    asked = kwargs.get(name)
-    return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,12 @@ SWITCHES = ("return_dict", "fused_lm_head")
 """Arguments that say nothing of single tokens."""
 
 
+def wanted(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> bool:
+    """Whether a call asks a causal model for something, or says nothing and the model's config asks for it."""
+    asked = kwargs.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
 def _no_logits() -> torch.Tensor:
     raise InputError(
         "each of the ranks that share a sequence has the logits of its part only: use the loss, or call the model with "
@@ -95,8 +101,7 @@ def part_of(
             )
         return None
     distributed.refuse_process(model, group.size)
-    asked = given.get("output_router_logits")
-    if getattr(model.config, "output_router_logits", False) if asked is None else asked:
+    if wanted(model, given, "output_router_logits"):
         raise InputError(
             "output_router_logits: the auxiliary loss of a part is no share of the whole sequence's; train without"
         )
