@@ -133,7 +133,7 @@ ROUNDED = {
     "int8-weights-float8-inputs": Float8(weights_to="int8"),
     "int8-weights": Float8(weights_to="int8", inputs=False),
     "int8-inputs": Float8(inputs_to="int8", weights=False),
-    "int8-float8-down": Float8(weights_to="int8", inputs_to="int8", but=("down_proj",)),
+    "int8-but-down": Float8(weights_to="int8", inputs_to="int8", but=("down_proj",)),
     "float8-but-kv": Float8(but=("k_proj", "v_proj")),
     "float8-but-qkv": Float8(but=("q_proj", "k_proj", "v_proj")),
     "float8-attention": Float8(attention=True),

@@ -210,11 +210,16 @@ def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
     assert 0.02 < error < 0.08
 
 
-def test_attention_in_float8_changes_the_forward_alone(adapted):
-    found = {}
+def test_attention_in_float8_changes_the_forward_alone(adapted, monkeypatch):
+    found, within = {}, []
+    reference = float8_attention.reference
+    monkeypatch.setattr(
+        float8_attention, "reference", lambda *heads: within.append(torch.is_grad_enabled()) or reference(*heads)
+    )
     for attention in (False, True):
         float8 = Float8(forward=False, recompute=False, gradient=False, dense=False, attention=attention)
         with plain_exact.exact(adapted, Exact(0.5, block=8, float8=float8)):
             found[attention] = gradients(adapted)[0]
     assert found[True] != found[False]
     assert found[True] == pytest.approx(found[False], rel=0.02)
+    assert within == [False, False]
