@@ -26,6 +26,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
+from lemo_fx.kernels.float8_linear.reference import common_row
 from lemo_fx.kernels.select_blocks.reference import rank, take
 
 LARGEST = {"float8": torch.finfo(torch.float8_e4m3fn).max, "int8": 127.0}
@@ -49,6 +50,8 @@ class Float8:
         first: so do all of that many decoder layers from the first one on.
         fast: add up in the tensor cores' short accumulators, as the package does.
         attention: attention in the forward without gradient too, as `float8_attention`.
+        centred: multiply what x's rows have in common in full, and round what is left, as the package does (see
+            `kernels/float8_linear/reference.py`).
         mean: add what the rounding of the weights takes from the mean input: (weights - rounded weights) @ mean of x's
             rows, a constant of the call. What rounding takes from every input alike, adapters learn to give back.
         redraw: widen the scales of weights by a factor from [1, 2) that is drawn anew in every step, so that no
@@ -68,6 +71,7 @@ class Float8:
     first: int = 0
     fast: bool = True
     attention: bool = False
+    centred: bool = False
     mean: bool = False
     redraw: bool = False
     until: float = 1.0
@@ -165,6 +169,10 @@ def quantise(rows: torch.Tensor, factor: float = 1.0, to: Format = "float8") -> 
 def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -> torch.Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, rounded."""
     flat = x.flatten(0, -2)
+    if how.centred:
+        common = common_row(flat)
+        rest = product(flat - common, weight, replace(how, centred=False), factor)
+        return (rest + F.linear(common, weight.to(common.dtype))).to(x.dtype).unflatten(0, x.shape[:-1])
     rows, row_scale = quantise(flat, to=how.inputs_to)
     columns, column_scale = quantise(weight, factor if how.redraw else 1.0, how.weights_to)
     formats = {to for to, used in ((how.weights_to, how.weights), (how.inputs_to, how.inputs)) if used}
@@ -198,7 +206,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):
         (weight,) = ctx.saved_tensors
         if ctx.gradient:
-            how = replace(ctx.how, weights_to="float8", inputs_to="float8", mean=False)
+            how = replace(ctx.how, weights_to="float8", inputs_to="float8", centred=False, mean=False)
             return product(grad, weight.t(), how, ctx.factor), None, None, None, None, None
         return grad @ weight, None, None, None, None, None
 

@@ -11,6 +11,7 @@ from tiny import tiny
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
+from lemo_fx.kernels.float8_linear.op import float8_linear
 
 IDS = torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))
 ANSWERS = torch.where(torch.arange(128) >= 122, IDS, -100)
@@ -200,6 +201,15 @@ def test_the_mean_input_loses_nothing_to_rounded_weights():
         errors[mean] = (out - x @ weight.T).norm()
         torch.testing.assert_close(out.mean(0), x.mean(0) @ weight.T, rtol=0, atol=1e-5 if mean else 1.0)
     assert errors[True] < 0.2 * errors[False]
+
+
+def test_centred_products_are_the_packages():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 50, 64) + 5 * torch.randn(64), torch.randn(32, 64)
+    found = plain_exact.product(x, weight, Float8(centred=True), 1.0)
+    torch.testing.assert_close(found, float8_linear(x, weight), rtol=1e-4, atol=1e-4)
+    exact = x @ weight.T
+    assert (found - exact).norm() < 0.4 * (plain_exact.product(x, weight, Float8(), 1.0) - exact).norm()
 
 
 def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
