@@ -26,7 +26,6 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
-from lemo_fx.kernels.float8_linear.reference import common_row
 from lemo_fx.kernels.select_blocks.reference import rank, take
 
 LARGEST = {"float8": torch.finfo(torch.float8_e4m3fn).max, "int8": 127.0}
@@ -50,8 +49,7 @@ class Float8:
         first: so do all of that many decoder layers from the first one on.
         fast: add up in the tensor cores' short accumulators, as the package does.
         attention: attention in the forward without gradient too, as `float8_attention`.
-        centred: multiply what x's rows have in common in full, and round what is left, as the package does (see
-            `kernels/float8_linear/reference.py`).
+        centred: multiply what x's rows have in common (`common_row`) in full, and round what is left.
         mean: add what the rounding of the weights takes from the mean input: (weights - rounded weights) @ mean of x's
             rows, a constant of the call. What rounding takes from every input alike, adapters learn to give back.
         redraw: widen the scales of weights by a factor from [1, 2) that is drawn anew in every step, so that no
@@ -164,6 +162,16 @@ def quantise(rows: torch.Tensor, factor: float = 1.0, to: Format = "float8") -> 
     scale = rows.abs().amax(1, keepdim=True).float().clamp_min(1e-12) * (factor / LARGEST[to])
     scaled = rows.float() / scale
     return (scaled.to(torch.float8_e4m3fn) if to == "float8" else scaled.round().to(torch.int8)), scale
+
+
+def common_row(rows: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [K]: the mean row, where each counts by the inverse of its largest magnitude.
+
+    The first token of a text is some thousand times as large as the others: it alone would decide a plain mean.
+    """
+    sample = rows[::4].float()
+    share = 1 / sample.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    return ((sample * share).sum(0) / share.sum()).to(rows.dtype)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -> torch.Tensor:

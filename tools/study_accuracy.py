@@ -165,19 +165,10 @@ PLANS: dict[str, Plan] = {
     "lora-0.45-steps": Plan(steps=0.45),
     "lora-0.33-steps": Plan(steps=0.33),
     "lora-half-batch": Plan(windows=0.5),
-    "lora-half-rate": Plan(rate=0.5),
-    "lora-double-rate": Plan(rate=2.0),
-    "lora-fourfold-rate": Plan(rate=4.0),
     "truncated-0.5": Plan(tokens=0.5),
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
-    "truncated-0.5-double-rate": Plan(tokens=0.5, rate=2.0),
     **{name: Plan(plain=plain) for name, plain in PLAIN.items()},
-    "plain-balanced-float8-half-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=0.5),
-    "plain-balanced-float8-double-rate": Plan(plain=PLAIN["plain-balanced-float8"], rate=2.0),
-    "plain-balanced-float8-centred-double-rate": Plan(plain=PLAIN["plain-balanced-float8-centred"], rate=2.0),
-    "plain-balanced-bf16-double-rate": Plan(plain=PLAIN["plain-balanced-bf16"], rate=2.0),
-    "lora-0.45-steps-double-rate": Plan(steps=0.45, rate=2.0),
     "longlora": Plan(rival=rivals.shifted_groups),
     "tokentune-0.25": like("step-0.25", rival=rivals.full_keys),
     "lemo": Plan(deeper_half(score="measured")),
@@ -191,7 +182,6 @@ PLANS: dict[str, Plan] = {
     "exact-0.25-half-more": like("exact-0.25", steps=1.5),
     **{f"{name}-finish": like(name, finish=share) for name, share in DENSE_FINISH.items()},
     "step-0.375-both-float8-more-finish": like("step-0.375-both-float8", steps=1.25, finish=0.1),
-    **{f"{name}-double-rate": like(name, rate=2.0) for name in ("step-0.25", "exact-0.25")},
     # More of the tokens towards the top or the bottom, in attention or the MLP; about the products of keep 0.375.
     "ramp-up-both-float8": like(f"step-0.375-slope-{RAMP}-both-float8"),
     "ramp-down-both-float8": like(f"step-0.375-slope-{-RAMP}-both-float8"),
@@ -218,12 +208,19 @@ PICKED = (
 """LoRA, its simple and published rivals, and the presets."""
 
 
+RATES = {"-half-rate": 0.5, "-double-rate": 2.0, "-fourfold-rate": 4.0, "-eightfold-rate": 8.0}
+"""Ends of names of plans that train at so many times the learning rate."""
+
+
 def plan_named(name: str) -> Plan:
-    """A plan of `PLANS` or of `plans.py`.
+    """A plan of `PLANS` or of `plans.py`, at another learning rate if its name ends so.
 
     Raises:
         ValueError: there is no such plan.
     """
+    for end, rate in RATES.items():
+        if name.endswith(end):
+            return replace(plan_named(name.removesuffix(end)), rate=rate)
     return PLANS[name] if name in PLANS else Plan(plans.named(name))
 
 

@@ -83,10 +83,7 @@ def float8_product(x: torch.Tensor, came: Came) -> torch.Tensor:
 
 
 def _forward(x: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    rows = x.flatten(0, -2)
-    common = reference.common_row(rows)
-    bias = held.by_common_row(common, columns, scale)
-    out = held.product(*reference.quantise(rows - common), columns, scale, bias)
+    out = held.product(*reference.quantise(x.flatten(0, -2)), columns, scale)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 

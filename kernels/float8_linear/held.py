@@ -45,18 +45,14 @@ def unpack(packed: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.library.custom_op("lemo_fx::held_product", mutates_args=())
-def held_product(
-    rows: torch.Tensor, row_scale: torch.Tensor, common: torch.Tensor, packed: torch.Tensor, width: int
-) -> torch.Tensor:
-    """Rows in float8 [M, K], with float32 scales [M, 1], + common [K], @ weight [N, K].T -> [M, N].
-
-    In bfloat16; float32 on the CPU.
+def held_product(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows in float8 [M, K], with float32 scales [M, 1], @ weight [N, K].T -> [M, N], bfloat16; float32 on the CPU.
 
     Args:
         packed: the weight, from `pack`; width: its K.
     """
     columns, column_scale = unpack(packed, width)
-    return product(rows, row_scale, columns, column_scale, by_common_row(common, columns, column_scale))
+    return product(rows, row_scale, columns, column_scale)
 
 
 @torch.library.custom_op("lemo_fx::held_gradient", mutates_args=())
@@ -73,43 +69,12 @@ def held_gradient(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Ten
 
 
 def product(
-    rows: torch.Tensor,
-    row_scale: torch.Tensor,
-    columns: torch.Tensor,
-    column_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    rows: torch.Tensor, row_scale: torch.Tensor, columns: torch.Tensor, column_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Float8 [M, K] @ float8 [N, K].T, times scales [M, 1] and [N, 1], + bias [N] -> [M, N].
-
-    In bfloat16; float32 on the CPU.
-    """
+    """Float8 [M, K] @ float8 [N, K].T, times scales [M, 1] and [N, 1] -> [M, N], bfloat16; float32 on the CPU."""
     if not rows.is_cuda:
-        out = (rows.float() @ columns.float().T) * row_scale * column_scale.T
-        return out if bias is None else out + bias
-    # The product wants columns that lie one after the other; those of a transposed weight do not.
-    return scaled_product(
-        rows,
-        columns.contiguous().t(),
-        row_scale,
-        column_scale.t(),
-        bias=None if bias is None else bias.bfloat16(),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
-def by_common_row(common: torch.Tensor, columns: torch.Tensor, column_scale: torch.Tensor) -> torch.Tensor:
-    """common [K] @ (float8 [N, K], times scales [N, 1]).T -> [N], to bfloat16's precision.
-
-    As three rows in float8, each what those before it leave of the row: no copy of the weight in another dtype is made.
-    """
-    rest, pieces = common.float().unsqueeze(0), []
-    for _ in range(3):
-        piece, scale = reference.quantise(rest)
-        pieces.append((piece, scale))
-        rest = rest - piece.float() * scale
-    rows, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return product(rows, scales, columns, column_scale).float().sum(0)
+        return (rows.float() @ columns.float().T) * row_scale * column_scale.T
+    return scaled_product(rows, columns.t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _like(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -117,9 +82,7 @@ def _like(rows: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @held_product.register_fake
-def _(
-    rows: torch.Tensor, row_scale: torch.Tensor, common: torch.Tensor, packed: torch.Tensor, width: int
-) -> torch.Tensor:
+def _(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
     return _like(rows, packed.shape[0] // (width + SCALE_BYTES))
 
 
@@ -128,14 +91,7 @@ def _(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tensor, width: 
     return _like(rows, width)
 
 
-@register_flop_formula(torch.ops.lemo_fx.held_product)
-def _product_flops(
-    rows: torch.Size, row_scale: torch.Size, common: torch.Size, packed: torch.Size, width: int, **named
-) -> int:
-    return _flops(rows, row_scale, packed, width)
-
-
-@register_flop_formula(torch.ops.lemo_fx.held_gradient)
+@register_flop_formula([torch.ops.lemo_fx.held_product, torch.ops.lemo_fx.held_gradient])
 def _flops(rows: torch.Size, row_scale: torch.Size, packed: torch.Size, width: int, **named) -> int:
     return 2 * rows[0] * packed[0] // (width + SCALE_BYTES) * width
 
@@ -175,9 +131,7 @@ class Float8Product(torch.autograd.Function):
         """[..., K] -> [..., N] in x's dtype."""
         ctx.save_for_backward(packed)
         ctx.width = width
-        rows = x.flatten(0, -2)
-        common = reference.common_row(rows)
-        out = held_product(*reference.quantise(rows - common), common, packed, width)
+        out = held_product(*reference.quantise(x.flatten(0, -2)), packed, width)
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod

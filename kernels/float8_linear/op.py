@@ -16,6 +16,7 @@ from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.float8_linear import as_it_comes, held, reference
+from lemo_fx.kernels.private import scaled_product
 
 
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
@@ -24,20 +25,15 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) ->
     Args:
         again: as in `reference.quantise`, of the weight.
     """
-    rows = x.flatten(0, -2)
-    common = reference.common_row(rows)
-    # Not a matmul: a compiler does this sum while it rounds the weight.
-    bias = (weight * common).sum(1, dtype=torch.float32)
-    return rounded_product(rows - common, weight, again, bias).to(x.dtype).unflatten(0, x.shape[:-1])
-
-
-def rounded_product(
-    rows: torch.Tensor, weight: torch.Tensor, again: bool = False, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """rows [M, K] @ weight [N, K].T + bias [N], both operands rounded -> [M, N], bfloat16; on the CPU float32."""
-    rows, row_scale = reference.quantise(rows)
+    if not x.is_cuda:
+        return reference.float8_linear(x, weight, again)
+    rows, row_scale = reference.quantise(x.flatten(0, -2))
     columns, column_scale = reference.quantise(weight, again)
-    return held.product(rows, row_scale, columns, column_scale, bias)
+    # The product wants columns that lie one after the other; those of a transposed weight do not.
+    out = scaled_product(
+        rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Float8Linear(torch.autograd.Function):
@@ -51,10 +47,9 @@ class Float8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8; gradients have no row in common."""
+        """Gradient [..., N] @ weight [N, K] -> [..., K], both rounded to float8."""
         (weight,) = ctx.saved_tensors
-        out = rounded_product(grad.flatten(0, -2), weight.t())
-        return out.to(grad.dtype).unflatten(0, grad.shape[:-1]), None
+        return float8_linear(grad, weight.t()), None
 
 
 @torch.compiler.assume_constant_result

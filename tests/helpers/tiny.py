@@ -7,7 +7,6 @@ from tolerance import TOLERANCE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_fx.kernels.block_scores import reference as scores_reference
-from lemo_fx.kernels.float8_linear import reference as float8
 from lemo_fx.kernels.segmented_cross_entropy import reference as loss_reference
 
 VOCABULARY = 97
@@ -146,19 +145,6 @@ def assert_same_step(one, other, tolerance: str) -> None:
         torch.testing.assert_close(
             other[1][name], gradient, **TOLERANCE[tolerance], msg=lambda text, name=name: f"gradient of {name}: {text}"
         )
-
-
-def assert_same_but_for_rounding(one, other) -> None:
-    """Two `step` results in float8 agree, though other rows were rounded together: those have another row in common."""
-    torch.testing.assert_close(one[0], other[0], rtol=2e-3, atol=0)
-    assert one[1].keys() == other[1].keys()
-    flat = [torch.cat([g.flatten() for g in gradients.values()]) for _, gradients in (one, other)]
-    assert torch.cosine_similarity(*flat, dim=0) > 0.99
-
-
-def round_rows_apart(monkeypatch) -> None:
-    """Products in float8 round every row by itself, so that it is the same whichever rows stand beside it."""
-    monkeypatch.setattr(float8, "common_row", lambda rows: rows.new_zeros(rows.shape[1]))
 
 
 def selections(model) -> dict[str, torch.nn.Module]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, assert_same_step, batch, packed, round_rows_apart, step, tiny, with_lora
+from tiny import ARCHITECTURES, assert_same_step, batch, packed, step, tiny, with_lora
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -130,8 +130,7 @@ def test_the_block_mask_is_causal_order_at_the_kept_positions(count, length):
 @pytest.mark.parametrize(
     "score", ["step", pytest.param("random", marks=pytest.mark.slow), pytest.param("measured", marks=pytest.mark.slow)]
 )
-def test_compiled_it_is_the_same(score, monkeypatch):
-    round_rows_apart(monkeypatch)
+def test_compiled_it_is_the_same(score):
     site = Elimination(keep=0.5, eliminated="exact", keys="every", score=score)
     inputs, found = batch(2, 64), []
     torch.compiler.reset()

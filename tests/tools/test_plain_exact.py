@@ -11,7 +11,6 @@ from tiny import tiny
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
-from lemo_fx.kernels.float8_linear.op import float8_linear
 
 IDS = torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))
 ANSWERS = torch.where(torch.arange(128) >= 122, IDS, -100)
@@ -203,13 +202,13 @@ def test_the_mean_input_loses_nothing_to_rounded_weights():
     assert errors[True] < 0.2 * errors[False]
 
 
-def test_centred_products_are_the_packages():
+def test_what_rows_have_in_common_is_not_rounded():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 50, 64) + 5 * torch.randn(64), torch.randn(32, 64)
-    found = plain_exact.product(x, weight, Float8(centred=True), 1.0)
-    torch.testing.assert_close(found, float8_linear(x, weight), rtol=1e-4, atol=1e-4)
+    x[0, 0] *= 1000
     exact = x @ weight.T
-    assert (found - exact).norm() < 0.4 * (plain_exact.product(x, weight, Float8(), 1.0) - exact).norm()
+    free, found = (plain_exact.product(x, weight, Float8(centred=c), 1.0) - exact for c in (False, True))
+    assert found.flatten(0, 1)[1:].norm() < 0.4 * free.flatten(0, 1)[1:].norm()
 
 
 def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
