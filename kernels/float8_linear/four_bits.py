@@ -64,9 +64,10 @@ def read(layer: nn.Linear, dtype: torch.dtype) -> Packed | None:
         return None
     if 2 * made.weight.numel() * made.weight.itemsize != sides[0] * sides[1]:
         return None
-    nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
-    blocks = (state.blocksize, state.state2.blocksize if state.nested else 0)
-    return Packed(made.weight, state.absmax, *nested, state.quant_type, *blocks, *sides, made.compute_dtype or dtype)
+    dtype, nested = made.compute_dtype or dtype, state.state2 if state.nested else None
+    absmax, code, size = (None, None, 0) if nested is None else (nested.absmax, nested.code, nested.blocksize)
+    scales = (state.absmax, absmax, code, state.offset)
+    return Packed(made.weight, *scales, state.quant_type, state.blocksize, size, *sides, dtype)
 
 
 @torch.library.custom_op("lemo_fx::unpack_4bit", mutates_args=())
