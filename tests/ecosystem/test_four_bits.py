@@ -29,10 +29,9 @@ SIDES = [0, 2, 3, 7]
 def base(tmp_path):
     """Loads the same tiny model in 4 bits every time, frozen as PEFT prepares it."""
 
-    def load(layers=2, **settings):
-        model = tiny("llama", layers, hidden_size=64, intermediate_size=128)
-        model = four_bits(model, tmp_path, **settings)
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    def load(layers=2, prepare=True, **settings):
+        model = four_bits(tiny("llama", layers, hidden_size=64, intermediate_size=128), tmp_path, **settings)
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare else model
 
     return load
 
@@ -48,14 +47,15 @@ def classes(model):
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_float8_plans_multiply_with_the_unpacked_weights(base, compute):
     """As a base of the same weights that never was in 4 bits, and no more than by rounding apart from bfloat16's."""
-    inputs, model = batch(2, 64), with_lora(base(compute=compute, nested=compute is torch.bfloat16))
+    settings = {"compute": compute, "nested": compute is torch.bfloat16}
+    inputs, model = batch(2, 64), with_lora(base(**settings))
     before, expected = classes(model), step(model, inputs)
     steps = {}
-    for name, one in (("plain", dequantised(with_lora(base(nested=compute is torch.bfloat16)))), ("packed", model)):
+    for name, one in (("plain", dequantised(with_lora(base(**settings)))), ("packed", model)):
         lemo_fx.transform(one, FLOAT8)
         fix_choice(one, SIDES)
         steps[name] = step(one, inputs)
-    torch.testing.assert_close(steps["packed"][0], steps["plain"][0], rtol=0.01, atol=0)
+    assert torch.equal(steps["packed"][0], steps["plain"][0])
     assert F.cosine_similarity(flat(steps["packed"][1]), flat(steps["plain"][1]), dim=0) > 0.98
     report = lemo_fx.report(model)
     assert {site.note for site in report.sites} == {"in float8"}
@@ -80,7 +80,7 @@ def test_adapters_may_come_after_and_base_float8_holds_nothing(base):
     inputs, steps = batch(2, 64), []
     for config in (FLOAT8, LemoConfig(SITE, SITE, block_size=8, dense_layers=(), base="float8", **BOTH)):
         for order in ("before", "after"):
-            model = base()
+            model = base(prepare=False)
             model = with_lora(model) if order == "before" else model
             lemo_fx.transform(model, config)
             model = model if order == "before" else with_lora(model)
@@ -119,13 +119,13 @@ def test_no_unpacked_weight_is_kept_for_the_backward(base):
 
 def unpacked(graph):
     """How often a graph unpacks a weight."""
-    return sum(str(node.target).startswith("lemo_fx.unpack_4bit") for node in graph.graph.nodes)
+    return sum(node.target is torch.ops.lemo_fx.unpack_4bit.default for node in graph.graph.nodes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_compiled_pieces_share_what_is_unpacked_and_none_is_kept(base, checkpointing, monkeypatch):
-    """Seven weights: once in the forward, and in the backward once for values and once for gradients, at most."""
+    """Seven weights: once for the values of all rows, at most once for kept rows, and once for gradients."""
     # In pieces of eight tokens.
     monkeypatch.setattr(branch, "SEGMENT", 8)
     model, inputs = with_lora(base(layers=1)), batch(1, 80)
@@ -144,9 +144,9 @@ def test_compiled_pieces_share_what_is_unpacked_and_none_is_kept(base, checkpoin
     model.get_decoder().layers[0].compile(fullgraph=True, backend=collect)
     assert_same_step(step(model, inputs), eager, "compiled")
     torch.compiler.reset()
-    assert unpacked(graphs["forward"]) == (7 if checkpointing else 10)
-    # Nothing reads the last product of a branch but the branch's result, which comes from the forward.
-    assert unpacked(graphs["backward"]) == (12 if checkpointing else 7)
+    # Kept rows need no last product of a branch: its values come from all rows.
+    assert unpacked(graphs["forward"]) == 7 or not checkpointing
+    assert sum(map(unpacked, graphs.values())) <= 7 + 6 + 7
     placeholders = [n for n in graphs["backward"].graph.nodes if n.op == "placeholder" and "primals" not in n.name]
     saved = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor)]
     sizes = {m.in_features * m.out_features for m in linears(model).values()}

@@ -95,16 +95,16 @@ def finegrained_product(
 def dequantised(model):
     """The same model with plain weights of the same values."""
     for name, layer in linears(model).items():
+        dtype = model.dtype
         if hasattr(layer, "weight_scale_inv"):
             weight = out_of_blocks(layer.weight, layer.weight_scale_inv, layer.block_size[0])
         elif hasattr(layer.weight, "quant_state"):
-            weight = importlib.import_module("bitsandbytes").functional.dequantize_4bit(
-                layer.weight.data, layer.weight.quant_state
-            )
+            functional = importlib.import_module("bitsandbytes.functional")
+            weight, dtype = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), layer.compute_dtype
         else:
             weight = layer.weight.dequantize()
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(weight.to(model.dtype), requires_grad=False), layer.bias
+        plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
         model.set_submodule(name, plain)
     return model
 
