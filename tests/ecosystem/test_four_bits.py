@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bases import dequantised, four_bits, linears
 from peft import PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
-from tiny import assert_same_step, batch, fix_choice, step, tiny, with_lora
+from tiny import assert_same_but_for_rounding, assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -55,8 +55,7 @@ def test_float8_plans_multiply_with_the_unpacked_weights(base, compute):
         lemo_fx.transform(one, FLOAT8)
         fix_choice(one, SIDES)
         steps[name] = step(one, inputs)
-    assert torch.equal(steps["packed"][0], steps["plain"][0])
-    assert F.cosine_similarity(flat(steps["packed"][1]), flat(steps["plain"][1]), dim=0) > 0.98
+    assert_same_step(steps["packed"], steps["plain"], "fp32")
     report = lemo_fx.report(model)
     assert {site.note for site in report.sites} == {"in float8"}
     assert "14 frozen linear layers are in 4 bits (bitsandbytes)" in str(report)
@@ -142,7 +141,7 @@ def test_compiled_pieces_share_what_is_unpacked_and_none_is_kept(base, checkpoin
     )
     torch.compiler.reset()
     model.get_decoder().layers[0].compile(fullgraph=True, backend=collect)
-    assert_same_step(step(model, inputs), eager, "compiled")
+    assert_same_but_for_rounding(step(model, inputs), eager)
     torch.compiler.reset()
     # Kept rows need no last product of a branch: its values come from all rows.
     assert unpacked(graphs["forward"]) == 7 or not checkpointing
