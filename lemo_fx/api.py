@@ -222,7 +222,7 @@ def report(model: nn.Module, *, recall_on: Mapping[str, Any] | None = None) -> R
                 )
             )
     steps = [record.settings.step for _, _, record in installed(model)]
-    held = base_in_float8(model, done.config.base == "float8")
+    held = base_in_float8(model, done.config)
     unlabelled = [UNLABELLED] if any(step.unlabelled for step in steps) else []
     notes = [*done.notes, *held, *unlabelled, *lowerings(model, done.config.block_size)]
     return Report(config=done.config, sites=rows, notes=notes, dense=any(step.dense for step in steps))

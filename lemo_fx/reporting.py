@@ -17,7 +17,7 @@ from torch import nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.install import installed
 from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers, layers_in_float8
+from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers, layers_in_float8, layers_in_four_bits
 from lemo_fx.kernels.private import is_op
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.runtime.loss import segmented_loss
@@ -119,9 +119,10 @@ def in_float8(module: nn.Module, row: SitePlan) -> str:
     return row.float8 if taken else "no frozen linear layer that float8 takes"
 
 
-def base_in_float8(model: nn.Module, asked: bool) -> list[str]:
-    """How much of the base is in float8: held so (`base="float8"`, `asked`), or come so."""
+def base_in_float8(model: nn.Module, config: LemoConfig) -> list[str]:
+    """How much of the base is in float8: held so (`base="float8"`), come so, or rounded to it from 4 bits."""
     layers, came = held_layers(model), layers_in_float8(model)
+    packed = layers_in_four_bits(model) if "float8" in (config.forward, config.backward) else []
     held = sum(layer.weight.numel() for layer in layers) / 1e9
     notes = []
     if layers:
@@ -132,7 +133,12 @@ def base_in_float8(model: nn.Module, asked: bool) -> list[str]:
         )
     if came:
         notes.append(f"base: the weights of {len(came)} linear layers came in float8, and are used as they are")
-    if asked and not notes:
+    if packed:
+        notes.append(
+            f"base: {len(packed)} frozen linear layers are in 4 bits (bitsandbytes); where a site is in float8, each "
+            "product unpacks their weights and rounds them to it"
+        )
+    if config.base == "float8" and not notes:
         notes.append("base: nothing is held in float8, since no linear layer that a plan covers is frozen (yet)")
     return notes
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
-from lemo_fx.kernels.float8_linear import as_it_comes, held, reference
+from lemo_fx.kernels.float8_linear import as_it_comes, four_bits, held, reference
 from lemo_fx.kernels.private import scaled_product
 
 
@@ -52,6 +52,27 @@ class Float8Linear(torch.autograd.Function):
         return float8_linear(grad, weight.t()), None
 
 
+class FourBitsLinear(torch.autograd.Function):
+    """`Float8Linear` of a weight in 4 bits, which is unpacked for as long as a product takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *packed: Any) -> torch.Tensor:
+        """As `float8_linear`.
+
+        Args:
+            packed: the fields of `four_bits.Packed`.
+        """
+        ctx.save_for_backward(*packed[: four_bits.TENSORS])
+        ctx.settings = packed[four_bits.TENSORS :]
+        return float8_linear(x, four_bits.unpack(*packed, turn=1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """As of `Float8Linear`."""
+        weight = four_bits.unpack(*ctx.saved_tensors, *ctx.settings, turn=2)
+        return float8_linear(grad, weight.t()), *(None for _ in four_bits.Packed._fields)
+
+
 @torch.compiler.assume_constant_result
 def has_float8(device: torch.device) -> bool:
     """Whether the device multiplies float8 (NVIDIA: compute capability 8.9 and up); the CPU rounds as if it did."""
@@ -68,11 +89,24 @@ def _takes_float8(layer: nn.Linear, frozen: bool = True) -> bool:
     weight = layer.weight
     if as_it_comes.is_packed(weight) and as_it_comes.read(layer) is None:
         return False
+    if four_bits.is_four_bits(layer) and not _four_bits_take_float8(layer):
+        return False
     return not (frozen and weight.requires_grad) and layer.in_features % 16 == layer.out_features % 16 == 0
 
 
+def _four_bits_take_float8(layer: Any) -> bool:
+    """Whether a layer in 4 bits can be read, and on a GPU does not ask to be computed in another dtype."""
+    half = not layer.weight.is_cuda or layer.compute_dtype in (None, torch.bfloat16)
+    return half and four_bits.read(layer, torch.bfloat16) is not None
+
+
 def _dtype(layer: nn.Linear) -> torch.dtype:
-    """Of the weight, or of what it was before it was held in float8; checkpoints in float8 are of bfloat16 models."""
+    """Of the weight, or of what it was before it was held in float8; checkpoints in float8 are of bfloat16 models.
+
+    Of a weight in 4 bits the one that it is computed in, which is its input's where it does not say.
+    """
+    if four_bits.is_four_bits(layer):
+        return cast(Any, layer).compute_dtype or torch.float32
     dtype = vars(layer).get(DTYPE, layer.weight.dtype)
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
@@ -82,17 +116,19 @@ def _is_float32_adapter(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _known_linears(module: nn.Module) -> tuple[nn.Linear, ...]:
-    """Those of torch's own class, or with a float8 weight that can be read: others compute in their own way."""
+    """Those of torch's own class, or whose weight in float8 or 4 bits can be read: others compute in their own way."""
     return tuple(
         layer
         for layer in module.modules()
         if isinstance(layer, nn.Linear)
-        and (type(layer) is nn.Linear or isinstance(layer, SwitchedLinear) or _is_finegrained(layer))
+        and (type(layer) is nn.Linear or isinstance(layer, SwitchedLinear) or _can_be_read(layer))
     )
 
 
-def _is_finegrained(layer: nn.Linear) -> bool:
-    return type(layer).__name__ == as_it_comes.FINEGRAINED and as_it_comes.read(layer) is not None
+def _can_be_read(layer: nn.Linear) -> bool:
+    if type(layer).__name__ == as_it_comes.FINEGRAINED:
+        return as_it_comes.read(layer) is not None
+    return four_bits.read(layer, torch.bfloat16) is not None
 
 
 def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
@@ -112,6 +148,11 @@ def held_layers(module: nn.Module) -> list[HeldLinear]:
 def layers_in_float8(module: nn.Module) -> list[nn.Linear]:
     """The layers whose weights came in float8, and are used as they are."""
     return [layer for layer in _known_linears(module) if as_it_comes.read(layer) is not None]
+
+
+def layers_in_four_bits(module: nn.Module) -> list[nn.Linear]:
+    """The layers in bitsandbytes' 4 bits that a switch on the module lets compute in float8."""
+    return [layer for layer in _known_linears(module) if four_bits.is_four_bits(layer) and _takes_float8(layer)]
 
 
 def has_packed_layers(module: nn.Module) -> bool:
@@ -208,9 +249,12 @@ class SwitchedLinear(nn.Linear):
         """[..., K] -> [..., N]."""
         switch = vars(self)[SWITCH]
         if switch.on and fits(x, self):
-            came = as_it_comes.read(self)
+            came, packed = as_it_comes.read(self), four_bits.read(self, x.dtype)
             if came is not None:
                 out = as_it_comes.float8_product(x, came)
+            elif packed is not None:
+                grad = torch.is_grad_enabled()
+                out = FourBitsLinear.apply(x, *packed) if grad else float8_linear(x, four_bits.unpack(*packed))
             else:
                 run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
                 out = run(x, self.weight)

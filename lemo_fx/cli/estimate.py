@@ -206,7 +206,7 @@ def peak(
             layer += 2 * query
         return fixed + context * (saved + ends) + max(head, context * layer)
     keeps = _keeps(plan, shape.layers)
-    float8 = plan.float8_everywhere and not quantised
+    float8 = plan.float8_everywhere
     # Rewritten layers keep the rows of either branch; the last dense one always is rewritten, all are for float8.
     dense = sum(keep == 1 for keep in keeps)
     saved = sum(2 * keep * hidden for keep in keeps if keep < 1) + (2 * dense if float8 else dense + 1) * hidden

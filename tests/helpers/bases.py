@@ -1,7 +1,10 @@
 """Bases that come quantised, made of a tiny model's weights: by name, what makes its decoder layers' linears so."""
 
+import importlib
+
 import pytest
 import torch
+import transformers
 from torch import nn
 
 BLOCK = 16
@@ -92,14 +95,31 @@ def finegrained_product(
 def dequantised(model):
     """The same model with plain weights of the same values."""
     for name, layer in linears(model).items():
+        dtype = model.dtype
         if hasattr(layer, "weight_scale_inv"):
             weight = out_of_blocks(layer.weight, layer.weight_scale_inv, layer.block_size[0])
+        elif hasattr(layer.weight, "quant_state"):
+            functional = importlib.import_module("bitsandbytes.functional")
+            weight, dtype = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), layer.compute_dtype
         else:
             weight = layer.weight.dequantize()
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(weight.to(model.dtype), requires_grad=False), layer.bias
+        plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
         model.set_submodule(name, plain)
     return model
+
+
+def four_bits(model, folder, compute=torch.bfloat16, nested=True, **settings):
+    """The model saved to a folder and loaded in bitsandbytes' NF4, as QLoRA has it."""
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, quantization_config=config, **settings)
 
 
 BASES = {
