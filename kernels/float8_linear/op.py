@@ -258,7 +258,7 @@ class SwitchedLinear(nn.Linear):
             else:
                 run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
                 out = run(x, self.weight)
-            # Not within: a bias may be trained where the weight is frozen. Adapters add to what a base returns in place.
+            # Not within: a bias may be trained where the weight is frozen. Some adapters add to the output in place.
             return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
         if as_it_comes.unpacks(self.weight) and not self.weight.requires_grad:
             out = as_it_comes.PackedProduct.apply(x, self.weight)
