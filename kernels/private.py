@@ -43,6 +43,7 @@ __all__ = [
     "uncompile",
     "with_kwargs",
     "without_data",
+    "writable",
 ]
 
 _aten = torch.ops.aten
@@ -116,6 +117,11 @@ def cache_functions() -> None:
 def uncompile(module: torch.nn.Module) -> None:
     """Undo `module.compile()`, for which torch has no method."""
     module._compiled_call_impl = None
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a tensor that may be written to, where autograd refuses that of a Function's view."""
+    return _aten._unsafe_view.default(tensor, tensor.shape)
 
 
 as_it_is = torch._C.DisableTorchFunctionSubclass

@@ -78,7 +78,7 @@ def activation_scores(activation: torch.Tensor, block_size: int) -> torch.Tensor
     return per_block(activation.abs().mean(-1, dtype=torch.float32), block_size)
 
 
-def _mix(value: torch.Tensor) -> torch.Tensor:
+def mix(value: torch.Tensor) -> torch.Tensor:
     """A 64-bit finaliser (splitmix64's constants as signed integers): every input bit moves every output bit."""
     value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -104,8 +104,8 @@ def random_scores(
     blocks = -(-stream.shape[1] // block_size)
     bits = stream.detach()[:, ::block_size, :16].float().contiguous().view(torch.int32).long()
     position = torch.arange(blocks, device=stream.device) + blocks // parts * first
-    content = _mix(bits.sum(-1) + _mix(position + 1))
+    content = mix(bits.sum(-1) + mix(position + 1))
     # All of a part enters every block's hash, so that a block's luck changes with its neighbours.
     whole = content.unflatten(1, (parts, -1)).sum(-1, keepdim=True).expand(-1, -1, blocks // parts).flatten(1)
-    mixed = _mix(content + whole * 31 + _mix(salt))
+    mixed = mix(content + whole * 31 + mix(salt))
     return (mixed & 0xFFFFFF).float() / 0x1000000

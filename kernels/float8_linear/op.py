@@ -16,7 +16,7 @@ from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.float8_linear import as_it_comes, four_bits, held, reference
-from lemo_fx.kernels.private import scaled_product
+from lemo_fx.kernels.private import scaled_product, writable
 
 
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
@@ -258,15 +258,21 @@ class SwitchedLinear(nn.Linear):
             else:
                 run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
                 out = run(x, self.weight)
-            # Not within: a bias may be trained where the weight is frozen.
-            return out if self.bias is None else out + self.bias.to(out.dtype)
+            # Not within: a bias may be trained where the weight is frozen. Some adapters add to the output in place.
+            return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
         if as_it_comes.unpacks(self.weight) and not self.weight.requires_grad:
             out = as_it_comes.PackedProduct.apply(x, self.weight)
-            return out if self.bias is None else out + self.bias.to(out.dtype)
+            return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
         if switch.on and switch.in_bfloat16 and _is_float32_adapter(x, self.weight):
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
         return super().forward(x)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SwitchedLinear:
+        """As always (`half()`, `to()`); the switch looks at its layers' dtypes anew before the next step."""
+        super()._apply(fn, recurse)
+        vars(self)[SWITCH].children_seen = ()
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copied and pickled as the linear layer it is without a switch."""
@@ -297,7 +303,12 @@ class HeldLinear(SwitchedLinear):
             out = held.Float8Product.apply(x, self.weight, self.in_features)
         else:
             out = held.DequantisedProduct.apply(x, self.weight, self.in_features, _dtype(self))
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SwitchedLinear:
+        """A cast of the model leaves the bytes alone, and is one of what they are de-quantised to."""
+        vars(self)[DTYPE] = fn(self.weight.new_empty(0, dtype=vars(self)[DTYPE])).dtype
+        return super()._apply(fn, recurse)
 
     def dequantised(self) -> torch.Tensor:
         """The weight [N, K] in the dtype that it had."""

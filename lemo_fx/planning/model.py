@@ -16,7 +16,7 @@ from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
 from lemo_fx.graph.left_out import reads_use_cache
 from lemo_fx.passes.pipeline import PASSES, Pass
-from lemo_fx.planning.base import refuse_untrainable
+from lemo_fx.planning.base import refuse_readers, refuse_untrainable
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
 from lemo_fx.planning.layer import plan_layer
@@ -90,6 +90,8 @@ def make_plans(
                 # Some bases are unpacked in the model's first call.
                 proofs.usual(layer)
                 refuse_untrainable(name, layer, tried)
+                if config.base == "float8":
+                    refuse_readers(name, layer, tried)
             try:
                 plan = plan_layer(planning, name, layer, index)
             except UnsupportedModelError as error:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lemo_fx.errors import ConfigError, InputError
+from lemo_fx.kernels.block_scores.reference import mix
 from lemo_fx.runtime.kept import document_ids
 
 IGNORED = -100
@@ -66,16 +67,19 @@ def process_group(name: str) -> dist.ProcessGroup:
 # original code) cannot take it for a mask: its dtype is none of a mask's, and its shape does not fit.
 
 
-def tell(valid: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor:
+def tell(
+    valid: torch.Tensor | None, position_ids: torch.Tensor | None, predicted: torch.Tensor | None = None
+) -> torch.Tensor:
     """The `attention_mask` [B, 1, rows, S] int64 of a call with a part of a sequence.
 
-    Row 0 holds 1 for tokens and 0 for padding, row 1 the number of each token's document. There are no rows where every
-    token is real and no documents have to be kept apart, and one row where padding is all at the end, to which causal
-    attention never looks.
+    Row 0 holds 1 for tokens and 0 for padding, row 1 the number of each token's document, -1 for padding. There are no
+    rows where every token is real and no documents have to be kept apart, and one row where padding is all at the end,
+    to which causal attention never looks, and predicts nothing.
 
     Args:
         valid: [B, S] bool, False on padding; None where there is none.
         position_ids: [1 or B, S], which restart where a document does; None where they do not.
+        predicted: [B, S] the label that each token predicts, -100 where none.
     """
     documents = None if position_ids is None else document_ids(position_ids)
     if valid is None and documents is None:
@@ -84,8 +88,8 @@ def tell(valid: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch
     assert example is not None
     real = torch.ones_like(example, dtype=torch.int64) if valid is None else valid.long()
     rows = [real]
-    if documents is not None or bool((real.diff(dim=1) > 0).any()):
-        # Padding is a document of its own.
+    predicts = predicted is not None and bool(((predicted != IGNORED) & (real == 0)).any())
+    if documents is not None or predicts or bool((real.diff(dim=1) > 0).any()):
         apart = torch.zeros_like(real) if documents is None else documents.expand_as(real)
         rows.append(torch.where(real > 0, apart, -1))
     return torch.stack(rows, dim=1)[:, None]
@@ -158,14 +162,15 @@ def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict
         return values.chunk(group.size, dim=1)[group.rank].contiguous()
 
     whole = None if valid is None else padded(valid, False)
+    if labels is not None:
+        labels = padded(labels, IGNORED)
+    shifted = None if labels is None else functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     part = {
         "input_ids": own(padded(ids, 0)),
         "position_ids": own(padded(positions, 0)).expand(batch_size, -1),
-        "attention_mask": tell(whole, None if restarting is None else padded(restarting, 0)).to(ids.device),
+        "attention_mask": tell(whole, None if restarting is None else padded(restarting, 0), shifted).to(ids.device),
     }
-    if labels is not None:
-        labels = padded(labels, IGNORED)
-        shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    if labels is not None and shifted is not None:
         count = batch.get("num_items_in_batch")
         part |= {
             "labels": own(labels),
@@ -179,17 +184,12 @@ def check_alike(model: nn.Module, batch: Mapping[str, Any], group: SequenceGroup
     """Raise where the ranks of a group hold different batches, whose parts would be joined to sequences of no text, or
     train weights of their own."""
     ids = batch["input_ids"]
-    values = [value for _, value in sorted(batch.items()) if isinstance(value, torch.Tensor) and value.dim() == 2]
-    sums = [value.shape[1] + value.long().sum() for value in values]
-    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    sums += [ids.new_tensor(ids.shape[0]).long(), (ids.long() * places).sum()]
     device = torch.device("cpu") if dist.get_backend(group.process_group) == "gloo" else ids.device
-    # As many numbers on every rank, whatever each of them holds.
-    own = torch.stack([torch.stack(sums).sum(), sums[-1], _weights(model).to(ids.device)]).to(device)
+    own = torch.stack([_content(batch, ids.device), _weights(model).to(ids.device)]).to(device)
     every = [torch.empty_like(own) for _ in range(group.size)]
     dist.all_gather(every, own, group=group.process_group)
     numbers = torch.stack(every)
-    batches, weights = (not torch.equal(part, part[:1].expand_as(part)) for part in numbers.split([2, 1], dim=1))
+    batches, weights = (not torch.equal(part, part[:1].expand_as(part)) for part in numbers.split(1, dim=1))
     if batches:
         raise InputError(
             "the ranks that share a sequence hold different batches: give all of them the same one (no "
@@ -202,6 +202,20 @@ def check_alike(model: nn.Module, batch: Mapping[str, Any], group: SequenceGroup
             "(torch.manual_seed before get_peft_model), and average the gradients over the ranks before every "
             "optimizer step, by DDP, FSDP2 or dist.all_reduce"
         )
+
+
+def _content(batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """[] int64: a hash of every entry of a batch, and of its place."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for number, name in enumerate(TAKEN):
+        value = batch.get(name)
+        if value is not None:
+            entries = torch.as_tensor(value, device=device).long()
+            places = torch.arange(entries.numel(), device=device).view(entries.shape)
+            for size in entries.shape:
+                total = mix(total + size)
+            total = mix(total + mix(entries + mix(places + 1)).sum() + number)
+    return total
 
 
 WEIGHTS = 65536

@@ -108,7 +108,7 @@ def own_mask(exchange: ExchangedAttention, mask: Any) -> Any:
 
 Told = tuple[torch.Tensor | None, torch.Tensor | None]
 """What the exchanged attention knows of its rows: [B, P K] their places in the sequence, or None where they are all of
-it; [B, P K] their documents, or None where causal order is enough."""
+it; [B, P K] their documents, -1 of padding, or None where causal order is enough."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,9 @@ def mask_of(known: Told, window: int | None, query: torch.Tensor, additive: bool
     if window is not None:
         allowed &= keys > queries - window
     if documents is not None:
-        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+        # As by a mask of transformers: nobody looks at padding, which sees what is real before it.
+        of_queries, of_keys = documents[:, :, None], documents[:, None, :]
+        allowed = allowed & (of_keys >= 0) & ((of_queries == of_keys) | (of_queries < 0))
     if additive:
         allowed = torch.where(allowed, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     return allowed[:, None]

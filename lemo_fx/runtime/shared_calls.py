@@ -13,6 +13,7 @@ from torch.nn import functional
 from lemo_fx import distributed
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
+from lemo_fx.graph.capture import CACHE_NAMES
 from lemo_fx.runtime.logits import NO_LOGITS, LateLogits
 from lemo_fx.runtime.parts import IGNORED, SequenceGroup, check_alike, check_known, is_told, restarts, shard, tell
 from lemo_fx.runtime.sequence import gather_tokens, whole_loss
@@ -109,6 +110,11 @@ def part_of(
         if given.get("fused_lm_head"):
             raise InputError("TRL computes its loss of the tokens it gave: call the model with the whole sequences")
         return PartCall(group, dict(given), _labels(given))
+    if given.get("use_cache") or any(given.get(name) is not None for name in CACHE_NAMES):
+        raise InputError(
+            "a call that asks for a cache or brings one runs the layers' original code, which cannot run on a part of "
+            "a sequence: train with use_cache=False"
+        )
     # False and 0 ask for nothing (output_hidden_states, logits_to_keep).
     asked_for = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) or value}
     switches = {name: given[name] for name in SWITCHES if given.get(name) is not None}
@@ -160,8 +166,9 @@ def tell_part(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> 
     valid = None if mask is None else gather_tokens(mask.bool(), group)
     valid = None if valid is None or bool(valid.all()) else valid
     places = gather_tokens(positions.contiguous(), group)
-    told = tell(valid, places if mask is None and restarts(places) else None)
-    labels = functional.pad(gather_tokens(shifted.contiguous(), group), (1, 0), value=IGNORED)
+    predicted = gather_tokens(shifted.contiguous(), group)
+    told = tell(valid, places if mask is None and restarts(places) else None, predicted)
+    labels = functional.pad(predicted, (1, 0), value=IGNORED)
     length = ids.shape[1]
     part = {
         "input_ids": ids.contiguous(),

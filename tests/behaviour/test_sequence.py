@@ -125,6 +125,8 @@ def test_what_a_part_is_told():
     assert parts.tell(begin, None).tolist() == [[[[0, 1, 1], [-1, 0, 0]]]]
     restarting = torch.tensor([[0, 1, 0]])
     assert parts.tell(None, restarting).tolist() == [[[[1, 1, 1], [0, 0, 1]]]]
+    assert parts.tell(end, None, torch.tensor([[5, -100, -100]])).shape == (1, 1, 1, 3)
+    assert parts.tell(end, None, torch.tensor([[5, 6, 7]])).tolist() == [[[[1, 1, 0], [0, 0, -1]]]]
     assert parts.tell(end, restarting).tolist() == [[[[1, 1, 0], [0, 0, -1]]]]
     for rows in (parts.tell(None, None), parts.tell(end, None)):
         assert parts.is_told(rows)
@@ -173,6 +175,36 @@ def test_a_whole_batch(gloo):
         output.logits.sum()
 
 
+PADDED = {"left": slice(0, 40), "a hole": slice(20, 45), "right": slice(40, 64), "a whole row": slice(None)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("where", PADDED)
+def test_padding_that_predicts_labels(where, attention, gloo):
+    """Most collators count the first token after padding, some the padding itself; it sees what is real before it."""
+    mask, ids = torch.ones(2, 64, dtype=torch.long), batch(2, 64)["input_ids"]
+    mask[1, PADDED[where]] = 0
+    inputs, steps = {"input_ids": ids, "labels": ids, "attention_mask": mask}, []
+    for treatment in ("exact", "skip"):
+        for group in (None, gloo):
+            model = tiny("llama", attention=attention)
+            steps.append(step(lemo_fx.transform(model, config(0.5, treatment), sequence_group=group), inputs))
+        assert_same_step(steps[-1], steps[-2], "fp32")
+
+
+def test_batches_that_differ_in_anything():
+    """The same numbers in other places, rows in another order, another count of labels."""
+    cpu, inputs = torch.device("cpu"), {**batch(2, 64, padding="both"), "num_items_in_batch": torch.tensor(90)}
+    found = [int(parts._content({**inputs, "num_items_in_batch": 91}, cpu))]
+    for name in ("input_ids", "labels", "attention_mask"):
+        value = inputs[name]
+        others = (None, value.flip(0), value.flip(1), value.roll(1, 1), value[:1], value[:, :32])
+        found += [int(parts._content({**inputs, name: other}, cpu)) for other in others]
+    expected = int(parts._content(inputs, cpu))
+    assert len({expected, *found}) == 1 + len(found)
+    assert expected == int(parts._content({**inputs, "num_items_in_batch": 90}, cpu))
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_positions_that_restart(checkpointing, gloo):
     """They are documents where the original model takes them for some: not where it makes a cache."""
@@ -195,6 +227,7 @@ def test_positions_that_restart(checkpointing, gloo):
         ({"cache_position": torch.arange(64)}, "cache_position"),
         ({"attention_mask": {"full_attention": None}}, "attention_mask"),
         ({"return_dict": False}, "return_dict=True"),
+        ({"use_cache": True}, "use_cache=False"),
     ],
 )
 def test_whole_batches_that_are_not_cut(more, why, gloo):

@@ -1,8 +1,12 @@
 """PEFT: every kind of adapter trains as without lemo_fx when everything is kept, and saves what plain PEFT loads."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
+    C3AConfig,
     IA3Config,
     LoraConfig,
     PeftModel,
@@ -15,6 +19,7 @@ from tiny import TOLERANCE, assert_same_step, batch, step, tiny, with_lora
 from training import plan
 
 import lemo_fx
+from lemo_fx import LemoConfig
 
 KINDS = {
     "lora": {},
@@ -134,3 +139,16 @@ def test_other_methods(kind):
     assert_same_step(step(model, inputs), expected, "fp32")
     step(lemo_fx.transform(model, plan()), inputs)
     assert {site.kept_share for site in lemo_fx.report(model).sites} == {share}
+
+
+@pytest.mark.parametrize("base", ["model", "float8"])
+@pytest.mark.parametrize("config", [AdaLoraConfig(total_step=10), C3AConfig(block_size=8)], ids=["adalora", "c3a"])
+def test_methods_that_add_to_the_base_in_place(config, base):
+    """Autograd lets nobody write to a view that a Function made."""
+    settings = dataclasses.replace(config, target_modules={"q_proj", "down_proj"})
+    model, inputs = get_peft_model(tiny("llama"), settings).train(), batch(2, 64)
+    float8 = LemoConfig.preset("balanced", block_size=8, dense_layers=(), base=base)
+    lemo_fx.set_dense(lemo_fx.transform(model, float8))
+    dense = step(model, inputs)
+    lemo_fx.set_dense(model, False)
+    torch.testing.assert_close(step(model, inputs)[0], dense[0], rtol=0.02, atol=0)

@@ -107,6 +107,7 @@ def losses_and_gradients_equal_those_of_one_process():
         "packed": packed([40, 30, 58]),
         "padded": batch(2, 96, padding="right"),
         "padded on both sides": batch(2, 96, padding="both"),
+        "labels on padding": {**batch(2, 96, padding="both"), "labels": batch(2, 96)["labels"]},
     }
     for architecture in ("llama", "qwen3", "gemma3"):
         for name, inputs in batches.items():
@@ -300,6 +301,11 @@ def what_cannot_be_is_refused_on_every_rank():
     model = shared(make(), config())
     raises("hold different batches", model, **batch(1, 64, seed=dist.get_rank()))
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64, seed=dist.get_rank()))
+    rows, count = batch(2, 64, padding="both"), {"num_items_in_batch": 50 + dist.get_rank()}
+    for names in (rows, ["labels"], ["attention_mask"]):
+        turned = {name: value.flip(0) if name in names and dist.get_rank() else value for name, value in rows.items()}
+        raises("hold different batches", model, **turned)
+    raises("hold different batches", model, **rows, **count)
     raises("hold different batches", lemo_fx.shard_sequence, model, batch(1, 64 + 8 * dist.get_rank()))
     raises("known are", lemo_fx.shard_sequence, model, {**batch(1, 64), "pixel_values": torch.ones(1)})
     raises("does not fit", lemo_fx.shard_sequence, model, {**batch(1, 64), "position_ids": torch.ones(3, 1, 64)})

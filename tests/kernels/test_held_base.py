@@ -8,8 +8,15 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import assert_same_step, batch, fix_choice, saved_bytes, step, tiny, with_lora
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    ShiraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from tiny import anatomy, assert_same_step, batch, fix_choice, saved_bytes, step, tiny, with_lora
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -161,9 +168,24 @@ def test_who_takes_the_bytes_for_a_weight_gets_an_error():
     with pytest.raises(RuntimeError):
         copy.deepcopy(model).merge_and_unload()
     assert all(map(torch.equal, packed, [layer.weight for layer in held_layers(model)]))
-    dora = lemo_fx.transform(with_lora(tiny("llama", 2), use_dora=True), HELD)
-    with pytest.raises(RuntimeError):
-        step(dora, batch(2, 64))
+
+
+ADAPTERS = {
+    "dora": lambda: LoraConfig(r=4, target_modules=["down_proj"], use_dora=True, task_type="CAUSAL_LM"),
+    "loha": lambda: LoHaConfig(r=4, target_modules=["down_proj"]),
+    "shira": lambda: ShiraConfig(r=2, target_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_read_the_weight_are_refused_and_nothing_is_rounded(kind):
+    model = get_peft_model(tiny("llama", 2), ADAPTERS[kind]())
+    before, was = {name: p.clone() for name, p in model.named_parameters()}, anatomy(model)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj: its adapter reads the weight .* use base='model'"):
+        lemo_fx.transform(model, HELD)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert anatomy(model) == was
+    step(lemo_fx.transform(model, DYNAMIC), batch(2, 64))
 
 
 def test_a_cast_of_the_model_leaves_the_bytes_alone():
@@ -171,10 +193,27 @@ def test_a_cast_of_the_model_leaves_the_bytes_alone():
     packed = [layer.weight.clone() for layer in held_layers(model)]
     step(model.float(), inputs)
     assert all(map(torch.equal, packed, [layer.weight for layer in held_layers(model)]))
+    for cast in ("half", "double", "bfloat16"):
+        dense = step(lemo_fx.set_dense(getattr(model, cast)()), inputs)
+        twin = lemo_fx.revert(copy.deepcopy(model))
+        assert {p.dtype for p in twin.parameters()} == {getattr(torch, cast)}
+        assert_same_step(step(twin, inputs), dense, "fp32" if cast == "double" else "bf16")
+        lemo_fx.set_dense(model, False)
     layer = held_layers(model)[0]
     layer.weight.data = layer.weight.data.bfloat16()
     with pytest.raises(UnsupportedModelError, match=r"held in float8 .* cast to torch.bfloat16"):
         step(model, inputs)
+
+
+def test_adapters_multiply_in_float32_once_the_model_is_cast_to_it():
+    """And in bfloat16 in a bfloat16 model, whatever it was when it was transformed."""
+    inputs, found = batch(2, 64), {}
+    for first, then in (("float", "float"), ("bfloat16", "float"), ("float", "bfloat16")):
+        model = with_lora(tiny("llama", 2))
+        lemo_fx.transform(getattr(model, first)(), DYNAMIC)
+        step(getattr(model, then)(), inputs)
+        found[first, then] = {s.in_bfloat16 for s in model.modules() if isinstance(s, Float8Switch)}
+    assert found == {("float", "float"): {False}, ("bfloat16", "float"): {False}, ("float", "bfloat16"): {True}}
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -98,6 +98,28 @@ def test_products_of_experts_and_in_float8_are_what_the_policies_name():
     assert private.SCALED_PRODUCT in ops.seen
 
 
+def test_what_a_function_returns_may_be_written_to():
+    """Else adapters that add to what a base returns in place (PEFT's AdaLoRA) die in float8."""
+
+    class Rows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (2 * x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        Rows.apply(x).add_(x)
+    out = Rows.apply(x)
+    written = private.writable(out)
+    written.add_(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+    assert written.data_ptr() == out.data_ptr()
+
+
 def test_graphs_of_rewritten_layers_are_kept_in_torchs_caches():
     """Else every process would compile them again; `test_compile.py` sees that they are found."""
     private.cache_functions()
