@@ -10,7 +10,8 @@ from torch import fx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lemo_fx.errors import InputError
-from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, implementation_of
+from lemo_fx.graph.capture import module_of
 from lemo_fx.kernels.block_scores.reference import allows
 from lemo_fx.kernels.eliminate.reference import eliminate
 from lemo_fx.kernels.select_blocks import reference as selection
@@ -95,8 +96,7 @@ def _allowed(mask: BlockMask, stream: torch.Tensor, queries: torch.Tensor, keys:
 
 def numbers_documents(mixer: fx.Node, graph: fx.Graph) -> bool:
     """Whether the attention behind this node learns of documents from position_ids instead of from a mask."""
-    module = graph.owning_module.get_submodule(str(mixer.target))  # type: ignore[union-attr]
-    return getattr(module.config, "_attn_implementation", None) not in MASKED_IMPLEMENTATIONS
+    return implementation_of(module_of(graph, mixer)) not in MASKED_IMPLEMENTATIONS
 
 
 def compact_positions(position_ids: Any, tokens: torch.Tensor, length: int, renumber: bool) -> Any:
