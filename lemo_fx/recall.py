@@ -97,9 +97,8 @@ def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:
             if part is not None:
                 rewrite.modules[part_name(f"predicted_{planned.name}", role)] = part
     insert_scores(rewrite)
-    output = next(n for n in graph.nodes if n.op == "output")
     pairs = zip(measured, predicted, strict=True)
-    output.args = (tuple((true.site.stream, true.scores, guess.scores) for true, guess in pairs),)
+    graph.output_node().args = (tuple((true.site.stream, true.scores, guess.scores) for true, guess in pairs),)
     remove_dead_nodes(graph)
     return graph_module(layer, graph, {}, rewrite.modules)
 

@@ -66,7 +66,7 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
         upcast = any((n.op, n.target) == ("call_method", "float") for n in after)
         late = call(graph, late_logits, (function, module, head.args[0], upcast), "logits")
     loss.replace_all_uses_with(new)
-    output = next(n for n in graph.nodes if n.op == "output")
+    output = graph.output_node()
     result = output.args[0]
     if isinstance(result, fx.Node):
         result.kwargs = {k: late if v is chain[-1] else v for k, v in result.kwargs.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,25 +48,40 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """[B, heads, S, D] (fewer heads of keys and values) -> the same shape, by cuDNN."""
+    out, scale = kernel(*in_float8(query, key, value))
+    return (out.float() * scale).to(query.dtype).transpose(1, 2)
+
+
+def in_float8(*states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each [B, heads, S, D]: [B, S, heads, D] in float8 and its scale [], as cuDNN reads them."""
+    return [rounded(x.transpose(1, 2).contiguous()) for x in states]
+
+
+def kernel(
+    query: tuple[torch.Tensor, torch.Tensor],
+    key: tuple[torch.Tensor, torch.Tensor],
+    value: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `in_float8` gives -> [B, S, heads, D] in float8 and its scale []."""
     import cudnn
 
-    batch, heads, length, size = query.shape
-    graph, names = _graph(batch, heads, key.shape[1], length, size)
-    (q, scale_q), (k, scale_k), (v, scale_v) = (rounded(x.transpose(1, 2).contiguous()) for x in (query, key, value))
-    out = torch.empty(batch, length, heads, size, device=query.device, dtype=torch.float8_e4m3fn)
-    one = torch.ones(1, 1, 1, 1, device=query.device)
+    (q, scale_q), (k, scale_k), (v, scale_v) = query, key, value
+    batch, length, heads, size = q.shape
+    graph, names = _graph(batch, heads, k.shape[2], length, size)
+    out = torch.empty(batch, length, heads, size, device=q.device, dtype=torch.float8_e4m3fn)
+    one = torch.ones(1, 1, 1, 1, device=q.device)
     given = {
         "query": q, "key": k, "value": v, "out": out,
         "unscale_query": one * scale_q, "unscale_key": one * scale_k, "unscale_value": one * scale_v,
         "scale_shares": one * LARGEST, "unscale_shares": one / LARGEST,
         # An output is a mean of values, and no larger than the largest.
         "scale_out": one / scale_v,
-        "sums": torch.empty(batch, heads, length, 1, device=query.device), "most_share": one.clone(),
+        "sums": torch.empty(batch, heads, length, 1, device=q.device), "most_share": one.clone(),
         "most_out": one.clone(),
     }  # fmt: skip
-    space = torch.empty(max(graph.get_workspace_size(), 1), device=query.device, dtype=torch.uint8)
+    space = torch.empty(max(graph.get_workspace_size(), 1), device=q.device, dtype=torch.uint8)
     graph.execute({names[name]: tensor for name, tensor in given.items()}, space, handle=_handle(cudnn))
-    return (out.float() * scale_v).to(query.dtype).transpose(1, 2)
+    return out, scale_v
 
 
 @functools.cache
@@ -109,6 +125,31 @@ def _graph(batch: int, heads: int, key_heads: int, length: int, size: int) -> tu
     return graph, names | {"out": out, "sums": sums, "most_share": most_share, "most_out": most_out}
 
 
+def row_of(tokens: int, error: float, milliseconds: Mapping[str, float]) -> dict[str, Any]:
+    """A row of the result, with the heads of Llama-3-8B.
+
+    Args:
+        error: of the float8 kernel against the one in bf16, relative.
+        milliseconds: of the kernels "bf16" and "float8", and of "rounding" what the latter reads.
+    """
+    flops = 2 * 32 * tokens**2 * 128
+    speeds = {f"{name}_tflops": round(flops / milliseconds[name] / 1e9) for name in ("bf16", "float8")}
+    return {"tokens": tokens, "error": round(error, 4), **speeds, "rounding_ms": round(milliseconds["rounding"], 3)}
+
+
+def surroundings(command: str) -> dict[str, Any]:
+    """Where and how the figures were made."""
+    import cudnn
+
+    version = torch.backends.cudnn.version() or 0
+    return {
+        **environment(command),
+        "device": torch.cuda.get_device_name(),
+        "cudnn": f"{version // 10000}.{version // 100 % 100}.{version % 100}",
+        "cudnn_frontend": cudnn.__version__,
+    }
+
+
 def main(
     out: Annotated[Path, typer.Option(help="file for the JSON")],
     tokens: Annotated[str, typer.Option(help="comma-separated")] = "32768,131072",
@@ -127,18 +168,20 @@ def main(
                 return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
         expected, found = plain().float(), attention(query, key, value).float()
-        flops = 2 * 32 * length**2 * 128
-        row: dict[str, Any] = {"tokens": length, "error": float((found - expected).norm() / expected.norm())}
-        for name, run in (
-            ("bf16", plain),
-            ("float8_with_rounding", functools.partial(attention, query, key, value)),
-        ):
-            milliseconds = do_bench(run, warmup=50, rep=300)
-            row |= {f"{name}_ms": round(milliseconds, 2), f"{name}_tflops": round(flops / milliseconds / 1e9)}
-        rows.append(row)
-        print(row, flush=True)
+        error = float((found - expected).norm() / expected.norm())
+        rounding = functools.partial(in_float8, query, key, value)
+        milliseconds = {
+            name: do_bench(run, warmup=50, rep=300)
+            for name, run in (
+                ("bf16", plain),
+                ("float8", functools.partial(kernel, *rounding())),
+                ("rounding", rounding),
+            )
+        }
+        rows.append(row_of(length, error, milliseconds))
+        print(rows[-1], flush=True)
     command = f"python tools/float8_attention.py --out {out} --tokens {tokens}"
-    out.write_text(json.dumps({"environment": environment(command), "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"environment": surroundings(command), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from lemo_fx import Elimination, LemoConfig, Predictors, measure
 from lemo_fx.fitting.training import Blocks, Recipe, kept, predict, recall, train
 from lemo_fx.kernels.select_blocks.reference import balanced
 from lemo_fx.predictors import fingerprint, hidden_size
-from lemo_fx.runtime import network
 from lemo_fx.runtime.kept import take
 from lemo_fx.runtime.network import random_weights
 from lemo_fx.runtime.scores import ActivationScore, Candidates, PredictedScore
@@ -238,7 +237,7 @@ def study(args: argparse.Namespace) -> None:
         "recipe": vars(Recipe()),
     }
     sites = [(int(i), kind) for i, kind in (name.split(".") for name in args.compare.split(",") if name)]
-    result["losses"], result["pooling"] = compared(data, heldout, sites, args.seeds)
+    result["losses"] = compared(data, heldout, sites, args.seeds)
     norms = stream_norms(model, ids)
     generator = torch.Generator().manual_seed(0)
     curves, pictures, recalls = {}, {}, {}
@@ -364,7 +363,7 @@ _done: dict = {}
 
 def trained(data, heldout, site, seed, loss=LOSS):
     """(recalls, predicted scores on the held-out sequences, record) of one training."""
-    key = (site, seed, loss, network.POOLING[site[1]])
+    key = (site, seed, loss)
     if key not in _done:
         # The stream alone is large, and read again and again.
         blocks = dataclasses.replace(data[site], stream=data[site].stream.to(DEVICE))
@@ -398,25 +397,16 @@ def all_trained(args: argparse.Namespace, shape: tuple[int, int], sites: list[Si
         yield from unpacked(pool.map(of_site, sites))
 
 
-def compared(data, heldout, sites: list[Site], seeds: int) -> tuple[dict, dict]:
-    """Recall by loss, and for attention by pooling of the tokens' outputs (one seed), at some sites."""
+def compared(data, heldout, sites: list[Site], seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Recall by loss, at some sites."""
     losses: dict = {}
-    pooling: dict = {}
     for site in sites:
         name = f"{site[0]}.{site[1]}"
         for loss in ("regression", "log", "kl"):
             recalls = [trained(data, heldout, site, seed, loss)[0][0] for seed in range(seeds)]
             losses.setdefault(name, {})[loss] = mean_spread(recalls)
         print(name, losses[name], flush=True)
-        if site[1] == "mlp":
-            continue
-        usual = network.POOLING[site[1]]
-        for how in ("mean", "max", "min"):
-            network.POOLING[site[1]] = how
-            pooling.setdefault(name, {})[how] = round(trained(data, heldout, site, 0)[0][0], 4)
-        network.POOLING[site[1]] = usual
-        print(name, pooling[name], flush=True)
-    return losses, pooling
+    return losses
 
 
 def tables(result: dict) -> str:
@@ -453,10 +443,6 @@ def tables(result: dict) -> str:
         lines += [
             f"| layer {name} | " + " | ".join(f"{mean:.3f} ({spread:.3f})" for mean, spread in found.values()) + " |"
         ]
-    if result["pooling"]:
-        lines += ["", "| recall by pooling | mean | max | min |", "|---|---|---|---|"]
-    for name, found in result["pooling"].items():
-        lines += [f"| layer {name} | " + " | ".join(f"{recall:.3f}" for recall in found.values()) + " |"]
     lines += [
         "",
         "| site | parameters before elastic sizing | after | bytes | share of zero activations when pruning |",
@@ -523,9 +509,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=32)
     parser.add_argument("--characters", type=int, default=-1, help="of the training text to read, from its start")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--compare", default="5.attention,4.mlp", help="sites on which losses and poolings are compared"
-    )
+    parser.add_argument("--compare", default="5.attention,4.mlp", help="sites on which losses are compared")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama3-8b", help="of cost")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, in cost")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/predictors")

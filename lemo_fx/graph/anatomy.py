@@ -136,6 +136,11 @@ def is_softmax_attention(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
+def implementation_of(module: nn.Module) -> str | None:
+    """Name of the attention implementation that a module's config asks for; None where it has no such config."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
 def window_of(attention: nn.Module) -> int | None:
     """Width of an attention's sliding window: its own, or where it has no such attribute, what its config says."""
     if hasattr(attention, "sliding_window"):

@@ -99,7 +99,7 @@ def reads_use_cache(layer: nn.Module) -> bool:
             graph = capture(layer, {**ABSENT_IN_TRAINING, "use_cache": value})
         except CaptureError:
             return False
-        output = next(n for n in graph.nodes if n.op == "output")
+        output = graph.output_node()
         # The cache may be returned beside the stream.
         output.args = tuple(v[0] if isinstance(v, tuple | list) else v for v in output.args)
         remove_dead_nodes(graph)

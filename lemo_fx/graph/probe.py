@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, longest_context, text_config
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, implementation_of, longest_context, text_config
 from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, restored, uncompiled
 from lemo_fx.graph.token_wise import is_quantised
 
@@ -60,9 +60,7 @@ def record(model: nn.Module, layers: Sequence[nn.Module]) -> list[Probe]:
         LemoError: the model does not run on plain token ids, naming why.
     """
     runner = causal_model(model) or model
-    own = {
-        getattr(getattr(m, "config", None), "_attn_implementation", None) for layer in layers for m in layer.modules()
-    }
+    own = {implementation_of(module) for layer in layers for module in layer.modules()}
     masked = own <= {None, *MASKED_IMPLEMENTATIONS}
     probes = []
     try:

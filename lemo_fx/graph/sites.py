@@ -97,7 +97,7 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
 
 
 def _return_no_weights(graph: fx.Graph) -> None:
-    output = next(n for n in graph.nodes if n.op == "output")
+    output = graph.output_node()
     if not isinstance(output.args[0], tuple | list):
         return
     stream, *others = output.args[0]
@@ -127,7 +127,7 @@ def _is_weights(graph: fx.Graph, node: object) -> bool:
 def _analyse(graph: fx.Graph) -> tuple[list[Site], list[Refusal]]:
     nodes = list(graph.nodes)
     entry = next(n for n in nodes if n.op == "placeholder")
-    returned = next(n for n in nodes if n.op == "output").args[0]
+    returned = graph.output_node().args[0]
     last = returned[0] if isinstance(returned, tuple | list) and returned else returned
     flow = nx.DiGraph((source, user) for source in nodes for user in source.users)
     if not isinstance(last, fx.Node) or entry not in flow or not nx.has_path(flow, entry, last):

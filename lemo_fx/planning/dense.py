@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lemo_fx.config import Elimination
-from lemo_fx.graph.anatomy import window_of
+from lemo_fx.graph.anatomy import implementation_of, window_of
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING
 from lemo_fx.graph.probe import BATCH, LENGTH
 from lemo_fx.passes.insert_elimination import compacting
@@ -47,7 +47,7 @@ def why_dense(
         return f"{site.mixer.name} {seen}"
     if site.kind == "attention":
         mixer = rewrite.layer.get_submodule(str(site.mixer.target))
-        implementation = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
+        implementation = implementation_of(mixer)
         if implementation not in kept.MASKED_IMPLEMENTATIONS and window_of(mixer):
             return (
                 f"{implementation} counts its sliding window in kept tokens, not in original positions; use "

@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import LemoError
-from lemo_fx.graph.anatomy import config_in_words
+from lemo_fx.graph.anatomy import config_in_words, implementation_of
 from lemo_fx.graph.probe import Probe, record
 from lemo_fx.graph.sites import Site
 from lemo_fx.graph.watch import Watched, watch
@@ -118,9 +118,8 @@ def signature(rewrite: LayerRewrite) -> tuple[Any, ...]:
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a module's numbers, switches and words are, but for its place in the model."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)}
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     places = ("layer_idx", "layer_index", "layer_id")
-    return (implementation, *sorted((k, repr(v)) for k, v in plain.items() if k not in places))
+    return (implementation_of(module), *sorted((k, repr(v)) for k, v in plain.items() if k not in places))
 
 
 def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probes: Sequence[Probe]) -> Fault | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lemo_fx.config import Elimination, LemoConfig
 from lemo_fx.errors import ConfigError, PredictorError, UnsupportedModelError
+from lemo_fx.graph.anatomy import implementation_of
 from lemo_fx.graph.sites import scored_module
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
 from lemo_fx.planning.plans import Planning, SitePlan
@@ -83,7 +84,7 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
 def _key_parts(layer: nn.Module, planned: PlannedSite, place: str) -> dict[str, nn.Module]:
     """What attends to every key, by role."""
     attention = layer.get_submodule(str(planned.site.mixer.target))
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    implementation = implementation_of(attention)
     if implementation not in kept.MASKED_IMPLEMENTATIONS:
         known = ", ".join(map(repr, kept.MASKED_IMPLEMENTATIONS))
         raise UnsupportedModelError(

@@ -188,10 +188,8 @@ class Trial:
         for name, part in rewrite.modules.items():
             if isinstance(part, SelectBlocks):
                 parts[name] = _Fixed(self, site_and_role(name)[0])
-            elif isinstance(part, RandomScore):
+            elif isinstance(part, RandomScore | StandIn):
                 parts[name] = _Zeros()
-            elif isinstance(part, StandIn):
-                parts[name] = _Nothing()
             else:
                 parts[name] = part.to(self.stream.device)
         values = {"training": False, "gradient_checkpointing": False, **parts}
@@ -348,16 +346,8 @@ class _Fixed(nn.Module):
 
 
 class _Zeros(nn.Module):
-    """In the place of random scores."""
-
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] -> [B, 1]."""
-        return stream.new_zeros(stream.shape[0], 1)
-
-
-class _Nothing(nn.Module):
-    """In the place of a stand-in: dropped tokens get nothing, as under `skip`."""
+    """In the place of random scores, which no selection reads here, and of a stand-in, as under `skip`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, K, H] -> zeros."""
+        """Zeros like x."""
         return torch.zeros_like(x)

@@ -94,7 +94,8 @@ class HeadSettings:
         """
         alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
         if not alone and (model.training or self.config.active == "always"):
-            distributed.refuse_process(model, 1 if self.group is None else self.group.size)
+            if self.group is None:  # Else `part_of` has asked.
+                distributed.refuse_process(model)
             if not self.weights_checked:
                 # At the first step, since models are sharded after the transform; a walk through all modules.
                 distributed.refuse_cut_weights(model)

@@ -10,7 +10,8 @@ from torch import fx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lemo_fx.errors import InputError
-from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS
+from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, implementation_of
+from lemo_fx.graph.capture import module_of
 from lemo_fx.kernels.block_scores.reference import allows
 from lemo_fx.kernels.eliminate.reference import eliminate
 from lemo_fx.kernels.select_blocks import reference as selection
@@ -82,17 +83,20 @@ def _compact_block_mask(mask: BlockMask, tokens: torch.Tensor) -> BlockMask:
 
 def square_mask(mask: BlockMask, stream: torch.Tensor) -> torch.Tensor:
     """[B, 1, S, S] bool: what a BlockMask allows, spelled out."""
-    batch, length = stream.shape[:2]
-    position = torch.arange(length, device=stream.device)
-    sample = torch.arange(batch, device=stream.device)[:, None, None]
-    allowed = mask.mask_mod(sample, torch.zeros_like(sample), position[:, None], position[None, :])
-    return allowed.expand(batch, length, length)[:, None]
+    position = torch.arange(stream.shape[1], device=stream.device)
+    return _allowed(mask, stream, position[:, None], position)[:, None]
+
+
+def _allowed(mask: BlockMask, stream: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[B, ...] bool: whether tokens of the first head's queries may attend to keys, places that broadcast to [...]."""
+    shape = torch.broadcast_shapes(queries.shape, keys.shape)
+    sample = torch.arange(stream.shape[0], device=stream.device).view(-1, *(1 for _ in shape))
+    return mask.mask_mod(sample, torch.zeros_like(sample), queries, keys).expand(stream.shape[0], *shape)
 
 
 def numbers_documents(mixer: fx.Node, graph: fx.Graph) -> bool:
     """Whether the attention behind this node learns of documents from position_ids instead of from a mask."""
-    module = graph.owning_module.get_submodule(str(mixer.target))  # type: ignore[union-attr]
-    return getattr(module.config, "_attn_implementation", None) not in MASKED_IMPLEMENTATIONS
+    return implementation_of(module_of(graph, mixer)) not in MASKED_IMPLEMENTATIONS
 
 
 def compact_positions(position_ids: Any, tokens: torch.Tensor, length: int, renumber: bool) -> Any:
@@ -151,9 +155,7 @@ def block_pairs(
     first = torch.arange(0, length, block_size, device=stream.device)
     last = (first + block_size - 1).clamp_max(length - 1)
     if isinstance(mask, BlockMask):
-        sample = torch.arange(stream.shape[0], device=stream.device)[:, None, None]
-        allowed = mask.mask_mod(sample, torch.zeros_like(sample), first[:, None], last)
-        allowed = allowed.expand(stream.shape[0], len(first), len(first))
+        allowed = _allowed(mask, stream, first[:, None], last)
     elif isinstance(mask, torch.Tensor) and mask.dim() == 4:
         allowed = allows(mask[:, 0, first[:, None], last])
     elif documents is not None:
@@ -205,8 +207,7 @@ def valid_tokens(mask: Any, stream: torch.Tensor) -> torch.Tensor | None:
         return None
     if isinstance(mask, BlockMask):
         position = torch.arange(length, device=stream.device)
-        sample = torch.arange(batch, device=stream.device)[:, None]
-        return mask.mask_mod(sample, torch.zeros_like(sample), position, position).expand(batch, length)
+        return _allowed(mask, stream, position, position)
     check_mask(mask, length)
     if mask.dim() == 2:
         return mask.bool().expand(batch, length)

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_fx.errors import LemoError
+from lemo_fx.graph.anatomy import implementation_of
 from lemo_fx.graph.capture import argument_names, by_name
 from lemo_fx.runtime import kept
 from lemo_fx.runtime.twin import function_of, twin_of
@@ -185,10 +186,9 @@ class Queries(nn.Module):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        implementation = getattr(attention.config, "_attn_implementation", None)
         # The twin always trains, since a compiler lets no checkpointed function switch it; whether there is dropout the
         # attention says.
-        known = {"lemo_implementation": implementation, "lemo_function": function_of(attention)}
+        known = {"lemo_implementation": implementation_of(attention), "lemo_function": function_of(attention)}
         self.twin = (twin_of(attention, QUERIES, lemo_attention=attention, training=True, **known),)
         self.names = argument_names(attention)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -24,10 +25,6 @@ from lemo_fx.kernels.select_blocks.reference import block_any
 DECAYS = (0.0, 2.0, 0.5, 0.125, 1 / 32, 1 / 128, 1 / 512)
 """Rates per block of the exponentials that make up the distance bias: from the block itself to thousands of blocks, so
 that a bias learned at one length reads sensibly at another."""
-
-POOLING = {"attention": "mean", "mlp": "max"}
-"""How a block's outputs follow from its tokens'. An MLP's measured score is a maximum over tokens, an attention's a sum
-of maxima that different tokens win; docs/predictors.md compares mean, max and min."""
 
 CANDIDATES = 16
 """Of so many tokens, one is a candidate for the largest MLP score of its block."""
@@ -55,8 +52,10 @@ def network(weights: Mapping[str, torch.Tensor], stream: torch.Tensor) -> tuple[
     return one, two
 
 
-def pool(values: torch.Tensor, valid: torch.Tensor | None, block_size: int, how: str) -> torch.Tensor:
-    """[..., B, S, f] -> [..., B, ceil(S / b), f]: "mean", "max" or "min" of each block's real tokens.
+def pool(
+    values: torch.Tensor, valid: torch.Tensor | None, block_size: int, how: Literal["mean", "max"]
+) -> torch.Tensor:
+    """[..., B, S, f] -> [..., B, ceil(S / b), f]: mean or maximum of each block's real tokens.
 
     Args:
         valid: [B, S] bool, False on padding, or None. A block without a real token gets zeros.
@@ -65,17 +64,14 @@ def pool(values: torch.Tensor, valid: torch.Tensor | None, block_size: int, how:
     tail = -length % block_size
     if valid is None and not tail:
         blocks = values.unflatten(-2, (-1, block_size))
-        return blocks.mean(-2) if how == "mean" else blocks.amax(-2) if how == "max" else blocks.amin(-2)
+        return blocks.mean(-2) if how == "mean" else blocks.amax(-2)
     if valid is None:
         valid = torch.ones(values.shape[-3], length, dtype=torch.bool, device=values.device)
     counted = functional.pad(valid, (0, tail)).unflatten(-1, (-1, block_size))[..., None]
     blocks = functional.pad(values, (0, 0, 0, tail)).unflatten(-2, (-1, block_size))
     if how == "mean":
         return torch.where(counted, blocks, 0.0).sum(-2) / counted.sum(-2).clamp_min(1)
-    worst = -torch.inf if how == "max" else torch.inf
-    blocks = torch.where(counted, blocks, worst)
-    best = blocks.amax(-2) if how == "max" else blocks.amin(-2)
-    return torch.where(counted.any(-2), best, 0.0)
+    return torch.where(counted.any(-2), torch.where(counted, blocks, -torch.inf).amax(-2), 0.0)
 
 
 def attention_scores(
@@ -149,17 +145,15 @@ def block_scores(
 ) -> torch.Tensor:
     """Second activations [T, B, S, v] -> predicted informativeness [B, n] float32 in the measured score's units.
 
-    Of an MLP only training asks for it.
+    An MLP's measured score is the maximum over its tokens; only training asks for it. An attention's is a sum of maxima
+    that different tokens win, and a mean of the tokens' outputs predicts it best (docs/predictors.md).
     """
     if "distance" not in weights:
         tokens = token_scores(weights, second)
-        return pool(tokens[..., None], valid, block_size, POOLING["mlp"])[..., 0].exp()
+        return pool(tokens[..., None], valid, block_size, "max")[..., 0].exp()
     real = None if valid is None else block_any(valid, block_size)
-    if POOLING["attention"] == "mean":
-        # A mean commutes with the third matrix, which then runs on blocks.
-        outputs = pool(second, valid, block_size, "mean") @ weights["third"][:, None].float()
-    else:
-        outputs = pool(second @ weights["third"][:, None].float(), valid, block_size, POOLING["attention"])
+    # A mean commutes with the third matrix, which then runs on blocks.
+    outputs = pool(second, valid, block_size, "mean") @ weights["third"][:, None].float()
     return attention_scores(weights, outputs, real, pairs)
 
 

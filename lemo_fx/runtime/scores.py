@@ -135,8 +135,7 @@ def _activation_of(mlp: nn.Module) -> tuple[Callable[..., torch.Tensor], str]:
     # A graph is for calls with every argument, and this module may be called with fewer.
     if graph is None or matters_when_absent(mlp, graph) or (down := _down_projection(graph)) is None:
         return _output, "scored by the magnitude of its output: it has no single intermediate activation"
-    output = next(n for n in graph.nodes if n.op == "output")
-    output.args = (down.args[0],)
+    graph.output_node().args = (down.args[0],)
     remove_dead_nodes(graph)
     built = build_module(mlp, graph, "Activation")
     # One function per distinct code: a compiler guards on it, and layers of one kind must not look different.
@@ -149,8 +148,7 @@ def _down_projection(graph: fx.Graph) -> fx.Node | None:
     if not projections or not isinstance(projections[-1].args[0] if projections[-1].args else None, fx.Node):
         return None
     down = projections[-1]
-    output = next(n for n in graph.nodes if n.op == "output")
-    reached, waiting = {down}, [output]
+    reached, waiting = {down}, [graph.output_node()]
     while waiting:
         node = waiting.pop()
         # Shapes are no way for values.

@@ -92,7 +92,10 @@ def part_of(
 
     Raises:
         InputError: it asks for what a part cannot give, or the ranks' calls are not one.
+        UnsupportedModelError: the rewritten layers would be shown parts that they do not know of.
     """
+    if model.training or config.active == "always":
+        distributed.refuse_process(model, group.size)
     told = is_told(given.get("attention_mask"))
     if not sparse:
         if told:
@@ -101,7 +104,6 @@ def part_of(
                 "alone: call the model in eval(), in generate() and while it is dense with whole sequences"
             )
         return None
-    distributed.refuse_process(model, group.size)
     if wanted(model, given, "output_router_logits"):
         raise InputError(
             "output_router_logits: the auxiliary loss of a part is no share of the whole sequence's; train without"

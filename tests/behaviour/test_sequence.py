@@ -13,7 +13,7 @@ from tiny import TOLERANCE, VOCABULARY, Recorder, assert_same_step, batch, packe
 from transformers import AutoModelForCausalLM
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, distributed
 from lemo_fx.graph.anatomy import anatomy_of
 from lemo_fx.kernels.block_scores import reference as scoring
 from lemo_fx.kernels.select_blocks import reference as selection
@@ -160,6 +160,17 @@ def test_calls_that_a_part_cannot_make(more, why, gloo):
     part = lemo_fx.shard_sequence(model, batch(1, 64))
     with pytest.raises(lemo_fx.InputError, match=why):
         model(**{**part, **more})
+
+
+def test_a_call_looks_once_at_how_the_process_is_set_up(gloo, monkeypatch):
+    model = lemo_fx.transform(tiny("llama"), config(), sequence_group=gloo)
+    shared_by, refuse = [], distributed.refuse_process
+    monkeypatch.setattr(
+        distributed, "refuse_process", lambda model, ranks=1: shared_by.append(ranks) or refuse(model, ranks)
+    )
+    model(**batch(1, 64))
+    model.eval()(**batch(1, 64))
+    assert shared_by == [1]
 
 
 def test_a_whole_batch(gloo):

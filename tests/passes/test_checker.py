@@ -100,7 +100,7 @@ class TestTheChecker:
 
     def test_eliminated_rows_added_without_a_restore(self):
         rewrite = finished()
-        output = next(n for n in rewrite.graph.nodes if n.op == "output")
+        output = rewrite.graph.output_node()
         rows = self.node(rewrite, eliminate_op)
         with rewrite.graph.inserting_before(output):
             output.args = (rewrite.graph.call_function(torch.add, (output.args[0], rows)),)
@@ -126,7 +126,7 @@ class TestTheChecker:
     def test_a_choice_within_a_function(self):
         rewrite = finished()
         body = rewrite.functions["lemo_mlp_0_branch"]
-        output = next(n for n in body.nodes if n.op == "output")
+        output = body.output_node()
         with body.inserting_before(output):
             output.args = (body.call_module("lemo_mlp_0_select", (output.args[0],)),)
         self.refuses(rewrite, "lemo_mlp_0_branch chooses blocks")

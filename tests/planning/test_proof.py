@@ -159,7 +159,7 @@ def test_an_addend_added_twice(monkeypatch):
     """What a layer written `add(add(x, attention), mlp)` once got."""
 
     def add_twice(rewrite):
-        output = next(n for n in rewrite.graph.nodes if n.op == "output")
+        output = rewrite.graph.output_node()
         first = next(n for n in rewrite.graph.nodes if n.name == "attention_restored")
         with rewrite.graph.inserting_before(output):
             twice = call(rewrite.graph, torch.add, (output.args[0], first), "twice")

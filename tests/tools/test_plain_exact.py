@@ -1,5 +1,8 @@
 """The plain `exact` of the studies is the package's where they do the same, and what it adds is what it says."""
 
+import json
+from pathlib import Path
+
 import float8_attention
 import plain_exact
 import pytest
@@ -12,6 +15,7 @@ from tiny import tiny
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 
+ROOT = Path(__file__).parents[2]
 IDS = torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))
 ANSWERS = torch.where(torch.arange(128) >= 122, IDS, -100)
 
@@ -217,6 +221,14 @@ def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     error = (float8_attention.reference(query, key, value) - expected).norm() / expected.norm()
     assert 0.02 < error < 0.08
+
+
+def test_the_committed_figures_of_attention_in_float8_are_rows_of_the_tool():
+    for row in json.loads((ROOT / "benchmarks/kernels/float8-attention.json").read_text())["rows"]:
+        flops = 2 * 32 * row["tokens"] ** 2 * 128
+        milliseconds = {name: flops / row[f"{name}_tflops"] / 1e9 for name in ("bf16", "float8")}
+        found = float8_attention.row_of(row["tokens"], row["error"], {**milliseconds, "rounding": row["rounding_ms"]})
+        assert list(found.items()) == list(row.items())
 
 
 def test_attention_in_float8_changes_the_forward_alone(adapted, monkeypatch):

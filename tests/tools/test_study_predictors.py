@@ -45,8 +45,9 @@ def test_every_stage(folder, monkeypatch):
     assert begin != 0
     assert (ids[:, 0] == begin).all()
 
-    run(monkeypatch, folder, "train", "--compare", "")
+    run(monkeypatch, folder, "train", "--compare", "1.attention")
     recall = json.loads((folder / "out" / "recall.json").read_text())
+    assert set(recall["losses"]["1.attention"]) == {"regression", "log", "kl"}
     assert len(recall["sites"]) == 8
     assert (recall["tokens_per_sequence"], recall["train_sequences"]) == (512, 5)
     for name, site in recall["sites"].items():
