@@ -36,6 +36,7 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
         ("README.md", "## Measured", "llama3-8b-32k"),
         ("docs/results.md", "## Whole Trainer", "llama3-8b-32k"),
         ("docs/results.md", "| `bench/llama3-8b-32k-qlora.json`", "llama3-8b-32k-qlora"),
+        ("docs/results.md", "| `bench/llama3-8b-32k-qlora-float8.json`", "llama3-8b-32k-qlora-float8"),
         ("docs/results.md", "| `bench/llama3-8b-32k-every-key.json`", "llama3-8b-32k-every-key"),
     ],
 )

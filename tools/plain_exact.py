@@ -52,6 +52,8 @@ class Float8:
         centred: multiply what x's rows have in common (`common_row`) in full, and round what is left.
         mean: add what the rounding of the weights takes from the mean input: (weights - rounded weights) @ mean of x's
             rows, a constant of the call. What rounding takes from every input alike, adapters learn to give back.
+        once: with `mean`, the mean of the first 1,024 rows that a layer ever sees, for good: nothing is left to do in a
+            step but to add a vector.
         redraw: widen the scales of weights by a factor from [1, 2) that is drawn anew in every step, so that no
             rounding error stays the same from step to step.
         until: share of the steps after which everything is in the model's precision.
@@ -71,6 +73,7 @@ class Float8:
     attention: bool = False
     centred: bool = False
     mean: bool = False
+    once: bool = False
     redraw: bool = False
     until: float = 1.0
 
@@ -108,6 +111,7 @@ class _Step:
     phase: Phase | None = None
     factor: float = 1.0
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    means: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not module.training:
@@ -174,8 +178,14 @@ def common_row(rows: torch.Tensor) -> torch.Tensor:
     return ((sample * share).sum(0) / share.sum()).to(rows.dtype)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -> torch.Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, rounded."""
+def product(
+    x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float, mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N] in x's dtype, rounded.
+
+    Args:
+        mean: for `Float8.mean`, [K] float32; that of x's rows unless given.
+    """
     flat = x.flatten(0, -2)
     if how.centred:
         common = common_row(flat)
@@ -199,34 +209,39 @@ def product(x: torch.Tensor, weight: torch.Tensor, how: Float8, factor: float) -
         out = F.linear(left, right)
     if how.mean and how.weights:
         lost = weight.float() - columns.float() * column_scale
-        out = out + (lost @ flat.float().mean(0)).to(out.dtype)
+        out = out + (lost @ (flat.float().mean(0) if mean is None else mean)).to(out.dtype)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, how: Float8, forward: bool, gradient: bool, factor):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, how: Float8, forward: bool, gradient: bool, factor, mean=None
+    ):
         ctx.save_for_backward(weight)
         ctx.how, ctx.gradient, ctx.factor = how, gradient, factor
-        return product(x, weight, how, factor) if forward else F.linear(x, weight)
+        return product(x, weight, how, factor, mean) if forward else F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
         (weight,) = ctx.saved_tensors
         if ctx.gradient:
             how = replace(ctx.how, weights_to="float8", inputs_to="float8", centred=False, mean=False)
-            return product(grad, weight.t(), how, ctx.factor), None, None, None, None, None
-        return grad @ weight, None, None, None, None, None
+            return product(grad, weight.t(), how, ctx.factor), None, None, None, None, None, None
+        return grad @ weight, None, None, None, None, None, None
 
 
 def _linear(step: _Step, layer: int, name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     how = step.rounds(layer)
     if how is None or name in how.but:
         return F.linear(x, module.weight, module.bias)
+    if how.once and module not in step.means:
+        step.means[module] = x.detach().flatten(0, -2)[:1024].float().mean(0)
+    mean = step.means.get(module)
     if step.phase == "forward":
-        return product(x, module.weight, how, step.factor) if how.forward else F.linear(x, module.weight)
+        return product(x, module.weight, how, step.factor, mean) if how.forward else F.linear(x, module.weight)
     forward, gradient = (how.dense, how.dense) if step.phase == "dense" else (how.recompute, how.gradient)
-    return _Product.apply(x, module.weight, how, forward, gradient, step.factor)
+    return _Product.apply(x, module.weight, how, forward, gradient, step.factor, mean)
 
 
 def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,13 @@ def test_every_token_kept_is_the_original(kind):
     assert F.cosine_similarity(found[1], expected[1], dim=0) > 0.995
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
-@pytest.mark.parametrize("kind", IN_FLOAT8)
+# A compilation takes a minute.
+WAYS = pytest.mark.parametrize(
+    ("kind", "compiled"), [*((kind, False) for kind in IN_FLOAT8), ("torchao_float8_rows", True)]
+)
+
+
+@WAYS
 def test_float8_plans_use_what_came(kind, compiled):
     steps = []
     for model in (dequantised(base(kind)), base(kind)):
@@ -96,8 +101,7 @@ def test_float8_plans_use_what_came(kind, compiled):
     assert F.cosine_similarity(steps[1][1], steps[0][1], dim=0) > 0.95
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
-@pytest.mark.parametrize("kind", IN_FLOAT8)
+@WAYS
 def test_no_second_copy(kind, compiled):
     """Weights stay the bytes that came, and a step takes no more than with bfloat16 ones, but for one layer's."""
     plain, model = dequantised(base(kind)), base(kind)

@@ -77,12 +77,15 @@ def test_without_float8_it_is_the_linear_layer_of_the_rounded_weight(dtype, auto
     x = torch.randn(5, 32, dtype=torch.float32 if autocast else dtype, requires_grad=True)
     rounded = held.dequantise(layer.weight, 32, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found, expected = layer(x), F.linear(x, rounded, layer.bias)
+        found, product = layer(x), F.linear(x, rounded)
+        # Like every product's here: rounded first, so that a bias that is trained gets its gradient.
+        expected = product + layer.bias.to(product.dtype)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(found)
     ours, theirs = (torch.autograd.grad(out, (x, layer.bias), grad) for out in (found, expected))
     torch.testing.assert_close(ours, theirs)
-    assert saved_bytes(layer, {"x": x}) <= 4 * x.numel() or autocast
+    if not autocast:
+        assert saved_bytes(layer, {"x": x}) <= 4 * x.numel()
 
 
 def model_with(plan, architecture="llama", layers=3, dtype=torch.float32, checkpointing=False):

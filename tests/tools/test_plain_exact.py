@@ -206,6 +206,24 @@ def test_the_mean_input_loses_nothing_to_rounded_weights():
     assert errors[True] < 0.2 * errors[False]
 
 
+def test_a_mean_that_was_measured_once_serves_later_inputs():
+    model = tiny("llama", 2).requires_grad_(False)
+    ids = torch.randint(0, 97, (2, 64), generator=torch.Generator().manual_seed(0))
+    how = Float8(mean=True, once=True)
+    step = plain_exact._Step(Exact(1.0, float8=how), torch.Generator(), None, phase="forward")
+    layer, found = model.model.layers[0].mlp.up_proj, []
+    torch.manual_seed(0)
+    x = torch.randn(50, 32) + 5 * torch.randn(32)
+    for rows in (x, x.flip(0)[:20] + 1):
+        found.append(plain_exact._linear(step, 0, "up_proj", layer, rows))
+    assert torch.equal(step.means[layer], x.mean(0))
+    torch.testing.assert_close(found[0], plain_exact.product(x, layer.weight, Float8(mean=True), 1.0))
+    expected = plain_exact.product(x.flip(0)[:20] + 1, layer.weight, how, 1.0, x.mean(0))
+    torch.testing.assert_close(found[1], expected)
+    with plain_exact.in_float8(model, how):
+        assert model(input_ids=ids).logits.isfinite().all()
+
+
 def test_what_rows_have_in_common_is_not_rounded():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 50, 64) + 5 * torch.randn(64), torch.randn(32, 64)
