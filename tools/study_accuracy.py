@@ -140,7 +140,6 @@ ROUNDED = {
     "float8-mean": Float8(mean=True),
     "float8-once": Float8(mean=True, once=True),
     "float8-centred": Float8(centred=True),
-    "float8-centred-but-kv": Float8(centred=True, but=("k_proj", "v_proj")),
     "float8-redraw": Float8(redraw=True),
     "float8-finish": Float8(until=0.85),
     "float8-redraw-finish": Float8(redraw=True, until=0.9),
@@ -155,7 +154,6 @@ PLAIN = {
     "plain-fast-float8-once": Exact(0.375, 0.6, float8=ROUNDED["float8-once"]),
     "plain-fast-float8-centred": Exact(0.375, 0.6, float8=ROUNDED["float8-centred"]),
     "plain-balanced-every-float8-centred": Exact(0.5, 0.6, keys="every", float8=ROUNDED["float8-centred"]),
-    "plain-balanced-complete-float8-centred": Exact(0.5, 0.6, keys="complete", float8=ROUNDED["float8-centred"]),
     "plain-fast-int8": Exact(0.375, 0.6, float8=ROUNDED["int8"]),
 }
 DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}

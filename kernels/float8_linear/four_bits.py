@@ -102,18 +102,6 @@ def unpack(
 
 
 @unpack.register_fake
-def _(
-    values: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    kind: str,
-    block: int,
-    nested_block: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    turn: int = 0,
-) -> torch.Tensor:
-    return absmax.new_empty(rows, columns, dtype=dtype)
+def _(*arguments: Any, turn: int = 0) -> torch.Tensor:
+    packed = Packed(*arguments[: len(Packed._fields)])
+    return packed.absmax.new_empty(packed.rows, packed.columns, dtype=packed.dtype)

@@ -62,9 +62,11 @@ def refuse_readers(name: str, layer: nn.Module, known: set[tuple]) -> None:
     """
     for part, module in layer.named_modules():
         base = module._modules.get("base_layer")
-        kind = (part, *map(type, module.modules()))
         # Weights that come quantised are not held.
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or kind in known:
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+            continue
+        kind = (part, *map(type, module.modules()))
+        if kind in known:
             continue
         known.add(kind)
         # In the weight's place zeros, since packing it again could not give it back.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import dequantised, four_bits, linears
+from bases import dequantised, four_bits, linears, peak
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,17 +48,6 @@ def float8_products(model):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(model)
     return sum(event.count for event in profiler.key_averages() if event.key == "aten::_scaled_mm")
-
-
-def peak(model):
-    """Bytes that a step takes over those that are there before."""
-    step(model)
-    model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(model)
-    return torch.cuda.max_memory_allocated() - before
 
 
 def transformed(model, preset, compiled=False, checkpointing=False):
@@ -110,10 +99,10 @@ def test_a_layer_that_computes_in_float32_keeps_doing_so(base, compute):
 @WAYS
 def test_unpacked_weights_live_for_one_product(base, compiled, checkpointing):
     """A step takes no more than with plain weights in float8, but for one layer's in bfloat16."""
-    plain = peak(transformed(dequantised(base()), "balanced", compiled, checkpointing))
+    plain = peak(step, transformed(dequantised(base()), "balanced", compiled, checkpointing))
     model = base()
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
-    taken = peak(transformed(model, "balanced", compiled, checkpointing))
+    taken = peak(step, transformed(model, "balanced", compiled, checkpointing))
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
     sizes = [m.in_features * m.out_features for m in linears(model).values()]
     print(compiled, checkpointing, "a step takes", plain, taken)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import BASES, UNTRAINABLE, dequantised, finegrained, linears
+from bases import BASES, UNTRAINABLE, dequantised, finegrained, linears, peak
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations import finegrained_fp8
@@ -49,17 +49,6 @@ def step(model):
     loss = model(**batch(), use_cache=False).loss
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
-
-
-def peak(model):
-    """Bytes that a step takes over those that are there before."""
-    step(model)
-    model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(model)
-    return torch.cuda.max_memory_allocated() - before
 
 
 def weights(model):
@@ -113,7 +102,7 @@ def test_no_second_copy(kind, compiled):
             torch.compiler.reset()
             for layer in one.get_decoder().layers:
                 layer.compile(fullgraph=True)
-        one.taken = peak(one)
+        one.taken = peak(step, one)
         assert weights(one) == before
     print(kind, compiled, "weights", weights(plain), weights(model), "a step", plain.taken, model.taken)
     assert weights(model) < 0.65 * weights(plain)

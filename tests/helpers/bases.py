@@ -109,6 +109,17 @@ def dequantised(model):
     return model
 
 
+def peak(step, model):
+    """Bytes on the GPU that `step(model)` takes over those that are there before."""
+    step(model)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def four_bits(model, folder, compute=torch.bfloat16, nested=True, **settings):
     """The model saved to a folder and loaded in bitsandbytes' NF4, as QLoRA has it."""
     pytest.importorskip("bitsandbytes")
