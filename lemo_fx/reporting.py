@@ -17,7 +17,7 @@ from torch import nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.install import installed
 from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import has_float8_layers, held_layers, layers_in_float8, layers_in_four_bits
+from lemo_fx.kernels.float8_linear.op import float8_layers, held_layers, is_half, layers_in_float8, layers_in_four_bits
 from lemo_fx.kernels.private import is_op
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.runtime.loss import segmented_loss
@@ -115,8 +115,12 @@ def in_float8(module: nn.Module, row: SitePlan) -> str:
     """What of a site is in float8 as its layers are now: adapters that came later have frozen some."""
     if not row.float8:
         return ""
-    taken = any(has_float8_layers(module.get_submodule(name)) for name in row.called)
-    return row.float8 if taken else "no frozen linear layer that float8 takes"
+    taken = [layer for name in row.called for layer in float8_layers(module.get_submodule(name))]
+    if not taken:
+        return "no frozen linear layer that float8 takes"
+    if any(map(is_half, taken)):
+        return row.float8
+    return f"{row.float8} only where autocast hands its float32 layers bfloat16; load the model in bfloat16"
 
 
 def base_in_float8(model: nn.Module, config: LemoConfig) -> list[str]:

@@ -81,8 +81,13 @@ def has_float8(device: torch.device) -> bool:
 
 def fits(x: torch.Tensor, layer: nn.Linear) -> bool:
     """Whether a linear layer is one of those: frozen, in half precision on a GPU, sides that float8 products take."""
-    half = not x.is_cuda or torch.bfloat16 in (x.dtype, _dtype(layer))
+    half = x.dtype is torch.bfloat16 or is_half(layer)
     return half and _takes_float8(layer) and has_float8(x.device)
+
+
+def is_half(layer: nn.Linear) -> bool:
+    """Whether a layer computes in bfloat16, whatever it is handed; on the CPU, which rounds only, float32 does too."""
+    return layer.weight.device.type == "cpu" or _dtype(layer) is torch.bfloat16
 
 
 def _takes_float8(layer: nn.Linear, frozen: bool = True) -> bool:
@@ -131,13 +136,13 @@ def _can_be_read(layer: nn.Linear) -> bool:
     return four_bits.read(layer, torch.bfloat16) is not None
 
 
-def has_float8_layers(module: nn.Module, frozen: bool = True) -> bool:
-    """Whether a switch on the module would change anything, on a device that multiplies float8.
+def float8_layers(module: nn.Module, frozen: bool = True) -> list[nn.Linear]:
+    """The layers that a switch on the module would change, on a device that multiplies float8.
 
     Args:
         frozen: as the layers are now; else as they will be once they are frozen (under adapters that come later).
     """
-    return any(_takes_float8(layer, frozen) for layer in _known_linears(module))
+    return [layer for layer in _known_linears(module) if _takes_float8(layer, frozen)]
 
 
 def held_layers(module: nn.Module) -> list[HeldLinear]:

@@ -14,7 +14,7 @@ from lemo_fx.graph.left_out import kind_of, kinds_left_out, matters_when_absent
 from lemo_fx.graph.oracle import snapshot
 from lemo_fx.graph.sites import Site, find_sites, holds_matrix, site_name
 from lemo_fx.graph.watch import why_no_stream
-from lemo_fx.kernels.float8_linear.op import Float8Switch, has_float8_layers, has_packed_layers
+from lemo_fx.kernels.float8_linear.op import Float8Switch, float8_layers, has_packed_layers
 from lemo_fx.passes.outline_branches import FLOAT8
 from lemo_fx.passes.pipeline import run_passes
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
@@ -92,7 +92,7 @@ def _rewrite_layer(
             refused = why_dense(planning.proofs, rewrite, site, elimination)
         if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in called_by(site)]
-            site.float8 = config.float8_everywhere and any(has_float8_layers(m, frozen=False) for m in called)
+            site.float8 = config.float8_everywhere and any(float8_layers(m, frozen=False) for m in called)
             note = f"left dense: {refused}" if refused else f"dense ({dense})"
             row = SitePlan(site.name, site.site.kind, "dense", note=note, refused=bool(refused) and not dense)
         else:

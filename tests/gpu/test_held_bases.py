@@ -14,7 +14,7 @@ from lemo_fx.errors import UnsupportedModelError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-# "random" would hash what a layer is handed, which differs by rounding between a base that came in float8 and a plain one.
+# "random" would hash what a layer is handed, whose last bits differ between a base that came in float8 and a plain one.
 SITE = Elimination(keep=0.5, eliminated="exact", score="step")
 FLOAT8 = LemoConfig(SITE, SITE, dense_layers=(), forward="float8", backward="float8")
 QUANTISERS = BASES | {"finegrained": lambda model: finegrained(model, 128)}

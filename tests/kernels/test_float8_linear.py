@@ -11,6 +11,8 @@ import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.kernels.float8_linear import reference
 from lemo_fx.kernels.float8_linear.op import SWITCH, Float8Linear, Float8Switch, SwitchedLinear, float8_linear
+from lemo_fx.planning.plans import SitePlan
+from lemo_fx.reporting import in_float8
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 7, 32), (1, 1, 32)])
@@ -208,6 +210,15 @@ def test_the_report_says_where_float8_has_nothing_to_do():
     sites = lemo_fx.report(lemo_fx.transform(with_lora(tiny("gpt2", 2)), only)).sites
     # GPT-2's Conv1D is no linear layer of torch's.
     assert [site.note.split("; ")[-1] for site in sites] == ["no frozen linear layer that float8 takes"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_says_that_float32_layers_stay_so_on_a_device(dtype):
+    row = SitePlan("mlp", "mlp", "exact", float8="in float8", called=("0", "1"))
+    # Not the CPU, which rounds float32 as if it multiplied float8.
+    branch = nn.Sequential(nn.Linear(32, 64, device="meta", dtype=dtype), nn.GELU()).requires_grad_(False)
+    assert in_float8(branch, row).startswith("in float8 only where autocast") is (dtype is torch.float32)
+    assert in_float8(branch.to_empty(device="cpu"), row) == "in float8"
 
 
 def test_keep_one_stays_the_originals_arithmetic():
