@@ -213,13 +213,14 @@ def test_a_mean_that_was_measured_once_serves_later_inputs():
     step = plain_exact._Step(Exact(1.0, float8=how), torch.Generator(), None, phase="forward")
     layer, found = model.model.layers[0].mlp.up_proj, []
     torch.manual_seed(0)
-    x = torch.randn(50, 32) + 5 * torch.randn(32)
-    for rows in (x, x.flip(0)[:20] + 1):
+    x = torch.randn(1100, 32) + 5 * torch.randn(32)
+    later = x.flip(0)[:20] + 1
+    for step.phase, rows in (("forward", x), ("forward", later), ("recompute", later)):
         found.append(plain_exact._linear(step, 0, "up_proj", layer, rows))
-    assert torch.equal(step.means[layer], x.mean(0))
-    torch.testing.assert_close(found[0], plain_exact.product(x, layer.weight, Float8(mean=True), 1.0))
-    expected = plain_exact.product(x.flip(0)[:20] + 1, layer.weight, how, 1.0, x.mean(0))
-    torch.testing.assert_close(found[1], expected)
+    mean = x[:1024].mean(0)
+    assert torch.equal(step.means[layer], mean)
+    expected = plain_exact.product(later, layer.weight, how, 1.0, mean)
+    torch.testing.assert_close(found, [plain_exact.product(x, layer.weight, how, 1.0, mean), expected, expected])
     with plain_exact.in_float8(model, how):
         assert model(input_ids=ids).logits.isfinite().all()
 
@@ -231,6 +232,10 @@ def test_what_rows_have_in_common_is_not_rounded():
     exact = x @ weight.T
     free, found = (plain_exact.product(x, weight, Float8(centred=c), 1.0) - exact for c in (False, True))
     assert found.flatten(0, 1)[1:].norm() < 0.4 * free.flatten(0, 1)[1:].norm()
+    # Of gradients, nothing is taken out.
+    x.requires_grad_(True)
+    plain_exact._Product.apply(x, weight, Float8(centred=True), True, True, 1.0).sum().backward()
+    torch.testing.assert_close(x.grad, plain_exact.product(torch.ones(2, 50, 32), weight.t(), Float8(), 1.0))
 
 
 def test_attention_in_float8_is_attention_with_a_few_percent_of_rounding():
