@@ -17,8 +17,16 @@ from torch import nn
 from lemo_fx.config import LemoConfig
 from lemo_fx.install import installed
 from lemo_fx.kernels import lowering
-from lemo_fx.kernels.float8_linear.op import float8_layers, held_layers, is_half, layers_in_float8, layers_in_four_bits
+from lemo_fx.kernels.float8_linear.op import (
+    float8_layers,
+    has_float8,
+    held_layers,
+    is_half,
+    layers_in_float8,
+    layers_in_four_bits,
+)
 from lemo_fx.kernels.private import is_op
+from lemo_fx.measure import device_name
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.runtime.loss import segmented_loss
 from lemo_fx.runtime.scores import AttentionScore
@@ -118,9 +126,13 @@ def in_float8(module: nn.Module, row: SitePlan) -> str:
     taken = [layer for name in row.called for layer in float8_layers(module.get_submodule(name))]
     if not taken:
         return "no frozen linear layer that float8 takes"
+    weight = taken[0].weight
+    if not has_float8(weight.device):
+        return f"not in float8, which {device_name(weight.device)} does not multiply"
     if any(map(is_half, taken)):
         return row.float8
-    return f"{row.float8} only where autocast hands its float32 layers bfloat16; load the model in bfloat16"
+    kind = str(weight.dtype).removeprefix("torch.")
+    return f"{row.float8} only where autocast hands its {kind} layers bfloat16; load the model in bfloat16"
 
 
 def base_in_float8(model: nn.Module, config: LemoConfig) -> list[str]:

@@ -8,7 +8,7 @@ from tiny import assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch import nn
 
 import lemo_fx
-from lemo_fx import Elimination, LemoConfig
+from lemo_fx import Elimination, LemoConfig, reporting
 from lemo_fx.kernels.float8_linear import reference
 from lemo_fx.kernels.float8_linear.op import SWITCH, Float8Linear, Float8Switch, SwitchedLinear, float8_linear
 from lemo_fx.planning.plans import SitePlan
@@ -212,13 +212,18 @@ def test_the_report_says_where_float8_has_nothing_to_do():
     assert [site.note.split("; ")[-1] for site in sites] == ["no frozen linear layer that float8 takes"] * 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_report_says_that_float32_layers_stay_so_on_a_device(dtype):
+def test_the_report_says_what_a_device_does_not_multiply(monkeypatch):
     row = SitePlan("mlp", "mlp", "exact", float8="in float8", called=("0", "1"))
-    # Not the CPU, which rounds float32 as if it multiplied float8.
-    branch = nn.Sequential(nn.Linear(32, 64, device="meta", dtype=dtype), nn.GELU()).requires_grad_(False)
-    assert in_float8(branch, row).startswith("in float8 only where autocast") is (dtype is torch.float32)
-    assert in_float8(branch.to_empty(device="cpu"), row) == "in float8"
+    branch = nn.Sequential(nn.Linear(32, 64), nn.GELU()).requires_grad_(False)
+    # The CPU rounds float32 as if it multiplied float8.
+    assert in_float8(branch, row) == "in float8"
+    branch.to("meta")
+    assert in_float8(branch, row) == "not in float8, which meta does not multiply"
+    monkeypatch.setattr(reporting, "has_float8", lambda device: True)
+    for dtype in (torch.float32, torch.float16):
+        said = in_float8(branch.to(dtype), row)
+        assert said.startswith(f"in float8 only where autocast hands its {str(dtype)[6:]} layers bfloat16")
+    assert in_float8(branch.bfloat16(), row) == "in float8"
 
 
 def test_keep_one_stays_the_originals_arithmetic():
