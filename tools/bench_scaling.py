@@ -474,7 +474,7 @@ def main(
     # Ranks wait for each other while one compiles, and exchanges for the kernels that were launched before them.
     more["timeout"] = datetime.timedelta(seconds=max(120, max(lengths) // 1000))
     # torchrun's store outlives a start, and with it the addresses of ranks that are gone.
-    store, _, _ = next(dist.rendezvous("env://", rank, world))
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=more["timeout"]))
     store = dist.PrefixStore(f"start {start}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, **more)
     # Layers are compiled one by one: there is nothing to split at DDP's buckets, and it cannot split checkpoints.

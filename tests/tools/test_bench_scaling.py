@@ -1,8 +1,11 @@
 """tools/bench_scaling.py in a process of its own group: its options do what they say, and the loss stays."""
 
+import datetime
+
 import bench_scaling
 import pytest
 import torch
+import torch.distributed as dist
 from bench_model import SHAPES, Variant
 from torch.distributed.fsdp import FSDPModule
 
@@ -36,3 +39,18 @@ def test_a_long_step_warms_up_in_few_layers_and_asks_for_weights_ahead(wrap, glo
     assert asked["backward"] == [min(2, index) for index in range(LAYERS)]
     assert record["loss"] == pytest.approx(record["loss_one_process"], rel=1e-6)
     assert record["timed_steps"] == 1
+
+
+def test_a_rank_without_the_others_does_not_wait_for_half_an_hour(tmp_path, monkeypatch):
+    waits = []
+
+    def alone(*_, timeout=dist.default_pg_timeout):
+        waits.append(timeout)
+        raise dist.DistNetworkError
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(dist, "rendezvous", alone)
+    with pytest.raises(dist.DistNetworkError):
+        bench_scaling.main("tiny", "256", out=tmp_path)
+    assert waits == [datetime.timedelta(seconds=120)]
