@@ -204,6 +204,10 @@ def test_the_mean_input_loses_nothing_to_rounded_weights():
         errors[mean] = (out - x @ weight.T).norm()
         torch.testing.assert_close(out.mean(0), x.mean(0) @ weight.T, rtol=0, atol=1e-5 if mean else 1.0)
     assert errors[True] < 0.2 * errors[False]
+    centred = plain_exact.product(x, weight, Float8(inputs=False, mean=True, centred=True), 1.0)
+    torch.testing.assert_close(centred.mean(0), x.mean(0) @ weight.T, rtol=0, atol=1e-5)
+    unrounded = plain_exact.product(x, weight, Float8(inputs=False, weights=False, mean=True), 1.0)
+    torch.testing.assert_close(unrounded, x @ weight.T)
 
 
 def test_a_mean_that_was_measured_once_serves_later_inputs():
@@ -216,6 +220,7 @@ def test_a_mean_that_was_measured_once_serves_later_inputs():
     x = torch.randn(1100, 32) + 5 * torch.randn(32)
     later = x.flip(0)[:20] + 1
     for step.phase, rows in (("forward", x), ("forward", later), ("recompute", later)):
+        step.begin(model.train(), (), {"input_ids": ids})
         found.append(plain_exact._linear(step, 0, "up_proj", layer, rows))
     mean = x[:1024].mean(0)
     assert torch.equal(step.means[layer], mean)
@@ -234,7 +239,7 @@ def test_what_rows_have_in_common_is_not_rounded():
     assert found.flatten(0, 1)[1:].norm() < 0.4 * free.flatten(0, 1)[1:].norm()
     # Of gradients, nothing is taken out.
     x.requires_grad_(True)
-    plain_exact._Product.apply(x, weight, Float8(centred=True), True, True, 1.0).sum().backward()
+    plain_exact._Product.apply(x, weight, Float8(centred=True, mean=True), True, True, 1.0).sum().backward()
     torch.testing.assert_close(x.grad, plain_exact.product(torch.ones(2, 50, 32), weight.t(), Float8(), 1.0))
 
 
