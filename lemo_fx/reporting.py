@@ -18,6 +18,7 @@ from lemo_fx.config import LemoConfig
 from lemo_fx.install import installed
 from lemo_fx.kernels import lowering
 from lemo_fx.kernels.float8_linear.op import (
+    dtype_of,
     float8_layers,
     has_float8,
     held_layers,
@@ -126,13 +127,14 @@ def in_float8(module: nn.Module, row: SitePlan) -> str:
     taken = [layer for name in row.called for layer in float8_layers(module.get_submodule(name))]
     if not taken:
         return "no frozen linear layer that float8 takes"
-    weight = taken[0].weight
-    if not has_float8(weight.device):
-        return f"not in float8, which {device_name(weight.device)} does not multiply"
-    if any(map(is_half, taken)):
+    device = taken[0].weight.device
+    if not has_float8(device):
+        return f"not in float8, which {device_name(device)} does not multiply"
+    others = sorted({str(dtype_of(layer)).removeprefix("torch.") for layer in taken if not is_half(layer)})
+    if not others:
         return row.float8
-    kind = str(weight.dtype).removeprefix("torch.")
-    return f"{row.float8} only where autocast hands its {kind} layers bfloat16; load the model in bfloat16"
+    kinds = " and ".join(others)
+    return f"{row.float8}, {kinds} layers only where autocast hands them bfloat16; load the model in bfloat16"
 
 
 def base_in_float8(model: nn.Module, config: LemoConfig) -> list[str]:

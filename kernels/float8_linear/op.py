@@ -87,7 +87,7 @@ def fits(x: torch.Tensor, layer: nn.Linear) -> bool:
 
 def is_half(layer: nn.Linear) -> bool:
     """Whether a layer computes in bfloat16, whatever it is handed; on the CPU, which rounds only, float32 does too."""
-    return layer.weight.device.type == "cpu" or _dtype(layer) is torch.bfloat16
+    return layer.weight.device.type == "cpu" or dtype_of(layer) is torch.bfloat16
 
 
 def _takes_float8(layer: nn.Linear, frozen: bool = True) -> bool:
@@ -105,7 +105,7 @@ def _four_bits_take_float8(layer: Any) -> bool:
     return half and four_bits.read(layer, torch.bfloat16) is not None
 
 
-def _dtype(layer: nn.Linear) -> torch.dtype:
+def dtype_of(layer: nn.Linear) -> torch.dtype:
     """Of the weight, or of what it was before it was held in float8; checkpoints in float8 are of bfloat16 models.
 
     Of a weight in 4 bits the one that it is computed in, which is its input's where it does not say.
@@ -198,7 +198,7 @@ class Float8Switch(nn.Module):
                 vars(layer)[SWITCH] = self
                 layer.__class__ = _switched(type(layer))  # type: ignore[arg-type]
         self.in_bfloat16 = any(
-            _dtype(layer) is torch.bfloat16 and _takes_float8(layer, frozen=False) for layer in self.layers
+            dtype_of(layer) is torch.bfloat16 and _takes_float8(layer, frozen=False) for layer in self.layers
         )
         if self.holding:
             self.hold()
@@ -307,7 +307,7 @@ class HeldLinear(SwitchedLinear):
         if vars(self)[SWITCH].on and fits(x, self):
             out = held.Float8Product.apply(x, self.weight, self.in_features)
         else:
-            out = held.DequantisedProduct.apply(x, self.weight, self.in_features, _dtype(self))
+            out = held.DequantisedProduct.apply(x, self.weight, self.in_features, dtype_of(self))
         return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SwitchedLinear:
@@ -317,7 +317,7 @@ class HeldLinear(SwitchedLinear):
 
     def dequantised(self) -> torch.Tensor:
         """The weight [N, K] in the dtype that it had."""
-        return held.dequantise(self.weight.detach(), self.in_features, _dtype(self))
+        return held.dequantise(self.weight.detach(), self.in_features, dtype_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copied and pickled as the linear layer that it would be without a switch."""

@@ -10,7 +10,7 @@ from torch import nn
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, reporting
 from lemo_fx.kernels.float8_linear import reference
-from lemo_fx.kernels.float8_linear.op import SWITCH, Float8Linear, Float8Switch, SwitchedLinear, float8_linear
+from lemo_fx.kernels.float8_linear.op import DTYPE, SWITCH, Float8Linear, Float8Switch, SwitchedLinear, float8_linear
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.reporting import in_float8
 
@@ -222,8 +222,12 @@ def test_the_report_says_what_a_device_does_not_multiply(monkeypatch):
     monkeypatch.setattr(reporting, "has_float8", lambda device: True)
     for dtype in (torch.float32, torch.float16):
         said = in_float8(branch.to(dtype), row)
-        assert said.startswith(f"in float8 only where autocast hands its {str(dtype)[6:]} layers bfloat16")
+        assert said.startswith(f"in float8, {str(dtype)[6:]} layers only where autocast hands them bfloat16;")
     assert in_float8(branch.bfloat16(), row) == "in float8"
+    # One layer of several is enough, and one that is held in float8 has the dtype that it had.
+    held = nn.Linear(64, 32, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    vars(held)[DTYPE] = torch.float16
+    assert in_float8(nn.Sequential(branch[0], held), row).startswith("in float8, float16 layers only where autocast")
 
 
 def test_keep_one_stays_the_originals_arithmetic():
