@@ -86,6 +86,8 @@ class Exact:
         keep, slope: share of the blocks, and how much more of them the last layer keeps than the first.
         block: tokens of a block.
         keys: those of which a kept query's gradient knows: "kept", "every" or "complete" (every one's, with gradient).
+        compensated: with `keys` "every", gradients that reach a key or value from another block's queries are
+            multiplied by what makes up for the blocks that are not kept (as SpaCO does for chunks, arXiv 2505.16710).
         dense: decoder layers that keep everything.
         float8: None computes in the model's precision.
     """
@@ -94,6 +96,7 @@ class Exact:
     slope: float = 0.0
     block: int = 64
     keys: Literal["kept", "every", "complete"] = "kept"
+    compensated: bool = False
     dense: tuple[int, ...] = (0, -1)
     float8: Float8 | None = None
 
@@ -134,6 +137,11 @@ class _Step:
             ranked = rank(self.scores, None, self.labelled, length, self.settings.block, count)
             self.chosen[count] = take(ranked, count, self.settings.block, length)
         return self.chosen[count]
+
+    def compensation(self, kept: int) -> float:
+        """Inverse probability that a block is kept where another one is, for so many kept tokens."""
+        count = kept / self.settings.block
+        return (self.scores.shape[1] - 1) / max(count - 1, 1)
 
     def rounds(self, layer: int) -> Float8 | None:
         """What is rounded in a layer now."""
@@ -297,8 +305,20 @@ def _sparse_layer(layer: LlamaDecoderLayer, step: _Step, hidden: torch.Tensor, t
                 constant = layer.input_layernorm(hidden.detach())
                 all_keys, all_values = _heads(attention, constant, "kv", rotary)
             index = tokens[:, None, :, None].expand(key.shape)
-            key, value = all_keys.scatter(2, index, key), all_values.scatter(2, index, value)
+            own, factor = (key, value), step.compensation(tokens.shape[1]) if step.settings.compensated else 1.0
+            key, value = (
+                past.scatter(2, index, now.detach() + factor * (now - now.detach()))
+                for past, now in zip((all_keys, all_values), own, strict=True)
+            )
             seen = torch.arange(key.shape[2], device=key.device) <= tokens[:, None, :, None]
+            if step.settings.compensated:
+                # Keys of a query's own block, which is kept for sure, stand a second time: their gradient stays.
+                block = tokens // step.settings.block
+                places = torch.arange(key.shape[2], device=key.device) // step.settings.block
+                same = block[:, None, :, None] == block[:, None, None, :]
+                near = same & (tokens[:, None, None, :] <= tokens[:, None, :, None])
+                seen = torch.cat([seen & (places != block[:, None, :, None]), near], dim=3)
+                key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), own, strict=True))
         kept = attention.o_proj(_attend(query, key, value, seen))
     hidden = hidden + _put(every, tokens, kept)
     with torch.no_grad(), step.within("forward"):

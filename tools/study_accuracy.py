@@ -154,9 +154,20 @@ PLAIN = {
     "plain-fast-float8-once": Exact(0.375, 0.6, float8=ROUNDED["float8-once"]),
     "plain-fast-float8-centred": Exact(0.375, 0.6, float8=ROUNDED["float8-centred"]),
     "plain-balanced-every-float8-centred": Exact(0.5, 0.6, keys="every", float8=ROUNDED["float8-centred"]),
+    **{f"plain-tokentune-{keep}": Exact(keep, block=1, keys="every", dense=()) for keep in (0.25, 0.4375)},
+    **{
+        f"plain-spaco-{keep}": Exact(keep, block=1024, keys="every", compensated=True, dense=())
+        for keep in (0.25, 0.4375)
+    },
     "plain-fast-int8": Exact(0.375, 0.6, float8=ROUNDED["int8"]),
 }
-DENSE_FINISH = {"step-0.25": 0.25, "step-0.125": 0.25, "exact-0.25": 0.25, "exact-0.125": 0.3}
+DENSE_FINISH = {
+    "step-0.25": 0.25,
+    "step-0.125": 0.25,
+    "exact-0.25": 0.25,
+    "exact-0.125": 0.3,
+    "step-0.375-slope-0.6-both-float8": 0.1,
+}
 # Of 12 layers the first sparse one keeps 0.25 and the last one 0.5, or the other way round.
 RAMP = 0.25 * 11 / 9
 PLANS: dict[str, Plan] = {

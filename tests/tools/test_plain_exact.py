@@ -1,6 +1,8 @@
 """The plain `exact` of the studies is the package's where they do the same, and what it adds is what it says."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import float8_attention
@@ -85,6 +87,29 @@ def test_every_key_completes_the_gradient_of_a_kept_query(adapted):
         for keys, grads in found.items():
             close = torch.allclose(grads[name.format(projection)], dense[name.format(projection)], rtol=1e-3, atol=1e-7)
             assert close == (keys in right), (projection, keys)
+
+
+def test_compensated_gradients_are_right_on_average(adapted):
+    """Over all choices of two of four blocks, the gradient of a layer's keys and values is the dense one."""
+    settings = {"block": 32, "dense": (0, 1, 2), "keys": "every"}
+    own = re.compile(r"layers\.3\.self_attn\.[kv]_proj\.lora_B")
+    _, dense = gradients(adapted)
+    pairs = list(itertools.combinations(range(4), 2))
+    off = {}
+    for compensated in (False, True):
+        total = {name: torch.zeros_like(grad) for name, grad in dense.items() if own.search(name)}
+        for pair in pairs:
+            tokens = torch.cat([torch.arange(32 * block, 32 * block + 32) for block in pair]).expand(2, -1)
+            how = Exact(0.5, compensated=compensated, **settings)
+            with plain_exact.exact(adapted, how, choose=lambda index, tokens=tokens: tokens):
+                for name, grad in gradients(adapted)[1].items():
+                    if name in total:
+                        # A block's own queries are kept every second time.
+                        total[name] += 2 * grad / len(pairs)
+        off[compensated] = max(((total[n] - dense[n]).norm() / dense[n].norm()).item() for n in total)
+    assert len(total) == 2
+    assert off[True] < 1e-4, off
+    assert off[False] > 0.1, off
 
 
 def test_the_gradient_of_unkept_keys_stops_in_their_layer(adapted):
