@@ -19,7 +19,8 @@ from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
 from lemo_fx.graph.capture import graph_module, restored
-from lemo_fx.install import TRANSFORMATION, install, installed, plans_of, uninstall
+from lemo_fx.graph.mixers import recurrent_mixers
+from lemo_fx.install import TRANSFORMATION, install, installed, mixers_of, plans_of, uninstall
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
 from lemo_fx.planning.model import make_plans
@@ -114,15 +115,16 @@ def transform(
     same = before is not None and (before.config, before.passes, before.group) == (config, passes, group)
     if before is not None and same and before.predictors is predictors and dump is None:
         return model
-    plans_before = plans_of(model)
+    plans_before, mixers_before = plans_of(model), mixers_of(model)
     if before is not None:
         revert(model)
     try:
         anatomy = anatomy_of(model)
         plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes, group)
-        install(plans, _holder(model), anatomy.holders)
+        mixers = recurrent_mixers(anatomy)
+        install(plans, _holder(model), anatomy.holders, mixers)
     except BaseException:
-        _put_back(model, before, plans_before)
+        _put_back(model, before, plans_before, mixers_before)
         raise
     vars(_holder(model))[TRANSFORMATION] = Transformation(config, predictors, passes, notes, group)
     return model
@@ -342,17 +344,17 @@ def labels(model: nn.Module, labels: torch.Tensor | None) -> Iterator[None]:
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The original model for the time of a with block; a transformation is put back afterwards."""
-    before, plans = _find(model), plans_of(model)
+    before, plans, mixers = _find(model), plans_of(model), mixers_of(model)
     revert(model)
     try:
         yield
     finally:
-        _put_back(model, before, plans)
+        _put_back(model, before, plans, mixers)
 
 
-def _put_back(model: nn.Module, before: Transformation | None, plans: list[Plan]) -> None:
+def _put_back(model: nn.Module, before: Transformation | None, plans: list[Plan], mixers: Sequence[nn.Module]) -> None:
     if before is not None:
-        install(plans, _holder(model), anatomy_of(model).holders)
+        install(plans, _holder(model), anatomy_of(model).holders, mixers)
         vars(_holder(model))[TRANSFORMATION] = before
 
 

@@ -101,6 +101,24 @@ def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
     return object.__new__, (record.original,), state
 
 
+_uncompiled: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def uncompiled_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass whose forward no compiled graph holds, also none of a module around it. A copy is an original."""
+    if original not in _uncompiled:
+        metaclass: Any = type(original)
+        namespace = {
+            "forward": torch.compiler.disable(original.forward),
+            "_lemo_fx_original": original,
+            "__reduce_ex__": lambda self, protocol: (object.__new__, (original,), vars(self)),
+            **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
+        }
+        with PATCHING:
+            _uncompiled[original] = metaclass(original.__name__, (original,), namespace)
+    return _uncompiled[original]
+
+
 Methods = Callable[[Any, Callable], dict[str, Any]]
 
 _classes: dict[tuple[type, Callable, tuple[Hashable, ...], Methods], type[nn.Module]] = {}
@@ -153,12 +171,23 @@ def plans_of(model: nn.Module) -> list[Plan]:
     ]
 
 
-def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[nn.Module] = ()) -> None:
+def mixers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that `install` keeps out of compiled graphs."""
+    return [module for module in model.modules() if type(module) in _uncompiled.values()]
+
+
+def install(
+    plans: list[Plan],
+    owner: nn.Module | None = None,
+    above: Sequence[nn.Module] = (),
+    mixers: Sequence[nn.Module] = (),
+) -> None:
     """Rewrite all planned modules, or none: any failure undoes what was done before it is raised.
 
     Args:
         owner: the model whose layers share a step.
         above: the modules that hold the decoder layers, whose calls bring labels or ask for a cache.
+        mixers: the modules that no compiled graph shall hold: see `recurrent_mixers`.
     """
     cache_functions()
     for plan in plans:
@@ -184,6 +213,8 @@ def install(plans: list[Plan], owner: nn.Module | None = None, above: Sequence[n
         for module in done:
             uninstall(module)
         raise
+    for mixer in mixers:
+        mixer.__class__ = uncompiled_class(type(mixer))
 
 
 def _install(plan: Plan) -> None:
@@ -216,6 +247,8 @@ def uninstall(module: nn.Module) -> None:
     """
     for handle in vars(module).pop(TELLER, ()):
         handle.remove()
+    if type(module) in _uncompiled.values():
+        module.__class__ = vars(type(module))["_lemo_fx_original"]
     record: Installed | None = vars(module).get(STATE)
     if record is None:
         return

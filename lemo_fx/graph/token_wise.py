@@ -35,6 +35,9 @@ ELEMENTWISE_FUNCTIONS = frozenset(
 )
 """Functions that treat each token alone when their tensor arguments are [B, S, H] rows or parameters."""
 
+MIXES = "mixes tokens, but is not a softmax attention that transformers dispatches"
+"""What is said of a module whose rows depend on their neighbours."""
+
 ELEMENTWISE_METHODS = frozenset({"to", "float", "type", "type_as", "contiguous", "add", "mul", "sub", "div", "tanh"})
 
 
@@ -83,7 +86,7 @@ def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shap
     pairs = ((permuted, whole[:, order]), (alone, whole[:, 2:5]))
     if all(one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=atol) for one, other in pairs):
         return None
-    return "mixes tokens, but is not a softmax attention that transformers dispatches"
+    return MIXES
 
 
 def _first(out: Any) -> Any:
