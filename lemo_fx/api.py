@@ -19,7 +19,6 @@ from lemo_fx.config import LemoConfig, as_config
 from lemo_fx.errors import ConfigError, InputError, NotTransformedError, PredictorError
 from lemo_fx.graph.anatomy import anatomy_of, causal_model, require_model
 from lemo_fx.graph.capture import graph_module, restored
-from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.install import TRANSFORMATION, install, installed, mixers_of, plans_of, uninstall
 from lemo_fx.passes.pipeline import PASSES, Pass, check_passes
 from lemo_fx.passes.rewrite import part_name
@@ -120,8 +119,7 @@ def transform(
         revert(model)
     try:
         anatomy = anatomy_of(model)
-        plans, notes = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes, group)
-        mixers = recurrent_mixers(anatomy)
+        plans, notes, mixers = make_plans(anatomy, config, predictors, Path(dump) if dump else None, passes, group)
         install(plans, _holder(model), anatomy.holders, mixers)
     except BaseException:
         _put_back(model, before, plans_before, mixers_before)

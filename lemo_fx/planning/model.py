@@ -15,6 +15,7 @@ from lemo_fx.config import LemoConfig, SiteKind
 from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context, text_config, why_no_layers
 from lemo_fx.graph.left_out import reads_use_cache
+from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.passes.pipeline import PASSES, Pass
 from lemo_fx.planning.base import refuse_readers, refuse_untrainable
 from lemo_fx.planning.dense import SHARED
@@ -41,8 +42,8 @@ def make_plans(
     dump: Path | None,
     passes: Sequence[Pass],
     group: SequenceGroup | None = None,
-) -> tuple[list[Plan], list[str]]:
-    """The plans of all modules that `transform` rewrites, and notes on what is left alone.
+) -> tuple[list[Plan], list[str], Sequence[nn.Module]]:
+    """The plans of all modules that `transform` rewrites, notes on what is left alone, and `recurrent_mixers`.
 
     Nothing of the model is changed. Raises as `transform`.
 
@@ -68,7 +69,7 @@ def make_plans(
     notes: list[str] = []
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
-    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group)
+    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group, recurrent_mixers(anatomy))
     planned: dict[nn.Module, str] = {}
     trains = any(p.requires_grad for p in model.parameters())
     tried: set[tuple] = set()
@@ -118,7 +119,7 @@ def make_plans(
         notes.append(f"each sequence is shared by {group.size} ranks, which attend with some of the heads each")
     sparse_experts = _sparse_experts(anatomy.model, plans)
     head = plan_head(anatomy, planning, sparse_experts, notes)
-    return plans + ([head] if head else []), notes
+    return plans + ([head] if head else []), notes, planning.mixers
 
 
 def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], notes: list[str]) -> None:

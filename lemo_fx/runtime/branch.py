@@ -108,6 +108,15 @@ def branch(
     return _checkpoint(function, *args, float8=float8, **selective)
 
 
+@torch.compiler.disable
+def uncompiled_branch(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`branch` around a module that no compiled graph can hold.
+
+    A checkpoint that a compiler gives up would run partly compiled in the forward and not at all in the recompute.
+    """
+    return branch(*args, **kwargs)
+
+
 def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **selective: Any) -> torch.Tensor:
     selective["use_reentrant"] = False
     if float8 is None:
