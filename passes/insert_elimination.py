@@ -55,7 +55,7 @@ def insert_elimination(rewrite: LayerRewrite) -> int:
 
 def _branch_region(planned: PlannedSite) -> Region:
     name = part_name(planned.name, "branch")
-    return Region(name, True, planned.site.token_wise, planned.float8, planned.share, planned.compiled)
+    return Region(name, True, planned.site.token_wise, planned.float8, planned.share)
 
 
 def _eliminate(rewrite: LayerRewrite, planned: PlannedSite) -> None:

@@ -53,8 +53,7 @@ def _outline(rewrite: LayerRewrite, region: Region, nodes: list[fx.Node]) -> Non
         length = (rewrite.length(),) if region.token_wise else ()
         if region.gradient:
             switch = rewrite.graph.create_node("get_attr", "gradient_checkpointing")
-            whole = branch.branch if region.compiled else branch.uncompiled_branch
-            run: Callable = branch.token_wise_branch if region.token_wise else whole
+            run: Callable = branch.token_wise_branch if region.token_wise else branch.branch
             share = (region.share,) if region.token_wise else ()
             args: tuple = (function, switch, rewrite.recompute, *length, *share, *inputs)
         else:

@@ -42,7 +42,6 @@ class Region:
         token_wise: whether it may run on one piece of the tokens after the other.
         float8: whether its frozen linear layers compute in float8.
         share: of the stream's tokens that it runs on at most, in any layer.
-        compiled: whether a compiled graph may hold it: see `recurrent_mixers`.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Region:
     token_wise: bool = False
     float8: bool = False
     share: float = 1.0
-    compiled: bool = True
 
 
 @dataclass
@@ -66,7 +64,6 @@ class PlannedSite:
         float8: whether what is computed with gradient computes in float8.
         share: of the tokens that such a site keeps at most, in any layer; 1 where that depends on the data.
         every_key: whether the gradient of kept queries knows every key, see `Elimination.keys`.
-        compiled: as in `Region`.
         tokens, dropped, rows, output, rest: filled in by the passes as they go.
     """
 
@@ -77,7 +74,6 @@ class PlannedSite:
     float8: bool = False
     share: float = 1.0
     every_key: bool = False
-    compiled: bool = True
     scores: fx.Node | None = None
     tokens: fx.Node | None = None
     dropped: fx.Node | None = None

@@ -92,7 +92,6 @@ def _rewrite_layer(
             refused = why_dense(planning.proofs, rewrite, site, elimination)
         if elimination is None or dense or refused:
             called = [layer.get_submodule(module) for module in called_by(site)]
-            site.compiled = not any(module in planning.mixers for module in called)
             site.float8 = config.float8_everywhere and any(float8_layers(m, frozen=False) for m in called)
             note = f"left dense: {refused}" if refused else f"dense ({dense})"
             row = SitePlan(site.name, site.site.kind, "dense", note=note, refused=bool(refused) and not dense)

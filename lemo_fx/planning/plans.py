@@ -72,7 +72,6 @@ class Planning:
         dump: folder for the graphs of every pass, or None.
         passes: that rewrite a layer; changes: how many each made, by layer.
         group: the ranks that share a sequence.
-        mixers: of `recurrent_mixers`.
     """
 
     config: LemoConfig
@@ -83,7 +82,6 @@ class Planning:
     dump: Path | None
     passes: Sequence[Pass]
     group: SequenceGroup | None = None
-    mixers: Sequence[nn.Module] = ()
     changes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property

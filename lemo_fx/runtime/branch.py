@@ -108,15 +108,6 @@ def branch(
     return _checkpoint(function, *args, float8=float8, **selective)
 
 
-@torch.compiler.disable
-def uncompiled_branch(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """`branch` around a module that no compiled graph can hold.
-
-    A checkpoint that a compiler gives up would run partly compiled in the forward and not at all in the recompute.
-    """
-    return branch(*args, **kwargs)
-
-
 def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **selective: Any) -> torch.Tensor:
     selective["use_reentrant"] = False
     if float8 is None:
@@ -126,8 +117,13 @@ def _checkpoint(function: Callable, *args: Any, float8: Float8Switch | None, **s
         # recomputed, unless a policy says so operation by operation; it would keep every matmul.
         selective.setdefault("context_fn", RECOMPUTE_ALL)
         # Traced once, and a compiler lets a checkpointed function change nothing outside of it.
-        return float8.run(checkpoint, function, *args, **selective)
+        return float8.run(checkpoint, functools.partial(_again_in, float8, function), *args, **selective)
     return checkpoint(float8.run, function, *args, **selective)
+
+
+def _again_in(float8: Float8Switch, function: Callable, *args: Any) -> torch.Tensor:
+    """A function that is traced with its switch on; where a graph breaks in it, the recompute has to turn it on."""
+    return function(*args) if torch.compiler.is_compiling() or float8.on else float8.run(function, *args)
 
 
 SEGMENT = 8192

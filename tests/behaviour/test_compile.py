@@ -398,3 +398,24 @@ def test_what_is_compiled_is_found_in_torchs_cache(float8):
             found = counters["aot_autograd"]
             assert found[f"autograd_cache_{kind}"] == found["total"] > 0
     torch.compiler.reset()
+
+
+class Breaking(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return nn.functional.silu(x)
+
+
+def test_a_graph_that_breaks_in_a_branch_is_recomputed_in_float8_too():
+    """Kernels of other packages break graphs: the checkpoint around them then runs in Python."""
+    model = transformed(HALF, 3, checkpointing=True, forward="float8", backward="float8")
+    sparse = model.get_decoder().layers[1]
+    sparse.mlp.act_fn = Breaking()
+    inputs = batch(1, 64)
+    eager = step(model, inputs)
+    torch.compiler.reset()
+    counters.clear()
+    sparse.compile(backend="eager")
+    assert_same_step(step(model, inputs), eager, "compiled")
+    assert counters["graph_break"]
+    torch.compiler.reset()

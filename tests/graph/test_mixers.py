@@ -5,13 +5,12 @@ import pickle
 
 import pytest
 import torch
-from tiny import tiny, with_lora
+from tiny import tiny
 from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 
 import lemo_fx
 from lemo_fx import LemoConfig
-from lemo_fx.config import PRESETS
 from lemo_fx.graph.anatomy import anatomy_of, decoder_layers
 from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.install import mixers_of
@@ -19,45 +18,23 @@ from lemo_fx.install import mixers_of
 LORA = LemoConfig(attention=None, mlp=None)
 
 
-def hybrid():
-    torch.manual_seed(0)
-    return with_lora(tiny_model("qwen3_5_text"))
-
-
-def step(model, length):
-    """(loss, gradients, how many operations compiled graphs hold) of a step."""
+def compiled_calls(model, length):
+    """How many operations the compiled graphs of a forward hold."""
     torch._dynamo.reset()
     counters.clear()
-    model.zero_grad()
     ids = torch.randint(0, 64, (1, length), generator=torch.Generator().manual_seed(0))
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), gradients, counters["stats"]["calls_captured"]
+    model(input_ids=ids, labels=ids)
+    return counters["stats"]["calls_captured"]
 
 
 def test_compiled_graphs_do_not_grow_with_the_sequence():
-    model = hybrid()
+    model = tiny_model("qwen3_5_text")
     lemo_fx.transform(model, LORA)
     for _, layer in decoder_layers(model):
         layer.compile(backend="eager")
-    short, long = (step(model, length)[2] for length in (64, 256))
+    short, long = (compiled_calls(model, length) for length in (64, 256))
     # Broken on purpose, they grow by a sixth.
     assert 0 < long < 1.05 * short
-
-
-def test_what_is_recomputed_is_what_ran():
-    """Under a compiler a checkpoint around linear attention must not run half compiled in the forward alone."""
-    model = hybrid()
-    lemo_fx.transform(model, PRESETS["balanced"])
-    model.gradient_checkpointing_enable()
-    loss, gradients, _ = step(model, 128)
-    for _, layer in decoder_layers(model):
-        layer.compile(backend="eager")
-    compiled, found, captured = step(model, 128)
-    assert captured > 0
-    assert compiled == pytest.approx(loss, rel=1e-5)
-    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_classes_come_back_and_copies_are_originals():
