@@ -4,9 +4,11 @@ import zlib
 from collections import Counter
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+# torch is imported below where it is needed: the process that only starts the workers does without, seconds earlier.
+
+gc.set_threshold(50_000, 20, 50)
+"""Tracing makes and drops small objects without end: at Python's 700, collections take a tenth of the tests' time."""
 
 
 MOST_CASES, ONE_IN = 3, 10
@@ -34,11 +36,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Everything imported so far is left out of garbage collections from here on.
+    """One thread for each worker; and everything imported so far is left out of garbage collections from here on.
 
     torch, transformers and the tests make most of a million objects that live as long as the process, and whoever
     collects (accelerate after every training, torch where compilers are reset) would go through all of them.
     """
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -50,6 +55,8 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use_cache=True.*")
@@ -59,6 +66,8 @@ def fixed_seed():
 @pytest.fixture
 def gloo():
     """A process group of this process alone."""
+    import torch
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
