@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
@@ -41,7 +42,9 @@ def recurrent_mixers(anatomy: Anatomy) -> list[nn.Module]:
             if not holds_matrix(child) or any(is_softmax_attention(module) for module in child.modules()):
                 continue
             if type(child) not in known:
-                with distributed.gathered(layer), _Softmax() as softmax:
+                known[type(child)] = False
+                # Whatever a module raises that wants other arguments.
+                with contextlib.suppress(Exception), distributed.gathered(layer), _Softmax() as softmax:
                     known[type(child)] = why_not_token_wise(child, width) == MIXES and not softmax.seen
             if known[type(child)]:
                 found.append(child)
