@@ -305,7 +305,8 @@ def _sparse_layer(layer: LlamaDecoderLayer, step: _Step, hidden: torch.Tensor, t
                 constant = layer.input_layernorm(hidden.detach())
                 all_keys, all_values = _heads(attention, constant, "kv", rotary)
             index = tokens[:, None, :, None].expand(key.shape)
-            own, factor = (key, value), step.compensation(tokens.shape[1]) if step.settings.compensated else 1.0
+            own = key, value
+            factor = step.compensation(tokens.shape[1]) if step.settings.compensated else 1.0
             key, value = (
                 past.scatter(2, index, now.detach() + factor * (now - now.detach()))
                 for past, now in zip((all_keys, all_values), own, strict=True)
