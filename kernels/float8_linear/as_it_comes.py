@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lemo_fx.kernels.float8_linear import held, reference
+from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.kernels.float8_linear.matmul import scaled_matmul
 
 Came = tuple[torch.Tensor, torch.Tensor, tuple[int, int]]
 """float8 [N, K]; its scales, one a block; the block's sides."""
@@ -83,7 +84,7 @@ def float8_product(x: torch.Tensor, came: Came) -> torch.Tensor:
 
 
 def _forward(x: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    out = held.product(*reference.quantise(x.flatten(0, -2)), columns, scale)
+    out = scaled_matmul(*reference.quantise(x.flatten(0, -2)), columns, scale)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
@@ -105,7 +106,7 @@ class Float8Product(torch.autograd.Function):
         rounded, scale = ctx.saved_tensors
         columns, scale = by_rows(rounded, scale, ctx.block, turn=2)
         rows = reference.quantise(grad.flatten(0, -2).float() * scale.T)
-        out = held.product(*rows, columns.t().contiguous(), scale.new_ones(columns.shape[1], 1))
+        out = scaled_matmul(*rows, columns.t(), scale.new_ones(columns.shape[1], 1))
         return out.to(grad.dtype).unflatten(0, grad.shape[:-1]), None, None, None
 
 

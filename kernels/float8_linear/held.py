@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.kernels.float8_linear.matmul import scaled_matmul
 from lemo_fx.kernels.lowering import obstacle
-from lemo_fx.kernels.private import scaled_product
 
 SCALE_BYTES = 4
 
@@ -52,7 +52,7 @@ def held_product(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tens
         packed: the weight, from `pack`; width: its K.
     """
     columns, column_scale = unpack(packed, width)
-    return product(rows, row_scale, columns, column_scale)
+    return scaled_matmul(rows, row_scale, columns, column_scale)
 
 
 @torch.library.custom_op("lemo_fx::held_gradient", mutates_args=())
@@ -64,17 +64,8 @@ def held_gradient(rows: torch.Tensor, row_scale: torch.Tensor, packed: torch.Ten
 
         columns = triton.transposed(columns.view(torch.uint8)).view(columns.dtype)
     else:
-        columns = columns.t().contiguous()
-    return product(rows, row_scale, columns, row_scale.new_ones(width, 1))
-
-
-def product(
-    rows: torch.Tensor, row_scale: torch.Tensor, columns: torch.Tensor, column_scale: torch.Tensor
-) -> torch.Tensor:
-    """Float8 [M, K] @ float8 [N, K].T, times scales [M, 1] and [N, 1] -> [M, N], bfloat16; float32 on the CPU."""
-    if not rows.is_cuda:
-        return (rows.float() @ columns.float().T) * row_scale * column_scale.T
-    return scaled_product(rows, columns.t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        columns = columns.t()
+    return scaled_matmul(rows, row_scale, columns, row_scale.new_ones(width, 1))
 
 
 def _like(rows: torch.Tensor, width: int) -> torch.Tensor:

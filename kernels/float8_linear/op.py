@@ -16,7 +16,8 @@ from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.kernels.float8_linear import as_it_comes, four_bits, held, reference
-from lemo_fx.kernels.private import scaled_product, writable
+from lemo_fx.kernels.float8_linear.matmul import scaled_matmul
+from lemo_fx.kernels.private import writable
 
 
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
@@ -25,14 +26,7 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, again: bool = False) ->
     Args:
         again: as in `reference.quantise`, of the weight.
     """
-    if not x.is_cuda:
-        return reference.float8_linear(x, weight, again)
-    rows, row_scale = reference.quantise(x.flatten(0, -2))
-    columns, column_scale = reference.quantise(weight, again)
-    # The product wants columns that lie one after the other; those of a transposed weight do not.
-    out = scaled_product(
-        rows, columns.contiguous().t(), row_scale, column_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    out = scaled_matmul(*reference.quantise(x.flatten(0, -2)), *reference.quantise(weight, again))
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
@@ -263,15 +257,18 @@ class SwitchedLinear(nn.Linear):
             else:
                 run = Float8Linear.apply if torch.is_grad_enabled() else float8_linear
                 out = run(x, self.weight)
-            # Not within: a bias may be trained where the weight is frozen. Some adapters add to the output in place.
-            return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
+            return self._with_bias(out)
         if as_it_comes.unpacks(self.weight) and not self.weight.requires_grad:
-            out = as_it_comes.PackedProduct.apply(x, self.weight)
-            return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
+            return self._with_bias(as_it_comes.PackedProduct.apply(x, self.weight))
         if switch.on and switch.in_bfloat16 and _is_float32_adapter(x, self.weight):
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
         return super().forward(x)
+
+    def _with_bias(self, out: torch.Tensor) -> torch.Tensor:
+        """Added outside of the matmul's gradient: a bias may be trained where the weight is frozen."""
+        # Some adapters add to the output in place.
+        return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SwitchedLinear:
         """As always (`half()`, `to()`); the switch looks at its layers' dtypes anew before the next step."""
@@ -308,7 +305,7 @@ class HeldLinear(SwitchedLinear):
             out = held.Float8Product.apply(x, self.weight, self.in_features)
         else:
             out = held.DequantisedProduct.apply(x, self.weight, self.in_features, dtype_of(self))
-        return writable(out) if self.bias is None else out + self.bias.to(out.dtype)
+        return self._with_bias(out)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SwitchedLinear:
         """A cast of the model leaves the bytes alone, and is one of what they are de-quantised to."""

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from tiny import assert_same_step, batch, fix_choice, step, tiny, with_lora
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, reporting
-from lemo_fx.kernels.float8_linear import reference
+from lemo_fx.kernels.float8_linear import as_it_comes, reference
 from lemo_fx.kernels.float8_linear.op import DTYPE, SWITCH, Float8Linear, Float8Switch, SwitchedLinear, float8_linear
 from lemo_fx.planning.plans import SitePlan
 from lemo_fx.reporting import in_float8
@@ -44,6 +45,38 @@ def test_the_gradient_errs_by_the_rounding_alone(shape):
     assert x.grad.shape == x.shape
     assert ((x.grad - exact).abs() <= (grad.abs() @ weight.abs()) * (2 / 16 + 1 / 256) + 1e-6).all()
     assert 0.001 < (x.grad - exact).norm() / exact.norm() < 0.06
+
+
+class Saved:
+    """What an autograd function saves, where no autograd engine runs."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "rows", "blocks"])
+def test_a_gpu_is_handed_rows_and_columns_that_it_takes(kind, transposed):
+    """Of tensors that know their layout and hold nothing: torch checks the matmul as a GPU would."""
+
+    def make(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    def stream(width):
+        return make(1, width, 16).transpose(1, 2) if transposed else make(1, 16, width)
+
+    with FakeTensorMode():
+        rounded = make(48, 32, dtype=torch.float8_e4m3fn)
+        function, weight = {
+            "plain": (Float8Linear, (make(48, 32),)),
+            "rows": (as_it_comes.Float8Product, (rounded, make(48, 1), (1, 32))),
+            "blocks": (as_it_comes.Float8Product, (rounded, make(3, 2), (16, 16))),
+        }[kind]
+        saved = Saved()
+        out = function.forward(saved, stream(32), *weight)
+        gradient = function.backward(saved, stream(48))[0]
+    assert (out.shape, gradient.shape) == ((1, 16, 48), (1, 16, 32))
+    assert out.dtype is gradient.dtype is torch.bfloat16
 
 
 def test_only_frozen_layers_with_fitting_sides_change():
