@@ -58,6 +58,8 @@ PROBES = (0, 1, 4)
 KEYS = tuple(f"keys-{keys}" for keys in PROBES)
 BENCH_TOKENS = 32768
 """Length at which `bench_model` says how fast a plan is."""
+BLOCK = 64
+"""Tokens of a block whose labels count or not."""
 SHORT_CONTEXT, SURPRISE = 1024, 2.0
 """Key tokens: those that the base predicts at least so many nats better with the whole window before them than with at
 most so many tokens, and with at most so many nats (LongPPL, arXiv 2410.23771)."""
@@ -77,6 +79,7 @@ class Plan:
         plain: elimination as `plain_exact` does it, in the place of `config`.
         rate: learning rate as a multiple of the others'.
         windows: windows of a step as a multiple of the others'.
+        labels: share of every window's blocks whose labels count, drawn anew in every step; everything is computed.
     """
 
     config: LemoConfig | Callable[[int], LemoConfig] | None = None
@@ -87,6 +90,7 @@ class Plan:
     plain: Exact | None = None
     rate: float = 1.0
     windows: float = 1.0
+    labels: float = 1.0
 
 
 def deeper_half(**settings: Any) -> Callable[[int], LemoConfig]:
@@ -148,6 +152,7 @@ ROUNDED = {
 PLAIN = {
     **{f"plain-{keep}-{keys}": Exact(keep, keys=keys) for keep in KEEPS for keys in ("kept", "every", "complete")},
     **{f"plain-balanced-{name}": Exact(0.5, 0.6, float8=float8) for name, float8 in ROUNDED.items()},
+    **{f"plain-balanced-bf16-block-{block}": Exact(0.5, 0.6, block=block) for block in (16, 256, 1024)},
     "plain-careful": Exact(0.4375, 0.5),
     "plain-fast": Exact(0.375, 0.6, float8=Float8()),
     "plain-fast-float8-mean": Exact(0.375, 0.6, float8=ROUNDED["float8-mean"]),
@@ -176,6 +181,7 @@ PLANS: dict[str, Plan] = {
     "lora-0.45-steps": Plan(steps=0.45),
     "lora-0.33-steps": Plan(steps=0.33),
     "lora-half-batch": Plan(windows=0.5),
+    "lora-half-labels": Plan(labels=0.5),
     "truncated-0.5": Plan(tokens=0.5),
     "truncated-0.375": Plan(tokens=0.375),
     "truncated-0.25": Plan(tokens=0.25),
@@ -479,6 +485,7 @@ def train(
     steps = round(args.steps * plan.steps)
     length = round(args.context * plan.tokens)
     rows = round(args.batch * plan.windows)
+    random = torch.Generator().manual_seed(seed)
     losses, durations, curve = [], [], []
     changed = plan.rival(model) if plan.rival else nullcontext()
     if plan.plain:
@@ -492,6 +499,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
             ids, labels = (texts.cut(x, length) for x in draw(rows))
+            if plan.labels < 1:
+                labels = some_labels(labels, plan.labels, random)
             start = mark(device)
             with half_precision(device):
                 loss = model(input_ids=ids, labels=labels).loss
@@ -536,6 +545,14 @@ def train(
         with plain_exact.in_float8(model, Float8(inputs=False)):
             result["perplexity_rounded_base"] = math.exp(token_losses(model, texts.heldout, args.batch).mean().item())
     return result
+
+
+def some_labels(labels: torch.Tensor, share: float, random: torch.Generator) -> torch.Tensor:
+    """Labels [B, S], of which those of so many blocks in each row are left, drawn by chance; the others are -100."""
+    blocks = -(-labels.shape[1] // BLOCK)
+    order = torch.rand(labels.shape[0], blocks, generator=random).argsort(1)
+    counts = (order < round(share * blocks)).repeat_interleave(BLOCK, 1)[:, : labels.shape[1]]
+    return labels.masked_fill(~counts.to(labels.device), -100)
 
 
 def fit_stand_ins(model: torch.nn.Module, texts: Data, config: LemoConfig, args: Arguments) -> lemo_fx.Predictors:

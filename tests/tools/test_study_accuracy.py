@@ -65,6 +65,19 @@ def test_questions_are_cut_at_the_beginning_and_text_at_the_end():
     assert study_accuracy.Texts.cut(x, 3).tolist() == [[0, 1, 2]]
 
 
+def test_labels_of_half_the_blocks_count_and_others_in_the_next_step():
+    labels, random = torch.arange(200).repeat(3, 1), torch.Generator().manual_seed(0)
+    first, second = (study_accuracy.some_labels(labels, 0.5, random) for _ in range(2))
+    counted = first != -100
+    assert torch.equal(first[counted], labels[counted])
+    # Four blocks a row, the last of eight tokens: two of them count, each as a whole.
+    assert all(
+        sum(block.all().item() for block in row.split(64)) == sum(block.any().item() for block in row.split(64)) == 2
+        for row in counted
+    )
+    assert not torch.equal(first, second)
+
+
 def test_gaps_are_of_text_and_of_the_same_seed(tmp_path):
     rows = [
         {"plan": plan, "context": 64, "seed": seed, "perplexity": value, "perplexity_last_quarter": value}
