@@ -119,7 +119,7 @@ def make_plans(
         notes.append(f"each sequence is shared by {group.size} ranks, which attend with some of the heads each")
     sparse_experts = _sparse_experts(anatomy.model, plans)
     head = plan_head(anatomy, planning, sparse_experts, notes)
-    return plans + ([head] if head else []), notes, recurrent_mixers(anatomy)
+    return plans + ([head] if head else []), notes, recurrent_mixers(anatomy, proofs.usual)
 
 
 def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], notes: list[str]) -> None:

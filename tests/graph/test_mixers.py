@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny
 from tiny_models import tiny_model
+from torch import nn
 from torch._dynamo.utils import counters
 
 import lemo_fx
@@ -14,6 +15,7 @@ from lemo_fx import LemoConfig
 from lemo_fx.graph.anatomy import anatomy_of, decoder_layers
 from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.install import mixers_of
+from lemo_fx.planning.proof import Proofs
 
 LORA = LemoConfig(attention=None, mlp=None)
 
@@ -27,8 +29,9 @@ def compiled_calls(model, length):
     return counters["stats"]["calls_captured"]
 
 
-def test_compiled_graphs_do_not_grow_with_the_sequence():
-    model = tiny_model("qwen3_5_text")
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "minimax", "recurrent_gemma"])
+def test_compiled_graphs_do_not_grow_with_the_sequence(kind):
+    model = tiny_model(kind)
     lemo_fx.transform(model, LORA)
     for _, layer in decoder_layers(model):
         layer.compile(backend="eager")
@@ -55,6 +58,63 @@ def test_classes_come_back_and_copies_are_originals():
     assert [type(module) for module in model.modules()] == before
 
 
+def recurrent(model, run=True):
+    """The classes that are found, of a model that is run and of one that cannot be."""
+    anatomy = anatomy_of(model)
+    layers = [layer for _, layer in anatomy.layers]
+    usual = Proofs(model, layers).usual if run else lambda layer: {}
+    return {type(module).__name__ for module in recurrent_mixers(anatomy, usual)}
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_attention_and_mlps_are_no_recurrent_mixers(kind):
-    assert recurrent_mixers(anatomy_of(tiny(kind))) == []
+@pytest.mark.parametrize("run", [True, False])
+def test_attention_and_mlps_are_no_recurrent_mixers(kind, run):
+    assert recurrent(tiny(kind), run) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixer"),
+    [
+        ("minimax", "MiniMaxLightningAttention"),
+        ("recurrent_gemma", "RecurrentGemmaRecurrentBlock"),
+        ("falcon_h1", "FalconH1Mixer"),
+        ("kimi_linear", "KimiLinearDeltaAttention"),
+    ],
+)
+def test_recurrent_mixers_are_found_whatever_their_layers_hand_them(kind, mixer):
+    """Experts, and attention by other code than transformers' beside them, are none."""
+    assert recurrent(tiny_model(kind)) == {mixer}
+
+
+def test_recurrent_mixers_of_a_model_that_cannot_be_run_are_tried_on_hidden_states_alone():
+    assert recurrent(tiny_model("qwen3_5_text"), run=False) == {"Qwen3_5GatedDeltaNet"}
+
+
+class Attends(nn.Linear):
+    def forward(self, x):
+        return torch.softmax(0.1 * x @ x.mT, -1) @ super().forward(x)
+
+
+class Rounds(nn.Linear):
+    """As experts' matmuls do, whose sizes depend on all rows."""
+
+    def forward(self, x):
+        return super().forward(x + 0.01 * x.mean(1, keepdim=True))
+
+
+class Sums(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.cumsum(1))
+
+
+@pytest.mark.parametrize(("mixer", "found"), [(Attends, set()), (Rounds, set()), (Sums, {"Sums"})])
+@pytest.mark.parametrize("run", [True, False])
+def test_softmax_and_rounding_are_no_recurrence(mixer, found, run):
+    model = tiny("llama")
+    for _, layer in decoder_layers(model):
+        layer.mlp = mixer(32, 32)
+    assert recurrent(model, run) == found
+
+
+def test_recurrent_mixers_are_found_in_half_precision():
+    assert recurrent(tiny_model("minimax").bfloat16()) == {"MiniMaxLightningAttention"}
