@@ -90,14 +90,18 @@ def _rewrite_layer(
         refused = reasons.get(site.name)
         if refused is None and not dense:
             refused = why_dense(planning.proofs, rewrite, site, elimination)
+        called = [layer.get_submodule(module) for module in called_by(site)]
+        # Rounding outside of a compiled graph takes longer than a matmul in float8 saves.
+        uncompiled = any(module in planning.mixers for module in called)
         if elimination is None or dense or refused:
-            called = [layer.get_submodule(module) for module in called_by(site)]
-            site.float8 = config.float8_everywhere and any(float8_layers(m, frozen=False) for m in called)
+            in_float8 = config.float8_everywhere and not uncompiled
+            site.float8 = in_float8 and any(float8_layers(m, frozen=False) for m in called)
             note = f"left dense: {refused}" if refused else f"dense ({dense})"
+            note += "; not compiled, and so not in float8" if config.float8_everywhere and uncompiled else ""
             row = SitePlan(site.name, site.site.kind, "dense", note=note, refused=bool(refused) and not dense)
         else:
             row = plan_site(planning, f"{name}, {site.name}", rewrite, site, index)
-        row.float8, row.called = float8_asked(site, config), called_by(site)
+        row.float8, row.called = "" if uncompiled else float8_asked(site, config), called_by(site)
         rows.append(row)
     draws = any(isinstance(part, StepScore) for part in rewrite.modules.values())
     if index == 0 and not draws and config.sequence_parts > 1 and config.eliminations:

@@ -69,7 +69,8 @@ def make_plans(
     notes: list[str] = []
     plans = []
     proofs = Proofs(model, [layer for _, layer in layers])
-    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, group)
+    mixers = recurrent_mixers(anatomy, proofs.usual)
+    planning = Planning(config, predictors, len(layers), Step(), proofs, dump, passes, mixers, group)
     planned: dict[nn.Module, str] = {}
     trains = any(p.requires_grad for p in model.parameters())
     tried: set[tuple] = set()
@@ -119,7 +120,7 @@ def make_plans(
         notes.append(f"each sequence is shared by {group.size} ranks, which attend with some of the heads each")
     sparse_experts = _sparse_experts(anatomy.model, plans)
     head = plan_head(anatomy, planning, sparse_experts, notes)
-    return plans + ([head] if head else []), notes, recurrent_mixers(anatomy, proofs.usual)
+    return plans + ([head] if head else []), notes, mixers
 
 
 def _check_rewritten(anatomy: Anatomy, config: LemoConfig, plans: list[Plan], notes: list[str]) -> None:

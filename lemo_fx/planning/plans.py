@@ -71,6 +71,7 @@ class Planning:
         count: of the decoder layers.
         dump: folder for the graphs of every pass, or None.
         passes: that rewrite a layer; changes: how many each made, by layer.
+        mixers: the modules that no compiled graph holds, from `recurrent_mixers`.
         group: the ranks that share a sequence.
     """
 
@@ -81,6 +82,7 @@ class Planning:
     proofs: Proofs
     dump: Path | None
     passes: Sequence[Pass]
+    mixers: Sequence[nn.Module] = ()
     group: SequenceGroup | None = None
     changes: dict[str, dict[str, int]] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from lemo_fx import LemoConfig
 from lemo_fx.graph.anatomy import anatomy_of, decoder_layers
 from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.install import mixers_of
+from lemo_fx.kernels.float8_linear import op
 from lemo_fx.planning.proof import Proofs
 
 LORA = LemoConfig(attention=None, mlp=None)
@@ -38,6 +39,28 @@ def test_compiled_graphs_do_not_grow_with_the_sequence(kind):
     short, long = (compiled_calls(model, length) for length in (64, 256))
     # Broken on purpose, they grow by a sixth.
     assert 0 < long < 1.05 * short
+
+
+def test_mixers_compute_in_the_models_dtype_where_the_plan_says_float8(monkeypatch):
+    """Their rounding would be run operation by operation, which takes longer than float8 saves."""
+    model = tiny_model("qwen3_5_text").requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_()
+    lemo_fx.transform(model, "balanced")
+    layer, mixer = next((x, m) for _, x in decoder_layers(model) for m in mixers_of(x))
+    rounded, multiply = set(), op.float8_linear
+
+    def float8_linear(x, weight, again=False):
+        rounded.add(weight.untyped_storage().data_ptr())
+        return multiply(x, weight, again)
+
+    monkeypatch.setattr(op, "float8_linear", float8_linear)
+    ids = torch.randint(0, 64, (1, 64))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    of_mixer, of_mlp = ({p.untyped_storage().data_ptr() for p in part.parameters()} for part in (mixer, layer.mlp))
+    assert of_mlp <= rounded
+    assert not of_mixer & rounded
+    row = next(row for row in lemo_fx.report(model).sites if row.site == "linear_attn")
+    assert row.note.endswith("not compiled, and so not in float8")
 
 
 def test_classes_come_back_and_copies_are_originals():
