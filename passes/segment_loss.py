@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
+from torch.nn import functional
+from typing_extensions import TypeIs
 
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.capture import SPLAT, by_name, remove_dead_nodes
@@ -22,7 +24,8 @@ from lemo_fx.runtime import loss as segmented
 from lemo_fx.runtime.logits import late_logits
 
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
-
+PLAIN = {"weight": None, "size_average": None, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
+"""How cross entropy must be called."""
 
 LOGITS = "lemo_logits"
 """Name of the function that the pass outlines."""
@@ -32,17 +35,22 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
     """Rewrite a captured causal model's head in place; returns the function that it outlines, by name.
 
     Args:
-        loss_function: the function that the model's `loss_function` property returned while capturing.
+        loss_function: the function that the model's `loss_function` property returned while capturing; torch's cross
+            entropy may be called in its place.
         segments: number of segments, or "auto".
 
     Raises:
         CaptureError: the graph is of another form, and was left as it is.
     """
-    losses = [n for n in graph.nodes if n.op == "call_function" and n.target is loss_function]
+    known = (loss_function, functional.cross_entropy)
+    losses = [n for n in graph.nodes if n.op == "call_function" and n.target in known]
     if len(losses) != 1:
         raise CaptureError(f"expected one call to the loss function, found {len(losses)}")
     loss = losses[0]
-    given = by_name(LOSS_ARGUMENTS, loss.args, loss.kwargs)
+    if loss.target is loss_function:
+        given = by_name(LOSS_ARGUMENTS, loss.args, loss.kwargs)
+    else:
+        given = _given_to_cross_entropy(loss)
     chain = _head_chain(given.pop("logits"))
     if chain is None:
         raise CaptureError("the logits are not a chain of element-wise operations after one module")
@@ -71,8 +79,41 @@ def segment_loss(graph: fx.Graph, loss_function: Callable, segments: int | str) 
     if isinstance(result, fx.Node):
         result.kwargs = {k: late if v is chain[-1] else v for k, v in result.kwargs.items()}
         result.args = tuple(late if v is chain[-1] else v for v in result.args)
+    for node in graph.nodes:
+        if node.target is getattr and isinstance(node.args[0], fx.Node) and node.args[0].target is getattr:
+            # `if outputs.image_outputs is not None` was answered with yes, and a call without images has None there.
+            node.args = (*node.args[:2], None)
     remove_dead_nodes(graph)
     return {LOGITS: body}
+
+
+def _given_to_cross_entropy(loss: fx.Node) -> dict[str, object]:
+    """Arguments of a causal loss for cross_entropy(logits.view(-1, V), labels.view(-1)), whose labels are not shifted.
+
+    Decoders of encoder-decoder models (BartForCausalLM) compute theirs so.
+
+    Raises:
+        CaptureError: it is called otherwise.
+    """
+    rows, target = loss.args if len(loss.args) == 2 else (None, None)
+    ignored = loss.kwargs.get("ignore_index")
+    if loss.kwargs != {**PLAIN, "ignore_index": ignored} or not (_is_view(rows, 2) and _is_view(target, 1)):
+        raise CaptureError("its cross entropy is not the mean over the rows of logits and labels")
+    labels = target.args[0]
+    if isinstance(labels, fx.Node) and (labels.op, labels.target) == ("call_method", "to"):
+        # To the device of the logits; ours goes to that of the hidden states.
+        labels = labels.args[0]
+    if not isinstance(labels, fx.Node) or labels.op != "placeholder":
+        raise CaptureError("its labels are changed before their cross entropy")
+    return {"logits": rows.args[0], "labels": labels, "shift_labels": labels, "ignore_index": ignored}
+
+
+def _is_view(node: object, axes: int) -> TypeIs[fx.Node]:
+    return (
+        isinstance(node, fx.Node)
+        and (node.op, node.target) in (("call_method", "view"), ("call_method", "reshape"))
+        and (len(node.args) - 1, node.args[1]) == (axes, -1)
+    )
 
 
 def _head_chain(logits: object) -> list[fx.Node] | None:

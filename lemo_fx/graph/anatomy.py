@@ -172,7 +172,9 @@ def config_in_words(config: Any) -> str:
 
 def longest_context(config: Any) -> int | None:
     """The tokens that a model of this transformers config reads at most; None where it does not say."""
-    longest = getattr(text_config(config), "max_position_embeddings", None)
+    text = text_config(config)
+    # Whisper's decoder has another word for it.
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     return longest if isinstance(longest, int) else None
 
 

@@ -75,6 +75,9 @@ class Tracer(fx.Tracer):
         """A node in this thread. fx patches `nn.Module` for all threads, and another one may be in a training step."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if type(m) is nn.CrossEntropyLoss and m not in (self.submodule_paths or ()):
+            # A forward that makes its loss itself calls the function that is in it.
+            return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

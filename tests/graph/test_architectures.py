@@ -119,6 +119,45 @@ def test_a_head_that_asks_whether_its_hidden_states_were_cut(model_type, softcap
     torch.testing.assert_close(model(batch("padded")["input_ids"]).logits, unlabelled)
 
 
+@pytest.mark.parametrize("model_type", ["bart", "blenderbot-small", "marian", "pegasus", "whisper"])
+def test_a_head_that_makes_its_own_loss(model_type):
+    """Decoders of encoder-decoder models call torch's cross entropy; labels are not shifted, their number not told."""
+    model = tiny_model(model_type)
+    calls = [batch("plain"), batch("padded"), {**batch("padded"), "num_items_in_batch": torch.tensor(7)}]
+    expected = [step(model, inputs) for inputs in calls]
+    lemo_fx.transform(model, LemoConfig(attention=None, mlp=None))
+    assert not [note for note in lemo_fx.report(model).notes if "not segmented" in note or "not proven" in note]
+    for inputs, wanted in zip(calls, expected, strict=True):
+        assert isinstance(model(**inputs).logits, LateLogits)
+        same("segments", wanted, step(model, inputs))
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *args: None)  # No plain linear any more: recomputed in the backward.
+    same("segments of any head", expected[0], step(model, calls[0]))
+
+
+def test_a_head_that_asks_for_the_outputs_of_images():
+    """Granite-Docling hands on what its images made, where the call has any."""
+    modeling = pytest.importorskip("transformers.models.granite_docling.modeling_granite_docling")
+    model = tiny_model("granite_docling")
+    expected = step(model, batch("padded"))
+    lemo_fx.transform(model, LemoConfig(attention=None, mlp=None))
+    assert not [note for note in lemo_fx.report(model).notes if "not segmented" in note]
+    assert isinstance(model(**batch("padded")).logits, LateLogits)
+    same("segments", expected, step(model, batch("padded")))
+
+    def with_images(module, args, outputs):
+        outputs.image_outputs = modeling.GraniteDoclingImageFeaturesOutput(router_logits=torch.tensor([0.2, -0.1]))
+        return outputs
+
+    model.model.register_forward_hook(with_images)
+    outputs = model(**batch("padded"))
+    assert isinstance(outputs.logits, LateLogits)
+    assert outputs.router_logits.tolist() == pytest.approx([0.2, -0.1])
+    same("segments", expected, step(model, batch("padded")))
+    more = model(**batch("padded"), router_labels=torch.tensor([1, 0]))
+    assert more.loss > outputs.loss
+
+
 def test_an_mlp_whose_optional_argument_changes_it():
     """Moshi's hands a codebook's number on to linear layers, where it has one."""
     row = survey_one("moshi", kinds=("padded",))

@@ -101,7 +101,7 @@ def test_attention_and_mlps_are_no_recurrent_mixers(kind, run):
         ("minimax", "MiniMaxLightningAttention"),
         ("recurrent_gemma", "RecurrentGemmaRecurrentBlock"),
         ("falcon_h1", "FalconH1Mixer"),
-        ("kimi_linear", "KimiLinearDeltaAttention"),
+        ("qwen3_next", "Qwen3NextGatedDeltaNet"),
     ],
 )
 def test_recurrent_mixers_are_found_whatever_their_layers_hand_them(kind, mixer):
