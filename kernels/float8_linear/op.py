@@ -181,10 +181,16 @@ class Float8Switch(nn.Module):
         self.module, self.children_seen = (module,), ()
         self.refresh()
 
-    def refresh(self) -> None:
-        """The same for layers that the module was given since: adapters. Called in every step, so it looks first."""
+    def refresh(self, check: Callable[[nn.Module], None] | None = None) -> None:
+        """The same for layers that the module was given since: adapters. Called in every step, so it looks first.
+
+        Args:
+            check: called with the module where it was given some and weights are held, before any more are.
+        """
         if self.children_seen and all(tuple(m._modules.values()) == seen for m, seen in self.children_seen):
             return
+        if check is not None and self.holding:
+            check(self.module[0])
         self.children_seen = tuple((m, tuple(m._modules.values())) for m in self.module[0].modules())
         self.layers = _known_linears(self.module[0])
         for layer in self.layers:

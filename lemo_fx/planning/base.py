@@ -1,5 +1,4 @@
-"""Refuse quantised bases that pass no gradient down, since adapters below them would be trained wrongly, unnoticed; and
-adapters that read a weight which is to be held in float8."""
+"""Refuse quantised bases that pass no gradient down, since adapters below them would be trained wrongly, unnoticed."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.probe import in_a_line, quiet
 from lemo_fx.graph.token_wise import is_quantised
 from lemo_fx.kernels.float8_linear.as_it_comes import is_packed
-from lemo_fx.kernels.float8_linear.op import Float8Switch, held_layers
 
 ROWS = 16
 CLOSE = 0.25
@@ -49,45 +47,6 @@ def refuse_untrainable(name: str, layer: nn.Module, known: set[tuple]) -> None:
                 f"{name}.{part}: {type(module).__name__} ({type(weight).__name__}, {kind[-1]}) {problem}; use "
                 f"{_mend(module)}"
             )
-
-
-def refuse_readers(name: str, layer: nn.Module, known: set[tuple]) -> None:
-    """Raise where an adapter in a decoder layer reads the weight that `base="float8"` would leave it packed.
-
-    Args:
-        known: kinds of adapters that are tried already; those of this layer are added.
-
-    Raises:
-        UnsupportedModelError: naming it, and what to use.
-    """
-    for part, module in layer.named_modules():
-        base = module._modules.get("base_layer")
-        # Weights that come quantised are not held.
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
-            continue
-        kind = (part, *map(type, module.modules()))
-        if kind in known:
-            continue
-        known.add(kind)
-        # In the weight's place zeros, since packing it again could not give it back.
-        x = base.weight.new_zeros(1, ROWS, base.in_features)
-        twin, switch = nn.utils.skip_init(nn.Linear, base.in_features, base.out_features, False), Float8Switch()
-        twin.weight = nn.Parameter(torch.zeros_like(base.weight), requires_grad=False)
-        switch.connect(twin)
-        switch.hold()
-        if not held_layers(twin):
-            continue
-        module._modules["base_layer"] = twin
-        try:
-            with quiet(module), torch.no_grad():
-                module(x)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"{name}.{part}: its adapter reads the weight below it, as those of DoRA, LoHa and others do, which "
-                f"base='float8' holds packed ({in_a_line(error)}): use base='model'"
-            ) from error
-        finally:
-            module._modules["base_layer"] = base
 
 
 def _computes_in_its_own_way(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from lemo_fx.graph.anatomy import Anatomy, is_softmax_attention, longest_context
 from lemo_fx.graph.left_out import reads_use_cache
 from lemo_fx.graph.mixers import recurrent_mixers
 from lemo_fx.passes.pipeline import PASSES, Pass
-from lemo_fx.planning.base import refuse_readers, refuse_untrainable
+from lemo_fx.planning.base import refuse_untrainable
 from lemo_fx.planning.dense import SHARED
 from lemo_fx.planning.head import plan_head
 from lemo_fx.planning.layer import plan_layer
@@ -25,6 +25,7 @@ from lemo_fx.planning.plans import Plan, Planning
 from lemo_fx.planning.proof import Proofs
 from lemo_fx.planning.shared import check_exchanged, check_shared
 from lemo_fx.runtime.parts import SequenceGroup
+from lemo_fx.runtime.readers import refuse_readers
 from lemo_fx.runtime.step import Step
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from lemo_fx.runtime.hooks import look_for_hooks
 from lemo_fx.runtime.layer import STATE, refuse_function_transforms, settings_of, warn_once
 from lemo_fx.runtime.loss import rows_of, saves_memory, segmentable
 from lemo_fx.runtime.parts import SequenceGroup
+from lemo_fx.runtime.readers import refuse_readers
 from lemo_fx.runtime.shared_calls import part_of, wanted
 from lemo_fx.runtime.step import Step
 
@@ -90,7 +91,7 @@ class HeadSettings:
         """Look at what may have become of the model since the step before; not in compiled code, which asks once.
 
         Raises:
-            UnsupportedModelError: the rewritten layers would be shown parts.
+            UnsupportedModelError: the rewritten layers would be shown parts, or an adapter reads a held weight.
         """
         alone = not torch.distributed.is_initialized() and not vars(model).get("_is_replica")
         if not alone and (model.training or self.config.active == "always"):
@@ -104,8 +105,14 @@ class HeadSettings:
                         distributed.refuse_finer_units(name, module)
                 self.weights_checked = True
         look_for_hooks(model, self.step)
+        tried: set[tuple] = set()
+
+        def check(layer: nn.Module) -> None:
+            # Adapters that came since the transform.
+            refuse_readers(next(name for name, module in model.named_modules() if module is layer), layer, tried)
+
         for switch in self.step.switches:
-            switch.refresh()
+            switch.refresh(check)
         if model.training and torch.is_grad_enabled():
             note_unlabelled(self.step)
 

@@ -14,6 +14,7 @@ from peft import (
     ShiraConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from tiny import anatomy, assert_same_step, batch, fix_choice, saved_bytes, step, tiny, with_lora
@@ -189,6 +190,30 @@ def test_adapters_that_read_the_weight_are_refused_and_nothing_is_rounded(kind):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert anatomy(model) == was
     step(lemo_fx.transform(model, DYNAMIC), batch(2, 64))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_come_later_and_read_the_weight_are_refused_before_any_is_rounded(kind):
+    model = lemo_fx.transform(tiny("llama", 2), HELD)
+    adapted = get_peft_model(model, ADAPTERS[kind]())
+    before, was = {name: p.clone() for name, p in model.named_parameters()}, anatomy(model)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"0\.mlp\.down_proj: its adapter reads .* use base='model'"):
+            step(adapted, batch(2, 64))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert anatomy(model) == was
+    assert held_layers(model) == []
+    step(lemo_fx.transform(adapted, DYNAMIC), batch(2, 64))
+
+
+@pytest.mark.parametrize("kind", ["loha", "shira"])
+def test_adapters_that_read_a_weight_which_is_held_already_are_refused(kind):
+    model = lemo_fx.transform(with_lora(tiny("llama", 2), targets=["q_proj"]), HELD)
+    packed = [layer.weight.clone() for layer in held_layers(model)]
+    inject_adapter_in_model(ADAPTERS[kind](), model)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj: its adapter reads the weight .* use base='model'"):
+        step(model, batch(2, 64))
+    assert all(map(torch.equal, packed, [layer.weight for layer in held_layers(model)]))
 
 
 def test_a_cast_of_the_model_leaves_the_bytes_alone():
