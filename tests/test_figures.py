@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
 from lemo_fx.cli import demo, estimate
 
@@ -91,6 +94,15 @@ def test_the_longest_contexts_are_what_estimate_says():
     for row, name in zip(rows_of("README.md", "## Which GPU"), names, strict=True):
         lengths = [estimate.longest(shape, name, size * 1e9, 8) for size in (24, 48, 80, 141)]
         assert row[1:5] == [f"{length:,}" for length in lengths]
+
+
+def test_the_share_of_gemma_4s_per_layer_inputs():
+    with torch.device("meta"):
+        layer = Gemma4TextDecoderLayer(Gemma4TextConfig(), 0)
+    sizes = {name: p.numel() for name, p in layer.named_parameters() if p.dim() == 2}
+    share = sum(size for name, size in sizes.items() if "per_layer" in name) / sum(sizes.values())
+    (row,) = [row for row in rows_of("docs/architectures.md", "## What the report says") if "per_layer_input" in row[0]]
+    assert f"{100 * share:.1f} % of a layer's matrices" in row[1]
 
 
 def test_the_readme_is_short_and_opens_with_what_the_default_does():
