@@ -17,7 +17,7 @@ from torch import fx, nn
 import lemo_fx
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, by_name, capture
-from lemo_fx.graph.oracle import Changes, Oracle
+from lemo_fx.graph.oracle import Changes, Oracle, Untouched
 from lemo_fx.graph.probe import eager
 from lemo_fx.graph.sites import Site, find_sites, site_name
 
@@ -65,6 +65,7 @@ def masked(model: nn.Module, kept: Kept) -> Iterator[None]:
 def _forward(layer: nn.Module, kept: Mapping[str, tuple[str, torch.Tensor]]) -> Any:
     graph = capture(layer, ABSENT_IN_TRAINING)
     sites, _ = find_sites(graph)
+    untouched = Untouched(graph, sites)
     planned = {site: kept[name] for site in sites if (name := site_name(site, sites)) in kept}
     assert len(planned) == len(kept), f"{list(kept)} are not all among {[site_name(site, sites) for site in sites]}"
     exact = {site.branch for site, (treatment, _) in planned.items() if treatment == "exact"}
@@ -94,8 +95,8 @@ def _forward(layer: nn.Module, kept: Mapping[str, tuple[str, torch.Tensor]]) -> 
 
         skipping = {branch: row for branch, row in rows.items() if branch not in exact}
         with torch.no_grad():
-            Oracle(layer, graph, sites, given, Changes(_masks(sites, given, stream, skipping), values)).run()
-        return Oracle(layer, graph, sites, given, Changes(_masks(sites, given, stream, rows), gradients)).run()
+            Oracle(layer, untouched, given, Changes(_masks(sites, given, stream, skipping), values)).run()
+        return Oracle(layer, untouched, given, Changes(_masks(sites, given, stream, rows), gradients)).run()
 
     return forward
 

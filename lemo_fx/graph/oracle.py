@@ -16,8 +16,16 @@ from lemo_fx.graph.capture import SPLAT
 from lemo_fx.graph.sites import Site
 
 
-def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Site]]:
-    """A copy of a captured graph that passes do not edit, and the sites in it."""
+@dataclass(frozen=True)
+class Untouched:
+    """A captured graph that no pass edits, and the sites in it, in the order in which they are planned."""
+
+    graph: fx.Graph
+    sites: Sequence[Site]
+
+
+def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> Untouched:
+    """A copy of a captured graph for which passes may edit this one."""
     copied = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(graph, copies))
@@ -28,7 +36,7 @@ def snapshot(graph: fx.Graph, sites: Sequence[Site]) -> tuple[fx.Graph, list[Sit
         return copies[value] if isinstance(value, fx.Node) else value
 
     places = [{f.name: of(getattr(site, f.name)) for f in fields(site)} for site in sites]
-    return copied, [replace(site, **place) for site, place in zip(sites, places, strict=True)]
+    return Untouched(copied, [replace(site, **place) for site, place in zip(sites, places, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,11 @@ class Oracle(fx.Interpreter):
         given: the layer's arguments by name.
     """
 
-    def __init__(
-        self, layer: nn.Module, graph: fx.Graph, sites: Sequence[Site], given: Mapping[str, Any], changes: Changes
-    ) -> None:
-        super().__init__(layer, garbage_collect_values=False, graph=graph)
+    def __init__(self, layer: nn.Module, captured: Untouched, given: Mapping[str, Any], changes: Changes) -> None:
+        super().__init__(layer, garbage_collect_values=False, graph=captured.graph)
         self.given, self.changes = given, changes
-        self.branches = {site.branch for site in sites}
-        self.named = {str(n.target) for n in graph.nodes if n.op == "placeholder"}
+        self.branches = {site.branch for site in captured.sites}
+        self.named = {str(n.target) for n in captured.graph.nodes if n.op == "placeholder"}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The layer's argument of this name, or its default."""

@@ -111,7 +111,7 @@ def _rewrite_layer(
         rewrite.modules[FLOAT8] = Float8Switch()
     observe = dumper(planning.dump, name) if planning.dump else None
     planning.changes[name] = run_passes(rewrite, observe, planning.passes)
-    return rewrite, rows, original, planning.proofs.fault(rewrite, *untouched)
+    return rewrite, rows, original, planning.proofs.fault(rewrite, untouched)
 
 
 def _refused(planning: Planning, name: str, layer: nn.Module, found: str) -> UnsupportedModelError:

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import config_in_words, implementation_of
+from lemo_fx.graph.oracle import Untouched
 from lemo_fx.graph.probe import Probe, record
-from lemo_fx.graph.sites import Site
 from lemo_fx.graph.watch import Watched, watch
 from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.planning.trial import Fault, OriginalFails, Trial
@@ -50,11 +50,11 @@ class Proofs:
             self.obstacle = "its layers are sharded; transform before fully_shard to have them proven"
         self.key = (type(model), config_in_words(getattr(model, "config", None)))
 
-    def fault(self, rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site]) -> Fault | None:
+    def fault(self, rewrite: LayerRewrite, captured: Untouched) -> Fault | None:
         """What is wrong with a rewritten layer; None where nothing is, or it cannot be proven (`obstacle` says why).
 
         Args:
-            captured, sites: as in `prove`.
+            captured: as in `prove`.
         """
         probes = self._recorded(rewrite.layer)
         if not probes:
@@ -62,7 +62,7 @@ class Proofs:
         key = (*self.key, *signature(rewrite))
         if key not in _known:
             try:
-                _known[key] = prove(rewrite, captured, sites, probes)
+                _known[key] = prove(rewrite, captured, probes)
             except OriginalFails as error:
                 self.obstacle = f"a layer does not run by itself: {error}"
                 return None
@@ -122,13 +122,12 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return (implementation_of(module), *sorted((k, repr(v)) for k, v in plain.items() if k not in places))
 
 
-def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], probes: Sequence[Probe]) -> Fault | None:
+def prove(rewrite: LayerRewrite, captured: Untouched, probes: Sequence[Probe]) -> Fault | None:
     """Run a rewritten layer beside the original; None where they agree.
 
     Args:
         rewrite: of a layer, after all passes.
-        captured: the graph of that layer's forward before any pass, and `sites` in it, in the order of `rewrite.sites`;
-            see `snapshot`.
+        captured: the graph of that layer's forward before any pass, its sites in the order of `rewrite.sites`.
     """
     built: list[fx.GraphModule] = []
     for probe in probes:
@@ -138,7 +137,7 @@ def prove(rewrite: LayerRewrite, captured: fx.Graph, sites: Sequence[Site], prob
         # Kernels for half precision refuse float32, and some have no backward (flex_attention on the CPU).
         for float32, gradients in itertools.product((True, False), (True, False) if probe.padded else (False,)):
             try:
-                fault = Trial(rewrite, captured, sites, probe, float32, gradients, built).run()
+                fault = Trial(rewrite, captured, probe, float32, gradients, built).run()
                 break
             except OriginalFails as error:
                 reason = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,8 @@ from torch import fx, nn
 
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.capture import graph_module
-from lemo_fx.graph.oracle import Changes, Oracle
+from lemo_fx.graph.oracle import Changes, Oracle, Untouched
 from lemo_fx.graph.probe import BATCH, DOCUMENT, LENGTH, PADDED, Probe, eager, in_a_line, quiet, with_weights
-from lemo_fx.graph.sites import Site
 from lemo_fx.kernels.private import tree_leaves, tree_map
 from lemo_fx.passes.rewrite import LayerRewrite, site_and_role
 from lemo_fx.runtime.scores import RandomScore
@@ -67,15 +66,14 @@ class Trial:
     def __init__(
         self,
         rewrite: LayerRewrite,
-        captured: fx.Graph,
-        sites: Sequence[Site],
+        captured: Untouched,
         probe: Probe,
         float32: bool,
         gradients: bool,
         built: list[fx.GraphModule],
     ) -> None:
         self.built = built
-        self.rewrite, self.captured, self.sites = rewrite, captured, sites
+        self.rewrite, self.captured = rewrite, captured
         layer = rewrite.layer
         plain = all(
             p.is_floating_point() and p.itemsize > 1 and type(p.data) is torch.Tensor for p in layer.parameters()
@@ -236,7 +234,7 @@ class Trial:
         For `exact`, values are those of the branch on every token, and only the gradient is that. With every key,
         attention is not masked, and its gradient leaves by its input at kept tokens.
         """
-        pairs = list(zip(self.sites, self.rewrite.sites, strict=True))
+        pairs = list(zip(self.captured.sites, self.rewrite.sites, strict=True))
         planned = {site.branch: s for site, s in pairs if s.treatment}
         keys = {site.branch: self._kept(s.name) for site, s in pairs if s.treatment}
         whole: dict[fx.Node, torch.Tensor] = {}
@@ -270,7 +268,7 @@ class Trial:
 
         def run(**given: Any) -> Any:
             with eager(layer) if self.attends else nullcontext():
-                return Oracle(layer, self.captured, self.sites, given, changes).run()
+                return Oracle(layer, self.captured, given, changes).run()
 
         return run
 
@@ -290,7 +288,7 @@ class Trial:
         every = torch.ones(BATCH, LENGTH, dtype=torch.bool, device=self.stream.device)
         return {
             site.mixer: mask.masked_fill(~keys.get(site.branch, every)[:, None, None, :], lowest)
-            for site, planned in zip(self.sites, self.rewrite.sites, strict=True)
+            for site, planned in zip(self.captured.sites, self.rewrite.sites, strict=True)
             # A layer that the model hands no square mask may have an attention that takes none, as may one that is not
             # causal.
             if site.kind == "attention" and (planned.treatment or (square and self._is_causal(site.mixer)))
