@@ -64,9 +64,11 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
     shared = planned.score == "shared"
     if not shared:
         varies = len(set(keeps)) > 1
-        parts["select"] = SelectBlocks(
-            config.block_size, keep, threshold, planning.step, elimination.balance, varies, planning.parts[0]
+        select = SelectBlocks(
+            config.block_size, keep or 1.0, planning.step, elimination.balance, varies, planning.parts[0]
         )
+        select.set_threshold(threshold)
+        parts["select"] = select
     if predictors is not None and elimination.eliminated == "stand_in":
         parts["stand_in"] = predictors.stand_in(index, planned.name)
     rewrite.modules |= {part_name(planned.name, role): part for role, part in parts.items()}

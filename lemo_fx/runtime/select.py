@@ -31,6 +31,7 @@ class SelectBlocks(nn.Module):
     """The tokens of a site's kept blocks, by budget or by threshold.
 
     Args:
+        keep: as `set_keep`; a threshold is set afterwards.
         step: labels of the running step, whose blocks survive when they are few.
         balance: rank blocks within windows of the sequence, see `selection.balanced`.
         varies: whether other layers keep other shares, so that a compiler need not find out by compiling one of them.
@@ -46,8 +47,7 @@ class SelectBlocks(nn.Module):
     def __init__(
         self,
         block_size: int,
-        keep: float | None,
-        threshold: float | None,
+        keep: float,
         step: Step,
         balance: bool = False,
         varies: bool = False,
@@ -58,8 +58,8 @@ class SelectBlocks(nn.Module):
         self.balance = balance
         self.varies = varies
         self.parts = parts
-        self.set_keep(1.0 if keep is None else keep)
-        self.set_threshold(threshold)
+        self.set_keep(keep)
+        self.threshold = None
         self.step = step
         self.record = SiteRecord()
 

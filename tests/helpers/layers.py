@@ -57,7 +57,7 @@ def rewrite_of(layer, treatments=("skip", "skip"), score="random"):
     for i, site in enumerate(planned):
         if site.treatment:
             rewrite.modules[f"lemo_mlp_{i}_score"] = RandomScore(i + 1, 4)
-            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, None, Step())
+            rewrite.modules[f"lemo_mlp_{i}_select"] = SelectBlocks(4, 0.5, Step())
     return rewrite
 
 

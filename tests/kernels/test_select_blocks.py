@@ -146,7 +146,8 @@ def test_the_only_label_survives(data):
         assert tokens.shape == select_blocks(scores, None, None, length, size, keep).shape
     else:
         threshold = data.draw(st.sampled_from([-1.0, 0.0, 1.0, float("inf")]))
-        part = SelectBlocks(size, None, threshold, Step())
+        part = SelectBlocks(size, 1.0, Step())
+        part.set_threshold(threshold)
         tokens = select_by_threshold(scores, valid, labelled, length, size, part.threshold)
     for row, predicts in zip(tokens, target - 1, strict=True):
         assert predicts in row
@@ -332,7 +333,8 @@ def test_a_copied_site_begins_a_record_of_its_own(record, copied):
 def test_pinned_blocks_reach_every_threshold():
     valid = torch.arange(30) >= torch.tensor([[9], [0]])
     valid[:, 21:] = False
-    part = SelectBlocks(4, None, float("inf"), Step())
+    part = SelectBlocks(4, 1.0, Step())
+    part.set_threshold(float("inf"))
     kept = part(torch.zeros(2, 8), torch.randn(2, 30, 4), valid.long())
     # The first and the last real block, and the ragged tail, in either sample.
     assert [row[-1] for row in blocks_of(kept, 4)] == [7, 7]

@@ -31,7 +31,7 @@ def rewrite_of(treatment, group=GROUP, layer=None):
     rewrite = LayerRewrite(layer, graph, planned, group=group)
     for number, site in enumerate(planned if treatment else ()):
         rewrite.modules[f"lemo_{site.name}_score"] = RandomScore(number, 4)
-        rewrite.modules[f"lemo_{site.name}_select"] = SelectBlocks(4, 0.5, None, Step())
+        rewrite.modules[f"lemo_{site.name}_select"] = SelectBlocks(4, 0.5, Step())
     for run in (insert_scores, insert_elimination, insert_restoration):
         run(rewrite)
     return rewrite
