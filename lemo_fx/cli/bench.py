@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -199,9 +198,10 @@ def bench(
     model = adapted(model, settings.rank, settings.targets).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     given = None if predictors_path is None else Predictors.load(predictors_path)
+    benched = Bench(model, settings, given)
     for plan in filter(None, plans.values()):
         # What does not fit the model is said before anything is timed.
-        _transform(model, plan, given)
+        benched.put(plan)
     # PEFT counts a weight of 4 bits as one, not as half a byte.
     trained, every = model.get_nb_trainable_parameters()
     parameters = {"all": every, "trained": trained}
@@ -211,7 +211,7 @@ def bench(
         for name, given_plan in plans.items():
             tick = progress(f"{name}, {context:,}", settings.steps + 1)
             model.load_state_dict(start, strict=False)
-            outcome.runs.append(_attempt(model, name, given_plan, given, context, settings, device, tick))
+            outcome.runs.append(benched.attempt(name, given_plan, context, tick))
             ended(outcome)
     return outcome
 
@@ -252,87 +252,95 @@ def load(path: Path, config: Any, device: torch.device, settings: Settings) -> t
         raise InputError(f"{path}: the model alone does not fit: {str(error).splitlines()[0]}") from error
 
 
-def _transform(model: nn.Module, plan: LemoConfig, given: Predictors | None) -> None:
-    lemo_fx.revert(model)
-    predictors = Predictors.random(model, plan) if plan.predicts and given is None else given
-    lemo_fx.transform(model, plan, predictors=predictors)
+@dataclass(frozen=True)
+class Bench:
+    """A model with adapters that makes the steps of plan after plan.
 
+    Attributes:
+        predictors: for plans that predict; without any, untrained ones of their real size.
+    """
 
-def _attempt(model: Any, name: str, plan: LemoConfig | None, given: Predictors | None, context: int, *rest: Any) -> Run:
-    """`_run`, or in its place that it did not fit, or why the plan's steps are refused."""
-    try:
-        return _run(model, name, plan, given, context, *rest)
-    except torch.OutOfMemoryError as error:
-        failed = f"out of memory: {str(error).splitlines()[0]}"
-    except LemoError as error:
-        failed = f"refused: {' '.join(str(error).split())}"
-    except Exception as error:  # A compiler's or another library's: the other plans' figures are worth having.
-        failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    # Outside the handler: what went wrong holds the tensors of the step.
-    model.zero_grad()
-    return Run(name, context, failed=failed)
+    model: Any
+    settings: Settings
+    predictors: Predictors | None
 
+    def put(self, plan: LemoConfig | None) -> None:
+        """The model under this plan, and no other."""
+        lemo_fx.revert(self.model)
+        if plan is not None:
+            untrained = plan.predicts and self.predictors is None
+            predictors = Predictors.random(self.model, plan) if untrained else self.predictors
+            lemo_fx.transform(self.model, plan, predictors=predictors)
 
-def _run(
-    model: Any,
-    name: str,
-    plan: LemoConfig | None,
-    given: Predictors | None,
-    context: int,
-    settings: Settings,
-    device: torch.device,
-    tick: Callable[[], None],
-) -> Run:
-    lemo_fx.revert(model)
-    if plan is not None:
-        _transform(model, plan, given)
-    torch.compiler.reset()
-    for _, layer in decoder_layers(model):
-        uncompile(layer)
-        if plan is not None and compiles(settings.compile):
-            layer.compile()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    count = (settings.steps + 1) * settings.batch
-    ids = torch.randint(vocabulary, (count, context), generator=torch.Generator().manual_seed(0))
-    clock = Clock(device, tick)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=settings.steps + 1,
-            per_device_train_batch_size=settings.batch,
-            bf16=next(model.parameters()).dtype == torch.bfloat16,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=device.type == "cuda",
-            **checkpointing(settings.checkpointing),
-        )
-        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
-        trainer = Trainer(model=model, args=one_device(arguments), train_dataset=rows, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)
-        _forget_memory(device)
+    def attempt(self, name: str, plan: LemoConfig | None, context: int, tick: Callable[[], None]) -> Run:
+        """`run`, or in its place that it did not fit, or why the plan's steps are refused."""
         try:
-            trainer.train()
-        finally:
-            # accelerate puts autocast around a model that it has not prepared yet, and no other.
-            for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                vars(model).pop(attribute, None)
-            getattr(model, f"{CHECKPOINTING}_disable")()
-    shares = [] if plan is None else [site.kept_share for site in lemo_fx.report(model).sites]
-    kept = [share for share in shares if share is not None]
-    first, *timed = clock.steps
-    return Run(
-        name,
-        context,
-        step_seconds=statistics.median(timed),
-        slowest_seconds=max(timed),
-        first_seconds=first,
-        first_loss=clock.losses[0],
-        peak_bytes=peak_memory(device),
-        reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-        kept_share=statistics.fmean(kept) if kept else None,
-    )
+            return self.run(name, plan, context, tick)
+        except torch.OutOfMemoryError as error:
+            failed = f"out of memory: {str(error).splitlines()[0]}"
+        except LemoError as error:
+            failed = f"refused: {' '.join(str(error).split())}"
+        except Exception as error:  # A compiler's or another library's: the other plans' figures are worth having.
+            failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        # Outside the handler: what went wrong holds the tensors of the step.
+        self.model.zero_grad()
+        return Run(name, context, failed=failed)
+
+    def run(self, name: str, plan: LemoConfig | None, context: int, tick: Callable[[], None]) -> Run:
+        """One plan at one length.
+
+        Args:
+            tick: called after each step.
+        """
+        model, settings, device = self.model, self.settings, self.model.device
+        self.put(plan)
+        torch.compiler.reset()
+        for _, layer in decoder_layers(model):
+            uncompile(layer)
+            if plan is not None and compiles(settings.compile):
+                layer.compile()
+        vocabulary = model.get_input_embeddings().num_embeddings
+        count = (settings.steps + 1) * settings.batch
+        ids = torch.randint(vocabulary, (count, context), generator=torch.Generator().manual_seed(0))
+        clock = Clock(device, tick)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                max_steps=settings.steps + 1,
+                per_device_train_batch_size=settings.batch,
+                bf16=next(model.parameters()).dtype == torch.bfloat16,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=device.type == "cuda",
+                **checkpointing(settings.checkpointing),
+            )
+            rows: Any = [{"input_ids": row, "labels": row} for row in ids]
+            trainer = Trainer(model=model, args=one_device(arguments), train_dataset=rows, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
+            _forget_memory(device)
+            try:
+                trainer.train()
+            finally:
+                # accelerate puts autocast around a model that it has not prepared yet, and no other.
+                for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                    vars(model).pop(attribute, None)
+                getattr(model, f"{CHECKPOINTING}_disable")()
+        shares = [] if plan is None else [site.kept_share for site in lemo_fx.report(model).sites]
+        kept = [share for share in shares if share is not None]
+        first, *timed = clock.steps
+        return Run(
+            name,
+            context,
+            step_seconds=statistics.median(timed),
+            slowest_seconds=max(timed),
+            first_seconds=first,
+            first_loss=clock.losses[0],
+            peak_bytes=peak_memory(device),
+            reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+            kept_share=statistics.fmean(kept) if kept else None,
+        )
 
 
 def _forget_memory(device: torch.device) -> None:

@@ -121,14 +121,14 @@ def test_the_picture_shows_every_point():
 
 
 def test_what_does_not_fit_is_noted(config, tmp_path, monkeypatch):
-    real = bench._run
+    real = bench.Bench.run
 
-    def run(model, name, *rest):
+    def run(self, name, *rest):
         if name == bench.UNTOUCHED:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nAnd more.")
-        return real(model, name, *rest)
+        return real(self, name, *rest)
 
-    monkeypatch.setattr(bench, "_run", run)
+    monkeypatch.setattr(bench.Bench, "run", run)
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output
     first, lora, careful = json.loads((tmp_path / "out" / "bench.json").read_text())["runs"]
@@ -156,14 +156,14 @@ def test_refused_steps_are_noted(tmp_path):
 
 
 def test_what_was_measured_before_a_stop_stays(config, tmp_path, monkeypatch):
-    real = bench._run
+    real = bench.Bench.run
 
-    def run(model, name, *rest):
+    def run(self, name, *rest):
         if name == "careful":
             raise KeyboardInterrupt
-        return real(model, name, *rest)
+        return real(self, name, *rest)
 
-    monkeypatch.setattr(bench, "_run", run)
+    monkeypatch.setattr(bench.Bench, "run", run)
     assert invoke(config, tmp_path, "--context", "256").exit_code != 0
     figures = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [run["plan"] for run in figures["runs"]] == [bench.UNTOUCHED, bench.LORA]
@@ -188,7 +188,7 @@ def test_dropout_is_seen_in_the_config(config, has):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_dropout_is_said_beside_the_loss(config, tmp_path, monkeypatch, dropout):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": dropout}))
-    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    monkeypatch.setattr(bench.Bench, "run", lambda self, name, plan, context, tick: bench.Run(name, context))
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output
     assert ("where the model has no dropout; this one has." in result.output.replace("\n", " ")) == (dropout > 0)
@@ -216,7 +216,7 @@ def test_other_models_are_named_in_one_line(tmp_path, model, says):
 
 
 def test_each_length_is_measured_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    monkeypatch.setattr(bench.Bench, "run", lambda self, name, plan, context, tick: bench.Run(name, context))
     result = invoke(config, tmp_path, "--context", "512,256,512", "--preset", "careful")
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -241,7 +241,7 @@ def test_rope_scaling_is_for_models_with_rope(config, advice):
 @pytest.mark.parametrize(("load", "warns"), [(3.0, True), (0.1, False)])
 def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
     monkeypatch.setattr("lemo_fx.cli.machine.other_load", lambda: load)
-    monkeypatch.setattr(bench, "_run", lambda model, name, plan, given, context, *rest: bench.Run(name, context))
+    monkeypatch.setattr(bench.Bench, "run", lambda self, name, plan, context, tick: bench.Run(name, context))
     result = invoke(config, tmp_path, "--context", "256", "--preset", "careful")
     assert result.exit_code == 0, result.output
     assert ("Other programs are running" in result.output) == warns
@@ -262,7 +262,7 @@ def test_a_busy_machine_is_said(config, tmp_path, monkeypatch, load, warns):
     ],
 )
 def test_errors_come_before_the_first_step(config, tmp_path, monkeypatch, options, says):
-    monkeypatch.setattr(bench, "_run", None)
+    monkeypatch.setattr(bench.Bench, "run", None)
     if options[1] in ("4096", "0"):
         # Said before the weights are made, which may be many.
         monkeypatch.setattr(bench, "load", None)
@@ -283,8 +283,9 @@ def test_every_run_of_a_model_is_under_autocast(config, monkeypatch):
     settings = bench.Settings(contexts=(64,), steps=1, compile=False)
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    benched = bench.Bench(model, settings, None)
     for plan in (None, LemoConfig.preset("dense"), LemoConfig.preset("dense")):
-        bench._run(model, "a plan", plan, None, 64, settings, torch.device("cpu"), lambda: None)
+        benched.run("a plan", plan, 64, lambda: None)
         # What a transform tries out is before the steps.
         assert seen[-2:] == [True, True]
         seen.clear()
