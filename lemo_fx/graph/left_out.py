@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -52,8 +55,9 @@ def matters_when_absent(
 ) -> tuple[str, ...]:
     """The optional arguments whose absence changes what a captured forward does, beyond being handed on.
 
-    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So the forward
-    is captured once more with each argument held at None, and what comes out is compared.
+    While tracing, an argument is a proxy and never None: `if attention_mask is None` is answered once. So where the
+    source does more with an argument than that, the forward is captured once more with it held at None, and what comes
+    out is compared.
 
     Args:
         graph: `capture(module, constants, **options)`.
@@ -64,8 +68,10 @@ def matters_when_absent(
     optional = tuple(
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is None and name not in (*constants, *besides)
+        if parameter.default is None and name not in (*constants, *besides) and not _only_handed_on(module, name)
     )
+    if not optional:
+        return ()
     own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
     # What it does for an argument that is left out may hang on a config that the graph does not show.
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
@@ -77,6 +83,26 @@ def matters_when_absent(
 
 _known: dict[tuple[Any, ...], tuple[str, ...]] = {}
 """What was found in this process: layers of one kind need it once."""
+
+
+def _only_handed_on(module: nn.Module, name: str) -> bool:
+    """Whether by its source a module's forward does nothing with an argument but call submodules with it."""
+    children = frozenset(f"self.{child}" for child in module._modules)
+    used = _used(inspect.unwrap(type(module).forward), children)
+    return used is not None and name not in used
+
+
+@functools.cache
+def _used(forward: Callable, children: frozenset[str]) -> frozenset[str] | None:
+    """The names that a function uses beyond handing them to one of these; None where that cannot be read."""
+    try:
+        nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward))))]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) in children]
+    handed = {id(value) for n in calls for value in (*n.args, *(k.value for k in n.keywords if k.arg))}
+    used = frozenset(n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in handed)
+    return None if used & {"locals", "vars", "eval", "exec"} else used
 
 
 def _matters(
@@ -91,7 +117,7 @@ def _matters(
 
 def reads_use_cache(layer: nn.Module) -> bool:
     """Whether a layer's forward computes another stream when it is asked for a cache, beyond handing that on."""
-    if "use_cache" not in argument_names(layer):
+    if "use_cache" not in argument_names(layer) or _only_handed_on(layer, "use_cache"):
         return False
     texts = []
     for value in (False, True):

@@ -11,6 +11,8 @@ from transformers.models.llama import modeling_llama
 
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig, UnsupportedModelError
+from lemo_fx.graph import left_out
+from lemo_fx.graph.capture import ABSENT_IN_TRAINING, capture
 
 EXTRA = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(1))
 
@@ -67,39 +69,74 @@ def test_a_layer_does_with_an_argument_what_it_would(treatment):
                 assert_same_step(expected, found, "fp32")
 
 
-class Cached(Asking):
-    """Computes more when it is asked for a cache, unless its factor is 1."""
+class Plainly(Asking):
+    """Computes more when it is asked for a cache, unless the factor in its config is 1."""
 
-    factor = 2
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.config = config
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, use_cache=False, **kwargs):
         out = super().forward(hidden_states, attention_mask, position_embeddings)
-        if use_cache:
-            out = self.factor * out if self.factor != 1 else out
-        return out
+        return self.times(out) if use_cache else out
+
+    def times(self, out):
+        return out * self.config.factor if self.config.factor != 1 else out
 
     def add(self, x, *others):
         return x
 
 
-def test_a_layer_that_asks_whether_to_fill_a_cache(monkeypatch):
-    def with_cached(**settings):
+class ByName(Plainly):
+    """A way of asking that no operation shows."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, use_cache=False, **kwargs):
+        out = super().forward(hidden_states, attention_mask, position_embeddings)
+        return self.times(out) if locals()["use_cache"] is True else out
+
+
+class ByMethod(Plainly):
+    """A call of the layer that is none of a submodule."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, use_cache=False, **kwargs):
+        return self.finish(super().forward(hidden_states, attention_mask, position_embeddings), use_cache)
+
+    def finish(self, out, use_cache):
+        return self.times(out) if use_cache else out
+
+
+@pytest.mark.parametrize("kind", [Plainly, ByName, ByMethod])
+def test_a_layer_that_asks_whether_to_fill_a_cache(kind):
+    def with_cached(factor, **settings):
         model = tiny("llama", **settings)
+        model.config.factor = factor
         for index, layer in enumerate(model.model.layers):
-            cached = Cached(model.config, index)
+            cached = kind(model.config, index)
             cached.load_state_dict(layer.state_dict())
             model.model.layers[index] = cached
         return model.train()
 
     site = Elimination(keep=1.0, score="random")
     config = LemoConfig(site, site, block_size=8, dense_layers=())
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*use_cache=True.*Set model\.config\.use_cache = False"):
-        lemo_fx.transform(with_cached(), config)
-    for settings in ({"use_cache": False}, {}):
-        expected, model = with_cached(**settings), lemo_fx.transform(with_cached(**settings), config)
-        assert_same_step(step(expected, batch(2, 64)), step(model, batch(2, 64)), "fp32")
-        # What is asked without consequence is no obstacle.
-        monkeypatch.setattr(Cached, "factor", 1)
+    # What is asked without consequence is no obstacle.
+    for factor, settings in ((2, {"use_cache": False}), (1, {})):
+        with pytest.raises(
+            UnsupportedModelError, match=r"layers\.1.*use_cache=True.*Set model.config.use_cache = False"
+        ):
+            lemo_fx.transform(with_cached(2), config)
+        expected, model = (with_cached(factor, **settings) for _ in range(2))
+        assert_same_step(step(expected, batch(2, 64)), step(lemo_fx.transform(model, config), batch(2, 64)), "fp32")
+
+
+def test_what_is_only_handed_on_needs_no_capture_of_its_own(monkeypatch):
+    def no_capture(*args, **options):
+        raise AssertionError("captured once more")
+
+    layer = tiny("llama").model.layers[0]
+    graph = capture(layer, ABSENT_IN_TRAINING)
+    monkeypatch.setattr(left_out, "capture", no_capture)
+    assert not left_out.reads_use_cache(layer)
+    assert left_out.matters_when_absent(layer, graph, ABSENT_IN_TRAINING) == ()
 
 
 class Weighing(LlamaForCausalLM):
