@@ -29,6 +29,9 @@ from lemo_fx.runtime.layer import STATE, LayerSettings, layer_methods
 TRANSFORMATION = "_lemo_fx_transformation"
 """Instance attribute of a transformed model that holds its `Transformation`."""
 
+ORIGINAL = "_lemo_fx_original"
+"""Attribute of a class made here: the class it is made from."""
+
 
 @dataclass
 class Installed:
@@ -65,7 +68,7 @@ class RewrittenClass(type):
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        original = vars(cls).get("_lemo_fx_original")
+        original = vars(cls).get(ORIGINAL)
         return super().__instancecheck__(instance) if original is None else isinstance(instance, original)
 
 
@@ -74,7 +77,9 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin
     vars(twin).update(copy.deepcopy(vars(module), memo))
-    record: Installed = vars(twin)[STATE]
+    record: Installed | None = vars(twin).get(STATE)
+    if record is None:
+        return twin
     for name in record.parts:
         part = twin._modules[name]
         if isinstance(part, Float8Switch):
@@ -95,33 +100,26 @@ def reduce_to_original(self: nn.Module, protocol: Any) -> tuple:
 
     Its class is made at run time and bears another's name, so that no other process could find it.
     """
-    record: Installed = vars(self)[STATE]
+    record: Installed | None = vars(self).get(STATE)
+    added = record.parts if record else ()
     state = {name: value for name, value in vars(self).items() if name not in (STATE, TRANSFORMATION)}
-    state["_modules"] = {name: child for name, child in self._modules.items() if name not in record.parts}
-    return object.__new__, (record.original,), state
+    state["_modules"] = {name: child for name, child in self._modules.items() if name not in added}
+    return object.__new__, (getattr(self, ORIGINAL),), state
 
 
-_uncompiled: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def uncompiled_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass whose forward no compiled graph holds, also none of a module around it. A copy is an original."""
-    if original not in _uncompiled:
-        metaclass: Any = type(original)
-        namespace = {
-            "forward": torch.compiler.disable(original.forward),
-            "_lemo_fx_original": original,
-            "__reduce_ex__": lambda self, protocol: (object.__new__, (original,), vars(self)),
-            **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
-        }
-        with PATCHING:
-            _uncompiled[original] = metaclass(original.__name__, (original,), namespace)
-    return _uncompiled[original]
+def uncompiled_methods(original: type[nn.Module], forward: Callable) -> dict[str, Any]:
+    """A forward that no compiled graph holds, also none of a module around it."""
+    return {"forward": torch.compiler.disable(forward)}
 
 
 Methods = Callable[[Any, Callable], dict[str, Any]]
 
 _classes: dict[tuple[type, Callable, tuple[Hashable, ...], Methods], type[nn.Module]] = {}
+
+
+def _swap(module: nn.Module, compiled: dict[str, Callable], codes: tuple[Hashable, ...], methods: Methods) -> None:
+    with PATCHING:
+        module.__class__ = rewritten_class(type(module), compiled, codes, methods)
 
 
 def rewritten_class(
@@ -142,7 +140,7 @@ def rewritten_class(
         namespace["__init_subclass__"] = classmethod(lambda cls, **_: None)
         namespace.update(__copy__=shallow_copy, __reduce_ex__=reduce_to_original)
         namespace.update(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
-        namespace["_lemo_fx_original"] = original
+        namespace[ORIGINAL] = original
         metaclass: Any = RewrittenClass if type(original) is type else type(original)
         subclass: type[nn.Module] = metaclass(original.__name__, (original,), namespace)
         # Set after creation: transformers wraps `forward` in a layer-wide checkpoint while a subclass is created (older
@@ -173,7 +171,7 @@ def plans_of(model: nn.Module) -> list[Plan]:
 
 def mixers_of(model: nn.Module) -> list[nn.Module]:
     """The modules that `install` keeps out of compiled graphs."""
-    return [module for module in model.modules() if type(module) in _uncompiled.values()]
+    return [module for module in model.modules() if ORIGINAL in vars(type(module)) and STATE not in vars(module)]
 
 
 def install(
@@ -204,6 +202,9 @@ def install(
         for module in above if plans else ():
             done.append(module)
             add_teller(module, plans[0].settings.config, plans[0].settings.step, labels=not head)
+        for mixer in mixers:
+            done.append(mixer)
+            _swap(mixer, {"forward": type(mixer).forward}, (), uncompiled_methods)
         # Last, since what failed later could not give the weights back as they were.
         for plan in plans:
             for part in plan.parts.values():
@@ -213,16 +214,14 @@ def install(
         for module in done:
             uninstall(module)
         raise
-    for mixer in mixers:
-        mixer.__class__ = uncompiled_class(type(mixer))
 
 
 def _install(plan: Plan) -> None:
     module = plan.module
-    original = type(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     # First, so that a failure anywhere below is undone by `uninstall`.
-    vars(module)[STATE] = Installed(original, plan.graph, plan.functions, tuple(plan.parts), plan.settings, plan.rows)
+    parts = tuple(plan.parts)
+    vars(module)[STATE] = Installed(type(module), plan.graph, plan.functions, parts, plan.settings, plan.rows)
     for name, part in plan.parts.items():
         module.add_module(name, part.to(device))
         part.train(module.training)
@@ -235,8 +234,7 @@ def _install(plan: Plan) -> None:
     called = (n.target for g in (plan.graph, *plan.functions.values()) for n in g.nodes if n.op == "call_function")
     codes = (*(f"{name}\n{function.code}" for name, function in built.items()), *called)
     methods = layer_methods if isinstance(plan.settings, LayerSettings) else head_methods
-    with PATCHING:
-        module.__class__ = rewritten_class(original, compiled, codes, methods)
+    _swap(module, compiled, codes, methods)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -247,16 +245,13 @@ def uninstall(module: nn.Module) -> None:
     """
     for handle in vars(module).pop(TELLER, ()):
         handle.remove()
-    if type(module) in _uncompiled.values():
-        module.__class__ = vars(type(module))["_lemo_fx_original"]
+    present = type(module)
+    module.__class__ = vars(present).get(ORIGINAL, present)
     record: Installed | None = vars(module).get(STATE)
     if record is None:
         return
-    present = type(module)
-    if present in (record.original, *_classes.values()):
-        module.__class__ = record.original
-    else:
-        below = present.__bases__[-1] if present.__bases__[-1] in _classes.values() else None
+    if type(module) is not record.original:
+        below = ORIGINAL in vars(present.__bases__[-1])
         restored = distributed.under_fsdp(present, record.original) if below else None
         if restored is None:
             raise UnsupportedModelError(

@@ -63,7 +63,7 @@ def test_mixers_compute_in_the_models_dtype_where_the_plan_says_float8(monkeypat
     assert row.note.endswith("not compiled, and so not in float8")
 
 
-def test_classes_come_back_and_copies_are_originals():
+def test_classes_come_back_and_are_pickled_as_originals():
     model = tiny_model("qwen3_5_text")
     before = [type(module) for module in model.modules()]
     lemo_fx.transform(model, LORA)
@@ -72,13 +72,20 @@ def test_classes_come_back_and_copies_are_originals():
     assert isinstance(mixer, original)
     assert type(mixer) is not original
     assert type(mixer).__name__ == original.__name__
-    for twin in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
-        assert type(twin) is original
+    for twin, kind in (
+        (copy.deepcopy(mixer), type(mixer)),
+        (copy.copy(mixer), type(mixer)),
+        (pickle.loads(pickle.dumps(mixer)), original),
+    ):
+        assert type(twin) is kind
         assert twin.state_dict().keys() == mixer.state_dict().keys()
     lemo_fx.transform(model, LemoConfig())
     assert mixer in mixers_of(model)
-    lemo_fx.revert(model)
-    assert [type(module) for module in model.modules()] == before
+    twin = copy.deepcopy(model)
+    assert len(mixers_of(twin)) == len(mixers_of(model))
+    for one in (model, twin):
+        lemo_fx.revert(one)
+        assert [type(module) for module in one.modules()] == before
 
 
 def recurrent(model, run=True):
