@@ -23,17 +23,14 @@ from lemo_fx.cli.console import (
     warn_of_other_load,
 )
 from lemo_fx.cli.options import (
-    Attention,
-    Checkpointing,
     DataName,
     FittedBefore,
-    LoadIn,
+    Lengths,
     ModelName,
     Out,
     PlanOptions,
     Rank,
     Shape,
-    Targets,
 )
 from lemo_fx.errors import InputError
 
@@ -233,75 +230,25 @@ def compare(
 def bench(
     model: Shape,
     plan: PlanOptions,
-    context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "4096",
+    settings: options.BenchSettings,
     out: Out = Path("lemo-bench"),
-    steps: Annotated[int, typer.Option(help="Timed steps of each plan; one more comes first, which compiles.")] = 3,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
-    rank: Rank = options.Settings.rank,
-    targets: Targets = options.Settings.targets,
-    load_in: LoadIn = None,
     predictors: FittedBefore = None,
-    checkpointing: Checkpointing = True,
-    compile: Annotated[
-        bool | None, typer.Option(help="Compile every decoder layer, but for the plain script; by default on a GPU.")
-    ] = None,
-    attention: Attention = None,
 ) -> None:
     """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
-    given = dict(locals())
-    named = plan.given
-    plans = {plan.preset if {*named} == {"preset"} else "the plan": plan.config()} if named else None
-    _bench(model, out, plans, predictors, context, given)
-
-
-@command(app)
-def estimate(
-    model: Shape,
-    context: Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")] = "32768",
-    gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
-    rank: Rank = options.Settings.rank,
-) -> None:
-    """Estimate memory, relative time and the longest context of LoRA and of each plan, from shapes alone. No GPU."""
-    from lemo_fx.cli import estimate as estimation
-    from lemo_fx.cli import load
-
-    no_bars_of_transformers()
-    contexts, cards = _contexts(context), estimation.gpus(gpu)
-    if rank < 1:
-        raise InputError(f"--rank {rank} must be at least 1")
-    shape = estimation.shape_of(load.folder_of(model, weights=False))
-    for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
-        console.print(shown)
-    for note in estimation.notes(shape, contexts):
-        say(note)
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    try:
-        contexts = tuple(dict.fromkeys(int(length) for length in text.split(",")))
-    except ValueError as error:
-        raise InputError(f"--context {text!r} must be a number of tokens, or several with commas") from error
-    if min(contexts) < 1:
-        raise InputError(f"--context {text!r}: a sequence has at least one token")
-    return contexts
-
-
-def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: str, given: dict[str, Any]) -> None:
     from lemo_fx.cli import bench as benchmark
     from lemo_fx.cli import bench_page, load
     from lemo_fx.cli.estimate import advice
     from lemo_fx.cli.machine import check_attention, compiles
     from lemo_fx.files import check_folder
 
+    plans = benchmark.PLANS
+    if plan.given:
+        name = str(plan.preset) if {*plan.given} == {"preset"} else "the plan"
+        plans = {**{name: plans[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, name: plan.config()}
     check_folder(out)
     no_bars_of_transformers()
-    check_attention(given["attention"])
-    contexts = _contexts(context)
+    check_attention(settings.attention)
     folder = load.folder_of(model, weights=False)
-    if plans is None:
-        plans = benchmark.PLANS
-    else:
-        plans = {**{name: benchmark.PLANS[name] for name in (benchmark.UNTOUCHED, benchmark.LORA)}, **plans}
     command = typed()
     written: list[Path] = []
     warn_of_other_load()
@@ -312,13 +259,9 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
             console.print(bench_page.line(outcome), highlight=False, soft_wrap=True)
             written[:] = bench_page.write(outcome, out, command)
 
-        named = {
-            field.name: given[field.name] for field in dataclasses.fields(benchmark.Settings) if field.name in given
-        }
-        settings = benchmark.Settings(contexts, **named | {"targets": options.modules_of(given["targets"])})
         outcome = benchmark.bench(folder, plans, settings, predictors, progress, ended)
     console.print(bench_page.table(outcome))
-    for line in advice(outcome.parameters["all"], max(contexts), running_text=False):
+    for line in advice(outcome.parameters["all"], max(settings.contexts), running_text=False):
         say(f"note: {line}")
     plainly = "neither compiled nor transformed" if compiles(settings.compile) else "not transformed"
     console.print(
@@ -329,3 +272,25 @@ def _bench(model: str, out: Path, plans: Any, predictors: Path | None, context: 
         highlight=False,
     )
     print_paths(written)
+
+
+@command(app)
+def estimate(
+    model: Shape,
+    context: Lengths = "32768",
+    gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
+    rank: Rank = options.Settings.rank,
+) -> None:
+    """Estimate memory, relative time and the longest context of LoRA and of each plan, from shapes alone. No GPU."""
+    from lemo_fx.cli import estimate as estimation
+    from lemo_fx.cli import load
+
+    no_bars_of_transformers()
+    contexts, cards = options.lengths_of(context), estimation.gpus(gpu)
+    if rank < 1:
+        raise InputError(f"--rank {rank} must be at least 1")
+    shape = estimation.shape_of(load.folder_of(model, weights=False))
+    for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
+        console.print(shown)
+    for note in estimation.notes(shape, contexts):
+        say(note)

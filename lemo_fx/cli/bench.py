@@ -26,11 +26,11 @@ from transformers.trainer_callback import PrinterCallback
 import lemo_fx
 from lemo_fx.cli.load import from_config, has_weights, load_model, read_config
 from lemo_fx.cli.machine import check_alone, check_attention, compiles
-from lemo_fx.cli.options import check_load_in
+from lemo_fx.cli.options import BenchSettings, modules_of
 from lemo_fx.cli.prepare import check_context
 from lemo_fx.cli.trainer import CHECKPOINTING, adapted, checkpointing, one_device
 from lemo_fx.config import PRESETS, LemoConfig
-from lemo_fx.errors import ConfigError, InputError, LemoError
+from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.anatomy import decoder_layers
 from lemo_fx.kernels.private import uncompile
 from lemo_fx.measure import device_name, peak_memory, reset_peak
@@ -46,34 +46,6 @@ PLANS: Plans = {
     **{name: plan for name, plan in PRESETS.items() if name != "dense"},
 }
 """The script as people have it: neither compiled, nor the loss in segments; LoRA with both; the presets, with both."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the steps are made.
-
-    Attributes:
-        contexts: tokens of a sequence, one after the other.
-        steps: timed steps; one more comes first, which compiles.
-        batch: sequences of a step.
-        rank, targets, load_in, checkpointing, compile, attention: as in `options.Settings`.
-    """
-
-    contexts: tuple[int, ...] = (4096,)
-    steps: int = 3
-    batch: int = 1
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    load_in: str | None = None
-    checkpointing: bool = True
-    compile: bool | None = None
-    attention: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
-        check_load_in(self.load_in)
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,7 @@ class Outcome:
     dropout: bool
     parameters: dict[str, int]
     device: str
-    settings: Settings
+    settings: BenchSettings
     plans: Plans
     runs: list[Run]
 
@@ -121,13 +93,15 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, in plain types."""
+        settings = dataclasses.asdict(self.settings) | {"targets": modules_of(self.settings.targets)}
+        del settings["context"]
         return {
             "model": self.model,
             "model_type": self.model_type,
             "weights": "random" if self.random_weights else "the model's",
             "parameters": self.parameters,
             "device": self.device,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": {"contexts": self.settings.contexts, **settings},
             "plans": {name: plan and dataclasses.asdict(plan) for name, plan in self.plans.items()},
             "runs": [dataclasses.asdict(run) for run in self.runs],
         }
@@ -163,7 +137,7 @@ class Clock(TrainerCallback):
 def bench(
     model_path: Path,
     plans: Plans,
-    settings: Settings,
+    settings: BenchSettings,
     predictors_path: Path | None = None,
     progress: Callable[[str, int], Callable[[], None]] = lambda what, parts: lambda: None,
     ended: Callable[[Outcome], None] = lambda outcome: None,
@@ -195,7 +169,7 @@ def bench(
             "are for"
         )
     transformers.set_seed(0)
-    model = adapted(model, settings.rank, settings.targets).train()
+    model = adapted(model, settings.rank, modules_of(settings.targets)).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     given = None if predictors_path is None else Predictors.load(predictors_path)
     benched = Bench(model, settings, given)
@@ -225,7 +199,7 @@ def has_dropout(config: Any) -> bool:
     )
 
 
-def load(path: Path, config: Any, device: torch.device, settings: Settings) -> tuple[Any, bool]:
+def load(path: Path, config: Any, device: torch.device, settings: BenchSettings) -> tuple[Any, bool]:
     """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random).
 
     Raises:
@@ -261,7 +235,7 @@ class Bench:
     """
 
     model: Any
-    settings: Settings
+    settings: BenchSettings
     predictors: Predictors | None
 
     def put(self, plan: LemoConfig | None) -> None:

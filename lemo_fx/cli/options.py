@@ -49,6 +49,7 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
 Offload = Annotated[
     bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
 ]
+Lengths = Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
 Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
 LoadIn = Annotated[str | None, typer.Option(help="Hold the base model in 4bit (NF4, QLoRA) or 8bit, by bitsandbytes.")]
@@ -230,6 +231,50 @@ def check_load_in(load_in: str | None) -> None:
 def modules_of(targets: str) -> str | tuple[str, ...]:
     """PEFT's `target_modules` of an option: "all-linear", or names."""
     return targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",") if name.strip())
+
+
+def lengths_of(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, each once.
+
+    Raises:
+        InputError: there is something else among them.
+    """
+    try:
+        lengths = tuple(dict.fromkeys(int(length) for length in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"--context {text!r} must be a number of tokens, or several with commas") from error
+    if min(lengths) < 1:
+        raise InputError(f"--context {text!r}: a sequence has at least one token")
+    return lengths
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How the steps of a benchmark are made."""
+
+    context: Lengths = "4096"
+    steps: Annotated[int, typer.Option(help="Timed steps of each plan; one more comes first, which compiles.")] = 3
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1
+    rank: Rank = 16
+    targets: Targets = "all-linear"
+    load_in: LoadIn = None
+    checkpointing: Checkpointing = True
+    compile: Annotated[
+        bool | None, typer.Option(help="Compile every decoder layer, but for the plain script; by default on a GPU.")
+    ] = None
+    attention: Attention = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
+        check_load_in(self.load_in)
+        lengths_of(self.context)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Tokens of a sequence, one length after the other."""
+        return lengths_of(self.context)
 
 
 LEMO = "lemo"

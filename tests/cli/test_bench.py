@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lemo_fx.cli import bench, bench_page
 from lemo_fx.cli.app import app
+from lemo_fx.cli.options import BenchSettings
 from lemo_fx.cli.prepare import check_context
 from lemo_fx.cli.trainer import checkpointing
 from lemo_fx.config import LemoConfig
@@ -106,7 +107,7 @@ def test_the_picture_shows_every_point():
         for name, peak in ((bench.UNTOUCHED, 901_000_000), (bench.LORA, 900_000_000), ("careful", 899_000_000))
     ]
     parameters = {"all": 8_130_000_000, "trained": 30_000_000}
-    settings = bench.Settings((512, 1024))
+    settings = BenchSettings("512,1024")
     outcome = bench.Outcome("some/config.json", "llama", True, False, parameters, "cpu", settings, bench.PLANS, runs)
     figure = bench_page.plot(outcome)
     assert figure.get_suptitle() == "config.json: llama, 8.1 billion parameters\ncpu"
@@ -280,7 +281,7 @@ def test_every_run_of_a_model_is_under_autocast(config, monkeypatch):
     monkeypatch.setattr(bench, "TrainingArguments", on_the_cpu)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(config)).bfloat16()
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    settings = bench.Settings(contexts=(64,), steps=1, compile=False)
+    settings = BenchSettings("64", steps=1, compile=False)
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     benched = bench.Bench(model, settings, None)
