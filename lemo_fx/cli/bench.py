@@ -32,6 +32,7 @@ from lemo_fx.cli.trainer import CHECKPOINTING, adapted, checkpointing, one_devic
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import InputError, LemoError
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.graph.probe import in_a_line
 from lemo_fx.kernels.private import uncompile
 from lemo_fx.measure import device_name, peak_memory, reset_peak
 from lemo_fx.predictors import Predictors
@@ -255,7 +256,7 @@ class Bench:
         except LemoError as error:
             failed = f"refused: {' '.join(str(error).split())}"
         except Exception as error:  # A compiler's or another library's: the other plans' figures are worth having.
-            failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            failed = in_a_line(error)
         # Outside the handler: what went wrong holds the tensors of the step.
         self.model.zero_grad()
         return Run(name, context, failed=failed)
