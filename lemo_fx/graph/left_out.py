@@ -13,7 +13,6 @@ from typing import Any
 from torch import fx, nn
 
 from lemo_fx.errors import CaptureError
-from lemo_fx.graph.anatomy import config_in_words
 from lemo_fx.graph.capture import ABSENT_IN_TRAINING, KEYS, argument_names, capture, readable_code, remove_dead_nodes
 
 
@@ -64,25 +63,14 @@ def matters_when_absent(
         besides: arguments not to ask about.
     """
     constants = constants or {}
-    function = inspect.unwrap(type(module).forward)
-    optional = tuple(
+    return tuple(
         name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is None and name not in (*constants, *besides) and not _only_handed_on(module, name)
+        for name, parameter in inspect.signature(inspect.unwrap(type(module).forward)).parameters.items()
+        if parameter.default is None
+        and name not in (*constants, *besides)
+        and not _only_handed_on(module, name)
+        and _matters(module, graph, name, constants, options)
     )
-    if not optional:
-        return ()
-    own = tuple((name, repr(v)) for name, v in vars(module).items() if isinstance(v, int | float | str | None))
-    # What it does for an argument that is left out may hang on a config that the graph does not show.
-    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
-    key = (function, optional, own, *map(config_in_words, configs.values()), readable_code(graph, "Forward"))
-    if key not in _known:
-        _known[key] = tuple(name for name in optional if _matters(module, graph, name, constants, options))
-    return _known[key]
-
-
-_known: dict[tuple[Any, ...], tuple[str, ...]] = {}
-"""What was found in this process: layers of one kind need it once."""
 
 
 def _only_handed_on(module: nn.Module, name: str) -> bool:
