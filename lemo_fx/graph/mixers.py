@@ -60,7 +60,7 @@ def recurrent_mixers(anatomy: Anatomy, usual: Callable[[nn.Module], Mapping[str,
                 for child, call in _calls(layer, list(new.values()), usual(layer), anatomy):
                     with contextlib.suppress(Exception):
                         known[type(child)] = _mixes_without_softmax(child, call)
-        found += [child for child in children if known[type(child)]]
+        found += [child for child in children if known[type(child)] and child not in found]
     return found
 
 

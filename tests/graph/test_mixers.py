@@ -41,6 +41,17 @@ def test_compiled_graphs_do_not_grow_with_the_sequence(kind):
     assert 0 < long < 1.05 * short
 
 
+def test_a_layer_that_runs_twice_gives_its_class_back():
+    model = tiny_model("qwen3_5_text")
+    layers = model.get_decoder().layers
+    layers[2] = layers[0]
+    before = [type(module) for module in model.modules()]
+    lemo_fx.transform(model, LORA)
+    assert len(mixers_of(model)) == 2
+    lemo_fx.revert(model)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_mixers_compute_in_the_models_dtype_where_the_plan_says_float8(monkeypatch):
     """Their rounding would be run operation by operation, which takes longer than float8 saves."""
     model = tiny_model("qwen3_5_text").requires_grad_(False)
