@@ -78,7 +78,7 @@ def keeps_everything(plan):
 
 
 def test_random_configs(request):
-    trials = 500 if request.config.getoption("--all-cases") else 60
+    trials = 500 if request.config.getoption("--all-cases") else 80
     models = {name: make() for name, make in MODELS.items()}
     for model in models.values():
         # Leaves attributes behind.
