@@ -498,17 +498,19 @@ def train(
                 lemo_fx.set_dense(model)
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
-            ids, labels = (texts.cut(x, length) for x in draw(rows))
-            if plan.labels < 1:
-                labels = some_labels(labels, plan.labels, random)
-            start = mark(device)
-            with half_precision(device):
-                loss = model(input_ids=ids, labels=labels).loss
-            loss.backward()
+            start, loss = mark(device), torch.zeros((), device=device)
+            for _ in range(args.accumulate):
+                ids, labels = (texts.cut(x, length) for x in draw(rows))
+                if plan.labels < 1:
+                    labels = some_labels(labels, plan.labels, random)
+                with half_precision(device):
+                    part = model(input_ids=ids, labels=labels).loss / args.accumulate
+                part.backward()
+                loss += part.detach()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append(loss)
             durations.append((start, mark(device)))
             if args.curve and (step + 1) % args.curve == 0 and step + 1 < steps:
                 model.eval()
@@ -524,7 +526,7 @@ def train(
         "context": args.context,
         "seed": seed,
         "steps": steps,
-        "tokens_per_step": rows * length,
+        "tokens_per_step": rows * length * args.accumulate,
         "rate": args.rate * plan.rate,
         "first_loss": round(statistics.fmean(values[:5]), 4),
         "last_loss": round(statistics.fmean(values[-5:]), 4),
@@ -573,6 +575,7 @@ class Arguments:
     stretch: float
     steps: int
     batch: int
+    accumulate: int
     rank: int
     rate: float
     curve: int
@@ -614,7 +617,8 @@ def run(
         ),
     ] = 2.0,
     steps: Annotated[int, typer.Option()] = 120,
-    batch: Annotated[int, typer.Option(help="windows of a step")] = 4,
+    batch: Annotated[int, typer.Option(help="windows of a forward")] = 4,
+    accumulate: Annotated[int, typer.Option(help="forwards whose gradients a step adds up")] = 1,
     rank: Annotated[int, typer.Option(help="of the adapters")] = 16,
     rate: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
     windows: Annotated[int, typer.Option(help="held-out windows, or sequences of a task")] = 32,
@@ -633,7 +637,7 @@ def run(
     if (corpus is None) == (task is None):
         raise typer.BadParameter("give a corpus, or a task")
     out.mkdir(parents=True, exist_ok=True)
-    args = Arguments(context, stretch, steps, batch, rank, rate, curve, stand_in_rank, timing)
+    args = Arguments(context, stretch, steps, batch, accumulate, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
     kind = f"{task}{'-everything' if everything else ''}" if task else "text"
     done = {(row["plan"], row["context"], row["seed"], row.get("task", "text")) for row in read_results(results)}
