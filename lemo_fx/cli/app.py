@@ -237,7 +237,7 @@ def bench(
     """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
     from lemo_fx.cli import bench as benchmark
     from lemo_fx.cli import bench_page, load
-    from lemo_fx.cli.estimate import advice
+    from lemo_fx.cli.estimate_page import advice
     from lemo_fx.cli.machine import check_attention, compiles
     from lemo_fx.files import check_folder
 
@@ -280,17 +280,23 @@ def estimate(
     context: Lengths = "32768",
     gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
     rank: Rank = options.Settings.rank,
+    offload: Annotated[bool, typer.Option(help="What presets' layers save waits in host memory.")] = False,
+    share: Annotated[int, typer.Option(help="GPUs of the size of --gpu that share each sequence.")] = 1,
 ) -> None:
     """Estimate memory, relative time and the longest context of LoRA and of each plan, from shapes alone. No GPU."""
     from lemo_fx.cli import estimate as estimation
-    from lemo_fx.cli import load
+    from lemo_fx.cli import estimate_page, load
 
     no_bars_of_transformers()
-    contexts, cards = options.lengths_of(context), estimation.gpus(gpu)
+    contexts, cards = options.lengths_of(context), estimate_page.gpus(gpu)
     if rank < 1:
         raise InputError(f"--rank {rank} must be at least 1")
     shape = estimation.shape_of(load.folder_of(model, weights=False))
-    for shown in (*estimation.table(shape, contexts, cards, rank), estimation.longest_table(shape, cards, rank)):
+    if share < 1 or shape.heads % share:
+        raise InputError(f"--share {share} must divide the {shape.heads} heads")
+    compared = estimation.plans(share, offload)
+    for shown in estimate_page.table(shape, contexts, cards, rank, compared):
         console.print(shown)
-    for note in estimation.notes(shape, contexts):
+    console.print(estimate_page.longest_table(shape, cards, rank, compared))
+    for note in estimate_page.notes(shape, contexts, compared):
         say(note)

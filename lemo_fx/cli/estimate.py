@@ -2,24 +2,23 @@
 
 A step is that of `lemo-fx train`: bfloat16 weights, adapters in float32 under autocast, activation checkpointing,
 decoder layers compiled, the loss in segments, one sequence. Its parts were fitted to the committed measurements
-(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11), with which tests/cli/test_estimate.py compares it.
+(benchmarks/bench, benchmarks/model: one NVIDIA H200, torch 2.11), with which tests/cli/test_estimate.py compares it,
+and those of benchmarks/longest and benchmarks/scaling. A plan's `sequence_parts` are GPUs that share the sequence.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.table import Table
 
 from lemo_fx.cli.load import from_config, read_config
 from lemo_fx.config import PRESETS, LemoConfig
-from lemo_fx.errors import ConfigError, InputError, UnsupportedModelError
+from lemo_fx.errors import ConfigError, UnsupportedModelError
 from lemo_fx.graph.anatomy import decoder_layers, is_softmax_attention, longest_context
 from lemo_fx.runtime.branch import MOST_SEGMENTS, SEGMENT
 from lemo_fx.runtime.loss import segment_rows
@@ -71,6 +70,7 @@ class Shape:
     inner: int
     query: int
     kv: int
+    heads: int
     vocabulary: int
     linear: int
     other: int
@@ -131,6 +131,7 @@ def shape_of_model(model: Any) -> Shape:
         inner=down.in_features,
         query=heads * head_dim,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
         vocabulary=model.get_input_embeddings().num_embeddings,
         linear=linear,
         other=everything - linear,
@@ -155,7 +156,8 @@ class Estimate:
     """Of one plan at one length.
 
     Attributes:
-        peak_bytes: most that tensors take.
+        peak_bytes: most that tensors take, on each GPU.
+        host_bytes: what waits in the host's memory, of all GPUs.
         seconds: of a step, on one H200; None where that is not known. Only ratios are meant.
         without_float8: the same on a GPU without float8 products.
     """
@@ -163,31 +165,64 @@ class Estimate:
     plan: str
     context: int
     peak_bytes: float
+    host_bytes: float
     seconds: float | None
     without_float8: float | None
 
 
 def _keeps(plan: LemoConfig, layers: int) -> list[float]:
     """Kept share by layer, 1 for dense ones."""
+    if not plan.eliminations:
+        return [1.0] * layers
     site = plan.attention
     if site is None or site != plan.mlp or site.eliminated != "exact" or site.threshold is not None:
         raise ConfigError("estimate knows plans with eliminated='exact' and one keep for attention and MLP")
     return [1.0 if plan.is_dense(i, layers) else float(site.at_layer("keep", i, layers) or 1) for i in range(layers)]
 
 
+def _pieces(tokens: int) -> int:
+    """In which an MLP is recomputed, of so many tokens on a GPU."""
+    return min(MOST_SEGMENTS, 1 << max(0, math.ceil(math.log2(tokens / SEGMENT))))
+
+
+def _on_each(context: int, plan: LemoConfig | None) -> int:
+    """Tokens of a sequence on each GPU."""
+    return math.ceil(context / (plan.sequence_parts if plan else 1))
+
+
+def _saved(shape: Shape, context: int, plan: LemoConfig) -> list[float]:
+    """Tensors of the stream's width that a layer saves for the backward: the rows of either branch.
+
+    A dense layer that is not rewritten saves its input alone. The last one always is; all are for float8, and for
+    offload and shared sequences, where one in bfloat16 still saves its input alone while its MLP is in one piece.
+    """
+    keeps = _keeps(plan, shape.layers)
+    in_pieces = _pieces(_on_each(context, plan)) > 1
+    rewritten = plan.float8_everywhere or ((plan.offload or plan.sequence_parts > 1) and in_pieces)
+    return [2 * keep if keep < 1 or rewritten or i == shape.layers - 1 else 1 for i, keep in enumerate(keeps)]
+
+
+def host(shape: Shape, context: int, plan: LemoConfig | None) -> float:
+    """Bytes that wait in the host's memory, of all GPUs that share the sequence."""
+    return context * 2 * shape.hidden * sum(_saved(shape, context, plan)) if plan and plan.offload else 0.0
+
+
 def peak(
     shape: Shape, context: int, plan: LemoConfig | None, name: str = "", adapters: Adapters | None = None
 ) -> float:
-    """Bytes that tensors take at most in a step.
+    """Bytes that tensors take at most in a step, on each GPU.
 
     Args:
+        context: tokens of a sequence.
         plan: of `PRESETS`' kind; None for LoRA with no elimination.
         name: `AS_IT_IS` for full logits, `QLORA` (or a name that ends so) for matrices in NF4.
     """
     adapters = adapters or Adapters()
     hidden, inner, query, kv = (2 * width for width in (shape.hidden, shape.inner, shape.query, shape.kv))
     quantised = name.endswith(QLORA)
-    pieces = min(MOST_SEGMENTS, 1 << max(0, math.ceil(math.log2(context / SEGMENT))))
+    saves = [] if plan is None else _saved(shape, context, plan)
+    context = _on_each(context, plan)
+    pieces = _pieces(context)
     weights = (NF4 if quantised else 2) * shape.linear + 2 * shape.other
     sides = shape.sides if adapters.everywhere else shape.attention_sides
     fixed = weights + TRAINED * adapters.rank * sides + WORKSPACE
@@ -205,11 +240,9 @@ def peak(
         if adapters.everywhere:
             layer += 2 * query
         return fixed + context * (saved + ends) + max(head, context * layer)
-    keeps = _keeps(plan, shape.layers)
     float8 = plan.float8_everywhere
-    # Rewritten layers keep the rows of either branch; the last dense one always is rewritten, all are for float8.
-    dense = sum(keep == 1 for keep in keeps)
-    saved = sum(2 * keep * hidden for keep in keeps if keep < 1) + (2 * dense if float8 else dense + 1) * hidden
+    # Offloaded, the last layer's rows and those of the one before it are here when the backward begins.
+    saved = hidden * sum(saves[-2 if plan.offload else 0 :])
     attention = (11 if float8 or adapters.everywhere else 13.5) * query
     mlp = (13.2 if float8 else 12.4) * inner if adapters.everywhere else (_wide(shape, adapters) + 3) * inner
     return fixed + context * (saved + ends) + max(head, context * max(attention, mlp / pieces))
@@ -256,17 +289,36 @@ PLANS: Plans = {
 }
 
 
-def estimate(shape: Shape, context: int, rank: int = 16) -> list[Estimate]:
+def plans(share: int = 1, offload: bool = False) -> Plans:
+    """What is compared where so many GPUs share a sequence, and where what layers save waits in the host's memory.
+
+    Only a transformed model's sequences are shared, so that LoRA's layers are rewritten too, with nothing eliminated.
+    """
+    found = PLANS
+    if share > 1:
+        alone = {
+            name: plan for name, plan in PLANS.items() if name not in (AS_IT_IS, LORA) and not name.endswith(QLORA)
+        }
+        found = {
+            name: replace(plan, sequence_parts=share)
+            for name, plan in {LORA: LemoConfig(attention=None, mlp=None), **alone}.items()
+            if plan is not None
+        }
+    return {name: replace(plan, offload=True) if offload and plan else plan for name, plan in found.items()}
+
+
+def estimate(shape: Shape, context: int, rank: int = 16, compared: Plans = PLANS) -> list[Estimate]:
     """Every plan at one length."""
     adapters = Adapters(rank)
     found = []
-    for name, plan in PLANS.items():
+    for name, plan in compared.items():
         known = shape.parameters >= TIMED_FROM
         factor = UNCOMPILED if name == AS_IT_IS else 1
         times = [
             factor * seconds(shape, context, plan, adapters, float8) if known else None for float8 in (True, False)
         ]
-        found.append(Estimate(name, context, peak(shape, context, plan, name, adapters), *times))
+        taken = peak(shape, context, plan, name, adapters)
+        found.append(Estimate(name, context, taken, host(shape, context, plan), *times))
     return found
 
 
@@ -278,112 +330,11 @@ def usable(gpu: float) -> float:
 STEP = 1024
 
 
-def longest(shape: Shape, name: str, gpu: float, rank: int = 16) -> int:
+def longest(shape: Shape, name: str, gpu: float, rank: int = 16, compared: Plans = PLANS) -> int:
     """Most tokens, in steps of `STEP`, that a plan trains on with a card of so many bytes; 0 where none do."""
-    low, high = 0, 1 << 13
+    low, high = 0, 1 << 14
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = peak(shape, middle * STEP, PLANS[name], name, Adapters(rank)) <= usable(gpu)
+        fits = peak(shape, middle * STEP, compared[name], name, Adapters(rank)) <= usable(gpu)
         low, high = (middle, high) if fits else (low, middle)
     return low * STEP
-
-
-def gpus(text: str) -> dict[str, float]:
-    """ "24GB,80GB" -> bytes of each; a card that is sold as 24 GB is taken to have 24e9.
-
-    Raises:
-        InputError: not a list of sizes.
-    """
-    found = {}
-    for word in text.split(","):
-        number = word.strip().upper().removesuffix("GB").strip()
-        try:
-            size = float(number)
-        except ValueError:
-            size = 0.0
-        if not 1 <= size <= 10_000:
-            raise InputError(f"--gpu {text!r} must be sizes such as 24GB,80GB")
-        found[f"{size:g} GB"] = size * 1e9
-    return found
-
-
-def table(shape: Shape, contexts: Sequence[int], cards: dict[str, float], rank: int) -> Iterable[Table]:
-    """One table a length; the longest contexts are in the first."""
-    for context in contexts:
-        shown = Table("", "peak memory", "step, LoRA = 1", "step, no float8", title=f"{context:,} tokens")
-        for card in cards:
-            shown.add_column(f"fits {card}", justify="right")
-        for column in shown.columns[1:4]:
-            column.justify = "right"
-        rows = estimate(shape, context, rank)
-        base = next(row for row in rows if row.plan == LORA)
-        for row in rows:
-            times = [
-                "" if mine is None or theirs is None else f"{mine / theirs:.2f}"
-                for mine, theirs in ((row.seconds, base.seconds), (row.without_float8, base.without_float8))
-            ]
-            fits = ["yes" if row.peak_bytes <= usable(size) else "no" for size in cards.values()]
-            shown.add_row(row.plan, f"{row.peak_bytes / 1e9:.1f} GB", *times, *fits)
-        yield shown
-
-
-def longest_table(shape: Shape, cards: dict[str, float], rank: int) -> Table:
-    """The longest context of every plan on every card."""
-    shown = Table("longest context that fits", *cards)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for name in PLANS:
-        lengths = [longest(shape, name, size, rank) for size in cards.values()]
-        shown.add_row(name, *(f"{length:,}" if length else "none" for length in lengths))
-    return shown
-
-
-def notes(shape: Shape, contexts: Sequence[int]) -> list[str]:
-    """What a reader must know of the figures."""
-    found = [
-        "Memory is what tensors take, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; 3 % of a card and 1 GB "
-        "are left for CUDA. LoRA and presets: within 10 % of measured peaks. QLoRA: the same, at one length."
-    ]
-    if shape.parameters < TIMED_FROM:
-        found.append(
-            "No times: under 2.5 billion parameters the host sets the pace, and plans gain less or nothing. "
-            "lemo-fx bench MODEL measures."
-        )
-    else:
-        found.append("Times: ratios of one H200, reached within 8 %.")
-    if not shape.gated:
-        found.append("An MLP without a gate: its memory under adapters on every layer was not measured.")
-    if min(contexts) < SHORT:
-        found += advice(math.inf, min(contexts), False)
-    if shape.longest is not None and max(contexts) > shape.longest:
-        found.append(f"The model reads up to {shape.longest:,} tokens; longer contexts need rope scaling.")
-    return found
-
-
-SHORT = 4096
-"""Tokens under which no plan was ever seen to pay."""
-
-
-def advice(parameters: float, context: int, running_text: bool) -> list[str]:
-    """Where a plan will hardly pay, one line a reason.
-
-    Args:
-        running_text: every token is learnt.
-    """
-    found = []
-    if parameters < TIMED_FROM:
-        found.append(
-            f"With {parameters / 1e6:,.0f} million parameters a plan gains little or nothing: the host sets the pace. "
-            "lemo-fx bench measures it; --preset dense is plain LoRA."
-        )
-    if context < SHORT:
-        found.append(
-            f"At {context:,} tokens a plan gains little: attention is cheap there, and what is left goes to adapters "
-            "and launches. Plans are for thousands of tokens."
-        )
-    if running_text:
-        found.append(
-            "Every token is learnt: on such running text, sequences cut to half may be as good in as little time. "
-            "lemo-fx compare shows it on your data."
-        )
-    return found

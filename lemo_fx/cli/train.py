@@ -27,7 +27,7 @@ import lemo_fx
 from lemo_fx.cli import page, prepare
 from lemo_fx.cli.commands import Stopped
 from lemo_fx.cli.data import Window
-from lemo_fx.cli.estimate import advice
+from lemo_fx.cli.estimate_page import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, read_config
 from lemo_fx.cli.machine import is_first, processes
 from lemo_fx.cli.options import Settings
