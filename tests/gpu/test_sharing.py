@@ -36,7 +36,17 @@ pytestmark = [
 @pytest.mark.parametrize("case", CASES)
 def test_two_gpus_train_as_one_process(case, tmp_path):
     """ZeRO stage 2, padded batches: losses of six steps, and in float32 every weight after them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, case, str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        case,
+        str(tmp_path),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-4000:]
     expected = trained(case, tmp_path / "alone")
