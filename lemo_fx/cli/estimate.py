@@ -279,14 +279,9 @@ def seconds(
 
 
 # Preset "dense" is LoRA.
+NAMED = {name: plan for name, plan in PRESETS.items() if name != "dense"}
 Plans = dict[str, LemoConfig | None]
-PLANS: Plans = {
-    AS_IT_IS: None,
-    LORA: None,
-    **{name: plan for name, plan in PRESETS.items() if name != "dense"},
-    QLORA: None,
-    f"careful, {QLORA}": PRESETS["careful"],
-}
+PLANS: Plans = {AS_IT_IS: None, LORA: None, **NAMED, QLORA: None, f"careful, {QLORA}": PRESETS["careful"]}
 
 
 def plans(share: int = 1, offload: bool = False) -> Plans:
@@ -294,16 +289,8 @@ def plans(share: int = 1, offload: bool = False) -> Plans:
 
     Only a transformed model's sequences are shared, so that LoRA's layers are rewritten too, with nothing eliminated.
     """
-    found = PLANS
-    if share > 1:
-        alone = {
-            name: plan for name, plan in PLANS.items() if name not in (AS_IT_IS, LORA) and not name.endswith(QLORA)
-        }
-        found = {
-            name: replace(plan, sequence_parts=share)
-            for name, plan in {LORA: LemoConfig(attention=None, mlp=None), **alone}.items()
-            if plan is not None
-        }
+    shared = {LORA: PRESETS["dense"], **NAMED}
+    found = {n: replace(plan, sequence_parts=share) for n, plan in shared.items()} if share > 1 else PLANS
     return {name: replace(plan, offload=True) if offload and plan else plan for name, plan in found.items()}
 
 
