@@ -63,11 +63,16 @@ def warn_of_other_load() -> None:
 
 @contextmanager
 def bars(transient: bool = False) -> Iterator[tuple[Progress, Callable[[str, int], Callable[[], None]]]]:
-    """Progress bars, and a function (what, number of parts) -> what to call after each part."""
+    """Progress bars, and a function (what, number of parts) -> what to call after each part.
+
+    Args:
+        transient: they are gone when done, and not shown where that cannot be.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=transient) as bar:
+    hidden = transient and not console.is_terminal
+    with Progress(*columns, console=console, transient=transient, disable=hidden) as bar:
 
         def progress(what: str, parts: int) -> Callable[[], None]:
             task = bar.add_task(what, total=parts)

@@ -15,7 +15,8 @@ from accelerate.data_loader import SeedableRandomSampler
 from rich.text import Text as Shown
 from torch import nn
 
-from lemo_fx.cli import data, watch
+from lemo_fx.cli import data
+from lemo_fx.cli.console import bars
 from lemo_fx.cli.data import Document, Stratum, Window
 from lemo_fx.cli.load import load_tokenizer
 from lemo_fx.cli.options import Job, Settings
@@ -104,10 +105,10 @@ def tokenised(
 
 
 def _read(rows: Sequence[Row], reader: data.Reader, config: Any) -> list[Document]:
-    with watch.bar() as progress:
-        task = progress.add_task("reading", total=len(rows), note="")
+    with bars(transient=True) as (bar, _):
+        task = bar.add_task("reading", total=len(rows))
         vocabulary = config.get_text_config().vocab_size
-        return data.tokenise(rows, reader, vocabulary, lambda n: progress.advance(task, n))
+        return data.tokenise(rows, reader, vocabulary, lambda n: bar.advance(task, n))
 
 
 def context_of(documents: Sequence[Document], asked: int | None, config: Any, say: Say) -> int:

@@ -46,7 +46,7 @@ from lemo_fx.cli.run import (
     write_started,
 )
 from lemo_fx.cli.trainer import trainer_of
-from lemo_fx.cli.watch import Bars, Lines, bar
+from lemo_fx.cli.watch import Bars, Lines
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError, LemoError
 from lemo_fx.files import write_json
@@ -110,11 +110,9 @@ def train(run: Run, say: Say = lambda line: None, of_data: Say | None = None) ->
         trainer.args.eval_on_start = checkpoint is None
         if run.job.resume:
             say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {run.out}: from the start")
-        with bar() as progress:
-            if is_first():
-                shown = Bars(progress, trainer.args.max_steps) if sys.stdout.isatty() else Lines(say)
-                trainer.add_callback(shown)
-            _run(trainer, checkpoint, run.out)
+        if is_first():
+            trainer.add_callback(Bars() if sys.stdout.isatty() else Lines(say))
+        _run(trainer, checkpoint, run.out)
         last = page.entries(trainer.state.log_history, "eval_loss")[-1]["eval_loss"]
         if not math.isfinite(last):
             raise LemoError(f"the held-out loss is {last} in the end, so no adapter is saved: try a lower --rate")

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 import lemo_fx
 from lemo_fx.cli.page import gigabytes
 from lemo_fx.measure import reset_peak
-
-
-def bar() -> Progress:
-    """The progress bars of a run."""
-    note = TextColumn("{task.fields[note]}", style="dim")
-    return Progress(
-        TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), note, transient=True, disable=not sys.stdout.isatty(),
-    )  # fmt: skip
 
 
 class Timeline(TrainerCallback):
@@ -51,40 +41,19 @@ class Timeline(TrainerCallback):
         state.log_history[-1].update({"lemo_fx/kept": kept, "lemo_fx/seconds": seconds})
 
 
-class Bars(TrainerCallback):
-    """Shows the run's progress in a terminal."""
+class Bars(ProgressCallback):
+    """Transformers' bars, for a terminal, with the last losses beside them in the place of a line a log."""
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("training", total=steps, note="")
-        self.evaluation: Any = None
-        self.loss = self.heldout = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: dict[str, str] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Steps of an earlier process count."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One held-out window further."""
-        if self.evaluation is None:
-            self.evaluation = self.progress.add_task("held-out loss", total=len(kwargs["eval_dataloader"]), note="")
-        self.progress.advance(self.evaluation)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The held-out bar goes."""
-        self.progress.remove_task(self.evaluation)
-        self.evaluation = None
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Losses beside the bar."""
-        logs = kwargs["logs"]
-        self.loss = f"loss {logs['loss']:.3f}" if "loss" in logs else self.loss
-        self.heldout = f"held-out {logs['eval_loss']:.3f}" if "eval_loss" in logs else self.heldout
-        self.progress.update(self.task, note=f"{self.loss}  {self.heldout}")
+        words = {"loss": "loss", "eval_loss": "held-out loss"}
+        self.losses |= {words[name]: f"{logs[name]:.3f}" for name in words if name in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.losses)
 
 
 class Lines(TrainerCallback):

@@ -17,12 +17,14 @@ import yaml
 from peft import PeftModel
 from tiny import TOLERANCE, tiny
 from transformers import AutoModelForCausalLM
+from transformers.trainer_callback import TrainerState
 from typer.testing import CliRunner
 
 from lemo_fx.cli import page
 from lemo_fx.cli.app import app
 from lemo_fx.cli.demo import ASSETS
 from lemo_fx.cli.options import Job, PlanOptions, Settings
+from lemo_fx.cli.watch import Bars
 from lemo_fx.config import PRESETS, LemoConfig
 from lemo_fx.errors import InputError
 
@@ -127,6 +129,17 @@ def test_without_a_terminal_lines_say_how_far_it_is(first):
     assert re.search(r"step 1/3: loss \d", result.stdout)
     assert re.search(r"step 3/3: held-out loss \d", result.stdout)
     assert "\n\n" not in result.stdout
+
+
+def test_in_a_terminal_the_last_losses_stand_beside_the_bar(capsys):
+    bars, state = Bars(), TrainerState(max_steps=3, is_world_process_zero=True)
+    bars.on_train_begin(None, state, None)
+    for logs in ({"loss": 2.5}, {"eval_loss": 1.25}, {"loss": 1.5, "learning_rate": 0.1}):
+        bars.on_log(None, state, None, logs=logs)
+    shown = bars.training_bar.postfix
+    bars.on_train_end(None, state, None)
+    assert shown == "loss=1.500, held-out loss=1.250"
+    assert "learning_rate" not in "".join(capsys.readouterr())
 
 
 def test_a_preview_shows_the_first_steps_windows_and_trains_nothing(folder, first, tmp_path):
