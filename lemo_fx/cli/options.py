@@ -29,26 +29,6 @@ def folder(path: str | Path) -> Path:
 
 
 Out = Annotated[Path, typer.Option(help="Folder for the files that are written.", parser=folder, metavar="<path>")]
-Preset = Annotated[str | None, typer.Option(help="A measured plan: careful (the default), balanced, fast, or dense.")]
-KEEP = typer.Option(help="Share of the token blocks that stay, in (0, 1].")
-Keep = Annotated[float | None, KEEP]
-Slope = Annotated[
-    float | None,
-    typer.Option(help="How much more the last layer keeps than the first; 0 beside --keep, the preset's else."),
-]
-Treatments = Annotated[str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")]
-Scores = Annotated[
-    str | None,
-    typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
-]
-Keys = Annotated[
-    str | None,
-    typer.Option(help="Which keys the gradient of a kept query knows (exact only): kept, or every for few labels."),
-]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
-Offload = Annotated[
-    bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
-]
 Lengths = Annotated[str, typer.Option(help="Tokens of a sequence; several lengths with commas.")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA adapters.")]
 Targets = Annotated[str, typer.Option(help="Modules that get adapters: all-linear, or names with commas.")]
@@ -75,14 +55,29 @@ class PlanOptions:
     """A plan: a preset, changed by what is given beside it, or a file."""
 
     plan: Annotated[Path | None, typer.Option(help="A LemoConfig as JSON.")] = None
-    preset: Preset = None
-    keep: Keep = None
-    slope: Slope = None
-    eliminated: Treatments = None
-    score: Scores = None
-    keys: Keys = None
-    block_size: BlockSize = None
-    offload: Offload = None
+    preset: Annotated[
+        str | None, typer.Option(help="A measured plan: careful (the default), balanced, fast, or dense.")
+    ] = None
+    keep: Annotated[float | None, typer.Option(help="Share of the token blocks that stay, in (0, 1].")] = None
+    slope: Annotated[
+        float | None,
+        typer.Option(help="How much more the last layer keeps than the first; 0 beside --keep, the preset's else."),
+    ] = None
+    eliminated: Annotated[
+        str | None, typer.Option(help="What happens to eliminated tokens: skip, stand_in or exact.")
+    ] = None
+    score: Annotated[
+        str | None,
+        typer.Option(help="What ranks the blocks: measured, predicted (train fits first), random, step or auto."),
+    ] = None
+    keys: Annotated[
+        str | None,
+        typer.Option(help="Which keys the gradient of a kept query knows (exact only): kept, or every for few labels."),
+    ] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None
+    offload: Annotated[
+        bool | None, typer.Option(help="What checkpointed layers keep for the backward waits in host memory.")
+    ] = None
 
     @property
     def given(self) -> dict[str, Any]:
