@@ -99,15 +99,11 @@ def calls(graph: fx.Graph | fx.GraphModule) -> nx.DiGraph:
             continue
         drawn.add_node(node.name, call=call)
         stands_for[node] = node.name
-        for source in _read_by(node, call):
-            if source in stands_for:
+        for source in node.all_input_nodes:
+            # A selection reads the stream's shape only.
+            if source in stands_for and (call.role != "select" or source is node.all_input_nodes[0]):
                 drawn.add_edge(stands_for[source], node.name)
     return drawn
-
-
-def _read_by(node: fx.Node, call: Call) -> list[fx.Node]:
-    # A selection reads the stream's shape only.
-    return node.all_input_nodes[:1] if call.role == "select" else node.all_input_nodes
 
 
 def _call(node: fx.Node, module: nn.Module | None, first: bool) -> Call | None:

@@ -58,15 +58,6 @@ class Contestant:
         return self.steps * self.step_seconds
 
 
-def contestant(name: str, summary: dict[str, Any]) -> Contestant:
-    """From what a run of `train` left."""
-    step = summary["median_step_seconds"]
-    heldout = summary["heldout_loss"]
-    curve = [(number * step, loss) for number, loss in zip(*page.series(summary["history"], "eval_loss"), strict=True)]
-    figures = (summary["steps"], step, summary["peak_memory_gib"], heldout["before"], heldout["after"])
-    return Contestant(name, *figures, curve)
-
-
 def kinds_of(asked: str | None) -> tuple[str, ...]:
     """The runs beside plain LoRA.
 
@@ -127,7 +118,10 @@ def compare(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        found.append(contestant(name, summary))
+        step, heldout = summary["median_step_seconds"], summary["heldout_loss"]
+        curve = [(at * step, loss) for at, loss in zip(*page.series(summary["history"], "eval_loss"), strict=True)]
+        figures = (summary["steps"], step, summary["peak_memory_gib"], heldout["before"], heldout["after"])
+        found.append(Contestant(name, *figures, curve))
         write(found, job, settings, command)
         return found[-1]
 

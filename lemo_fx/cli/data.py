@@ -64,7 +64,6 @@ class Reader:
         self.assistant_only = assistant_only
         template = tokenizer.chat_template if tokenizer else None
         self.template = template.get("default") if isinstance(template, dict) else template
-        self.notes: list[str] = []
 
     def read(self, rows: Sequence[Row]) -> list[tuple[Sequence[int], Sequence[bool] | None]]:
         """All rows; texts at once, which is quicker.

@@ -7,6 +7,7 @@ from typing import Any
 
 import lemo_fx
 from lemo_fx import draw
+from lemo_fx.api import suspended
 from lemo_fx.cli import load
 from lemo_fx.cli.console import console, print_code, print_paths, say
 from lemo_fx.config import LemoConfig
@@ -32,18 +33,16 @@ def inspect(name: str, plan: LemoConfig, index: int | None, out: Path, dump: Pat
     layers = decoder_layers(model)
     if index is not None and not -len(layers) <= index < len(layers):
         raise InputError(f"--layer {index}: the model that was built has {len(layers)} decoder layers")
-    shown = layers[len(layers) // 2 if index is None else index] if layers else None
-    before = draw.captured(shown[1]) if shown else None
     predictors = None
     if plan.predicts:
         # What they choose means nothing; the graph is that of trained ones.
         predictors = lemo_fx.Predictors.random(model, plan)
         console.print("predictors: untrained, of their real size", highlight=False)
     lemo_fx.transform(model, plan, predictors=predictors, dump=dump)
-    assert shown is not None
-    assert before is not None
-    at, layer = shown
+    at, layer = layers[len(layers) // 2 if index is None else index]
     kind = type(layer).__name__
+    with suspended(model):
+        before = draw.captured(layer)
     after = lemo_fx.graphs(model).get(at)
     console.print(f"\n{at} before:\n")
     print_code(draw.code(before, kind))

@@ -74,9 +74,10 @@ def _of_folder(folder: Path, say: Callable[[str], None]) -> list[Row]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _saved(folder)
     try:
-        every = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file, folder))
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error}") from error
+    every = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     files = [file for file in every if file.suffix in SUFFIXES]
     if any(file.suffix not in TEXT for file in files):
         # A data set's own words about itself.
@@ -94,10 +95,6 @@ def _of_folder(folder: Path, say: Callable[[str], None]) -> list[Row]:
 
 def _words_of(file: Path) -> set[str]:
     return {*re.split(r"[^a-z]+", file.stem.lower())}
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _of_file(file: Path) -> Iterator[Row]:

@@ -131,17 +131,13 @@ def write_started(run: Run, recorded: dict[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
+    again = as_file(dataclasses.replace(run.job, resume=False, preview=False), run.options, run.settings)
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         write_json(run.out / SETTINGS, recorded)
-        write_text(run.out / RUN_FILE, _run_file(run))
+        write_text(run.out / RUN_FILE, f"# lemo-fx train --config {run.out / RUN_FILE} --out ANOTHER\n{again}")
     except OSError as error:
         raise InputError(f"{run.out} cannot be written: {error}") from error
-
-
-def _run_file(run: Run) -> str:
-    done = dataclasses.replace(run.job, resume=False, preview=False)
-    return f"# lemo-fx train --config {run.out / RUN_FILE} --out ANOTHER\n" + as_file(done, run.options, run.settings)
 
 
 def _different(one: Any, other: Any, name: str = "") -> Iterator[str]:

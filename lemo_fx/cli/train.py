@@ -30,8 +30,7 @@ from lemo_fx.cli.data import Window
 from lemo_fx.cli.estimate_page import advice
 from lemo_fx.cli.load import built, check_weights, folder_of, load_model, read_config
 from lemo_fx.cli.machine import is_first, processes
-from lemo_fx.cli.options import Settings
-from lemo_fx.cli.prepare import Prepared, Say, check_context, keeps_documents_apart
+from lemo_fx.cli.prepare import Say, check_context, keeps_documents_apart
 from lemo_fx.cli.results import graph_picture, merge_and_push, save_adapter, summarise
 from lemo_fx.cli.run import (
     PAGE,
@@ -78,7 +77,8 @@ def train(run: Run, say: Say = lambda line: None, of_data: Say | None = None) ->
     say = say if is_first() else lambda line: None
     of_data = (of_data or say) if is_first() else say
     check_job(run)
-    settings = dataclasses.replace(run.settings, batch=_batch(run.settings.batch))
+    batch = _batch(run.settings.batch)
+    settings = dataclasses.replace(run.settings, batch=batch)
     folder = folder_of(run.job.model)
     check_weights(folder)
     config = read_config(folder)
@@ -93,7 +93,7 @@ def train(run: Run, say: Say = lambda line: None, of_data: Say | None = None) ->
         if plan.eliminations:
             for line in advice(model.num_parameters(), documents.context, prepared.is_running_text):
                 of_data(f"note: {line}")
-        steps = _steps(settings, prepared)
+        steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(prepared.train) / batch))
         if settings.steps is None and steps < FEW_STEPS:
             of_data(f"note: {steps} steps are few to learn from: more --epochs, or a shorter --context, make more.")
         settings = dataclasses.replace(settings, context=documents.context, steps=steps)
@@ -152,11 +152,6 @@ def _batch(asked: int | None) -> int:
     return batch
 
 
-def _steps(settings: Settings, prepared: Prepared) -> int:
-    assert settings.batch is not None
-    return settings.steps or math.ceil(settings.epochs * math.ceil(len(prepared.train) / settings.batch))
-
-
 def _loaded(run: Run, folder: Path) -> Any:
     """The model on its device, in bfloat16 where that is a GPU that has it."""
     gpu = torch.cuda.is_available()
@@ -179,14 +174,10 @@ def _in_words(out: Path) -> Iterator[None]:
         raise LemoError(f"{error}: mend that, and go on with --resume (the run is in {out})") from error
 
 
-def _needs_fit(plan: LemoConfig) -> bool:
-    return plan.predicts or any(site.eliminated == "stand_in" for site in plan.eliminations)
-
-
 def _predictors(run: Run, model: nn.Module, windows: Sequence[Window], plan: LemoConfig, say: Say) -> Predictors | None:
     if run.job.predictors is not None:
         return Predictors.load(run.job.predictors)
-    if not _needs_fit(plan):
+    if not (plan.predicts or any(site.eliminated == "stand_in" for site in plan.eliminations)):
         return None
     folder = run.out / "predictors"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():

@@ -74,16 +74,11 @@ class Lines(TrainerCallback):
         logs = kwargs["logs"]
         if "eval_loss" in logs:
             self.say(f"step {state.global_step}/{state.max_steps}: held-out loss {logs['eval_loss']:.4f}")
-        elif "loss" in logs and self._due(state):
+        elif "loss" in logs and (time.monotonic() - self.last >= self.SECONDS or state.global_step == state.max_steps):
+            self.last = time.monotonic()
             done = state.global_step - self.first
             left = (time.monotonic() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
             memory = logs.get("lemo/peak_memory_gib")
             peak = "" if memory is None else f", peak memory {gigabytes(memory)}"
             rest = f", {left / 60:.0f} min left" if left >= 60 else ""
             self.say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{peak}{rest}")
-
-    def _due(self, state: Any) -> bool:
-        due = time.monotonic() - self.last >= self.SECONDS or state.global_step == state.max_steps
-        if due:
-            self.last = time.monotonic()
-        return due
