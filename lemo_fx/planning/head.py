@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lemo_fx.errors import CaptureError
 from lemo_fx.graph.anatomy import Anatomy
-from lemo_fx.graph.capture import NO_CACHE, PATCHING, capture, readable_code, remove_dead_nodes
+from lemo_fx.graph.capture import NO_CACHE, PATCHING, argument_names, capture, readable_code, remove_dead_nodes
 from lemo_fx.graph.left_out import kinds_left_out, matters_when_absent
 from lemo_fx.passes.segment_loss import segment_loss
 from lemo_fx.planning.dump import write_dump
@@ -45,14 +45,9 @@ def plan_head(anatomy: Anatomy, planning: Planning, sparse_experts: bool, notes:
         logger.info("loss not segmented: %s", error)
         graph = fx.Graph()
         graph.output(None)
-    arguments = _argument_names(head)
-    settings = HeadSettings(planning.config, planning.step, arguments, sparse_experts, segmented, planning.group)
+    names = argument_names(head)
+    settings = HeadSettings(planning.config, planning.step, names, sparse_experts, segmented, planning.group)
     return Plan(name, head, graph, functions, {}, settings)
-
-
-def _argument_names(head: nn.Module) -> tuple[str, ...]:
-    parameters = inspect.signature(type(head).forward).parameters.values()
-    return tuple(p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD)
 
 
 def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str, fx.Graph], SegmentedLoss]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from lemo_fx.config import LemoConfig, SiteKind
+from lemo_fx.graph.capture import argument_names
 from lemo_fx.passes.pipeline import Pass
 from lemo_fx.passes.rewrite import LayerRewrite
 from lemo_fx.planning.proof import Proofs
@@ -112,14 +113,11 @@ def layer_plan(
     mixers = [str(s.site.mixer.target) for s in rewrite.sites if s.site.kind == "attention"]
     attention: Any = rewrite.layer.get_submodule(mixers[0]) if mixers else None
     attention_config = getattr(attention, "config", None)
-    arguments = tuple(
-        str(n.target) for n in rewrite.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
-    )
     implementation = getattr(attention_config, "_attn_implementation", None)
     floats = {name for module in rewrite.layer.modules() for name, x in vars(module).items() if floats_of(x)}
     settings = LayerSettings(
         config,
-        arguments,
+        argument_names(rewrite.layer),
         attention_config,
         implementation,
         step,
