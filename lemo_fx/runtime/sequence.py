@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,26 +110,6 @@ Told = tuple[torch.Tensor | None, torch.Tensor | None]
 it; [B, P K] their documents, -1 of padding, or None where causal order is enough."""
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """What `_exchanged` reads on the twin of an attention.
-
-    Attributes:
-        function: computes the attention between the two exchanges.
-        window: tokens to which a sliding window looks back, its own included; None where there is none.
-        additive: whether its mask is added to the scores, and has to be given.
-        original: the attention.
-        local: what the function takes for the attention, by how many copies there are of a head of keys and values.
-    """
-
-    group: SequenceGroup
-    function: Callable
-    window: int | None
-    additive: bool
-    original: nn.Module
-    local: dict[int, nn.Module]
-
-
 def _with_some_heads(attention: nn.Module, group: SequenceGroup) -> dict[int, nn.Module]:
     groups: Any = getattr(attention, "num_key_value_groups", 1)
     made = {}
@@ -147,6 +126,12 @@ class ExchangedAttention(nn.Module):
     It runs a twin that shares all of the attention's submodules but dispatches to `_exchanged`; nothing of the model is
     modified. Called without being told of a whole sequence it computes what the attention does.
 
+    Attributes:
+        function: computes the attention between the two exchanges.
+        window: tokens to which a sliding window looks back, its own included; None where there is none.
+        additive: whether its mask is added to the scores, and has to be given.
+        local: what the function takes for the attention, by how many copies there are of a head of keys and values.
+
     Raises:
         UnsupportedModelError: the attention cannot be shared out.
     """
@@ -160,13 +145,14 @@ class ExchangedAttention(nn.Module):
                 f"{type(attention).__name__} runs {implementation!r}: where ranks share a sequence, its attention is "
                 "computed by attn_implementation='sdpa' or 'eager'"
             )
-        function = function_of(attention)
-        self.group, self.window, self.masked = group, window_of(attention), implementation == "eager"
-        known = Exchange(group, function, self.window, self.masked, attention, _with_some_heads(attention, group))
+        self.group, self.function = group, function_of(attention)
+        self.window, self.additive = window_of(attention), implementation == "eager"
+        self.local = _with_some_heads(attention, group)
         # In what a proof is known by: another number of ranks may be one that cannot share the heads.
         self.note = f"of {group.size} ranks"
-        # In a tuple, so that the twin is not registered and its weights are not listed twice.
-        self.twin = (twin_of(attention, EXCHANGE, lemo_exchange=known, training=True),)
+        # In tuples, so that neither is registered and its weights are not listed twice.
+        self.original = (attention,)
+        self.twin = (twin_of(attention, EXCHANGE, lemo_exchange=self, training=True),)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments of the attention module, and `lemo_told` from `told` -> what it returns."""
@@ -185,7 +171,7 @@ def told(exchange: ExchangedAttention, mask: Any, tokens: torch.Tensor | None, l
     group = exchange.group
     documents = mask[:, 0, 1] if mask.shape[2] == 2 else None
     windowed = exchange.window is not None and length * group.size > exchange.window
-    if documents is None and not windowed and not exchange.masked:
+    if documents is None and not windowed and not exchange.additive:
         return None, None
     if tokens is None:
         return torch.arange(length * group.size, device=mask.device)[None], documents
@@ -218,9 +204,9 @@ def mask_of(known: Told, window: int | None, query: torch.Tensor, additive: bool
 
 def _exchanged(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lemo_told=None, **kwargs):
     """An attention function in transformers' registry: the layer's own, between two exchanges."""
-    known: Exchange = module.lemo_exchange
+    known: ExchangedAttention = module.lemo_exchange
     group, function = known.group, known.function
-    dropout = dropout if known.original.training else 0.0
+    dropout = dropout if known.original[0].training else 0.0
     unknown = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in CARRIED]
     if unknown:
         raise UnsupportedModelError(
