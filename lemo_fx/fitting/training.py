@@ -150,10 +150,10 @@ def train(
     before = sum(w.numel() for w in weights.values())
     if kind == "attention":
         weights["distance"] = _distance_profile(blocks, unit) / DISTANCE_PACE
-    weights = {name: weight.to(device) for name, weight in weights.items()}
+    weights = {name: weight.to(device).requires_grad_() for name, weight in weights.items()}
     steps = min(recipe.epochs * math.ceil(len(blocks) / recipe.batch), recipe.most_steps)
     prune_at = {int(share * steps): number for number, share in enumerate(PRUNE_AT)} if recipe.elastic else {}
-    optimiser = _Adam(weights)
+    optimiser = torch.optim.AdamW(weights.values(), betas=(0.9, 0.99), weight_decay=1e-3)
     zeros, counted = _zero_counts(weights), 0
     record: dict[str, Any] = {"losses": [], "heldout_losses": [], "dead": []}
     order = torch.empty(0, dtype=torch.int64)
@@ -164,12 +164,14 @@ def train(
         rows, order = order[: recipe.batch], order[recipe.batch :]
         batch = blocks[rows].to(device)
         with torch.enable_grad():
-            leaves = {name: w.requires_grad_() for name, w in weights.items()}
-            usable = _in_original_units(leaves, mean, spread, unit)
+            usable = _in_original_units(weights, mean, spread, unit)
             activations = network.network(usable, batch.stream)
             loss = _loss(recipe.loss, usable, activations[1], batch, unit)
-            gradients = torch.autograd.grad(loss, list(leaves.values()))
-        weights = optimiser.step(dict(zip(leaves, gradients, strict=True)), _rate(recipe.rate, step / steps))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimiser.param_groups[0]["lr"] = _rate(recipe.rate, step / steps)
+        optimiser.step()
+        optimiser.zero_grad()
         record["losses"].append(round(loss.item(), 5))
         counted += int(batch.valid.sum())
         for count, activation in zip(zeros, activations, strict=True):
@@ -179,7 +181,7 @@ def train(
             record["dead"].append(round(float(torch.cat(share, 1).mean()), 4))
             left = len(PRUNE_AT) - prune_at[step]
             width = start - math.ceil((start - last) / left)
-            weights = _prune(optimiser, share, width)
+            _prune(weights, optimiser, share, width)
             start = width
             zeros, counted = _zero_counts(weights), 0
         if heldout is not None and (step + 1) % max(1, steps // 10) == 0:
@@ -269,45 +271,23 @@ def _rate(peak: float, progress: float) -> float:
     return peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _Adam:
-    """Adam whose state can lose neurons together with the weights."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights = {name: w.detach() for name, w in weights.items()}
-        self.moments = [{name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2)]
-        self.steps = 0
-
-    def step(self, gradients: dict[str, torch.Tensor], rate: float, decay: float = 1e-3) -> dict[str, torch.Tensor]:
-        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-        shrink = (1.0 / (norm + 1e-12)).clamp_max(1.0)
-        self.steps += 1
-        for name, gradient in gradients.items():
-            gradient = gradient * shrink
-            first, second = (moments[name] for moments in self.moments)
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square(), 0.01)
-            size = (second / (1 - 0.99**self.steps)).sqrt() + 1e-8
-            weight = self.weights[name].detach() * (1 - rate * decay)
-            self.weights[name] = weight - rate / (1 - 0.9**self.steps) * first / size
-        return dict(self.weights)
-
-
-def _prune(optimiser: _Adam, dead: list[torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+def _prune(
+    weights: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, dead: list[torch.Tensor], width: int
+) -> None:
     """Elastic size transformation: keep the `width` neurons of each hidden layer that are least often zero.
 
     Args:
         dead: per hidden layer [T, w], share of zero activations of each neuron.
     """
-    kept = [share.argsort(dim=1)[:, :width].sort(1).values for share in dead]
-    for tensors in (optimiser.weights, *optimiser.moments):
-        for layer, (matrix, bias, following) in enumerate(
-            (("first", "first_bias", "second"), ("second", "second_bias", "third"))
-        ):
-            index = kept[layer]
-            tensors[matrix] = tensors[matrix].take_along_dim(index[:, None, :], 2)
-            tensors[bias] = tensors[bias].take_along_dim(index, 1)
-            tensors[following] = tensors[following].take_along_dim(index[:, :, None], 1)
-    return dict(optimiser.weights)
+    layers = (("first", "first_bias", "second"), ("second", "second_bias", "third"))
+    for (matrix, bias, following), share in zip(layers, dead, strict=True):
+        kept = share.argsort(dim=1)[:, :width].sort(1).values
+        for name, index, axis in ((matrix, kept[:, None, :], 2), (bias, kept, 1), (following, kept[:, :, None], 1)):
+            state = optimiser.state.pop(weights[name])
+            weights[name] = weights[name].detach().take_along_dim(index, axis).requires_grad_()
+            moments = {key: x.take_along_dim(index, axis) if x.dim() else x for key, x in state.items()}
+            optimiser.state[weights[name]] = moments
+    optimiser.param_groups[0]["params"] = list(weights.values())
 
 
 def _in_original_units(weights: dict[str, torch.Tensor], mean: torch.Tensor, spread: torch.Tensor, unit: float):
