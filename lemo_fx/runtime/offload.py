@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -185,10 +185,6 @@ class LayerCall:
         self.saved.append(weakref.ref(saved))
         return saved
 
-    def finish(self) -> None:
-        """The forward is over: nothing more is saved."""
-        self.layer, self.inputs, self.stays = None, [], None
-
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (
@@ -210,20 +206,11 @@ def unpack(held: torch.Tensor | Saved) -> torch.Tensor:
     return tensor
 
 
-class _Hooks(saved_tensors_hooks):
-    def __init__(self, call: LayerCall) -> None:
-        super().__init__(call.pack, unpack)
-        self.call = call
-
-    def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        self.call.finish()
-
-
 _lanes: dict[torch.device, Lane] = {}
 
 
-def offloading(layer: nn.Module, stream: torch.Tensor, others: Iterable[Any]) -> AbstractContextManager[object]:
+@contextmanager
+def offloading(layer: nn.Module, stream: torch.Tensor, others: Iterable[Any]) -> Iterator[None]:
     """Context for one forward of a layer, in which what it saves goes to the host.
 
     Does nothing unless the layer is recomputed in the backward and its device has a memory of its own. Not for code
@@ -233,10 +220,17 @@ def offloading(layer: nn.Module, stream: torch.Tensor, others: Iterable[Any]) ->
         stream: the layer's input.
         others: its other arguments, which all layers share (masks, position embeddings): they stay on the device.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stream.device.type not in DEVICES:
-        return nullcontext()
-    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-        return nullcontext()
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if not (recorded and recomputed and stream.device.type in DEVICES):
+        yield
+        return
     lane = _lanes.get(stream.device) or _lanes.setdefault(stream.device, Lane(stream.device))
     shared = [t for t in tree_leaves(list(others)) if isinstance(t, torch.Tensor) and t is not stream]
-    return _Hooks(LayerCall(lane, layer, shared))
+    call = LayerCall(lane, layer, shared)
+    try:
+        with saved_tensors_hooks(call.pack, unpack):
+            yield
+    finally:
+        # The forward is over: nothing more is saved.
+        call.layer, call.inputs, call.stays = None, [], None
