@@ -201,11 +201,7 @@ def has_dropout(config: Any) -> bool:
 
 
 def load(path: Path, config: Any, device: torch.device, settings: BenchSettings) -> tuple[Any, bool]:
-    """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random).
-
-    Raises:
-        InputError: there is no causal language model, or it does not fit into the memory.
-    """
+    """(model on the device, in bfloat16 where that is a GPU that has it; whether its weights are random)."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float32
     attention, load_in = settings.attention, settings.load_in

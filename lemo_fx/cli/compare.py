@@ -59,11 +59,7 @@ class Contestant:
 
 
 def kinds_of(asked: str | None) -> tuple[str, ...]:
-    """The runs beside plain LoRA.
-
-    Raises:
-        InputError: there is no such kind.
-    """
+    """The runs beside plain LoRA."""
     if asked is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Where there are no products in float8, presets that use them round as if, and take longer.
@@ -83,9 +79,6 @@ def compare(
 
     Args:
         same_time: each plan once more, for as many steps as take LoRA's time.
-
-    Raises:
-        LemoError: as `train`.
     """
     check_alone()
     check_folder(job.out)

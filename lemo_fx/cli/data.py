@@ -66,11 +66,7 @@ class Reader:
         self.template = template.get("default") if isinstance(template, dict) else template
 
     def read(self, rows: Sequence[Row]) -> list[tuple[Sequence[int], Sequence[bool] | None]]:
-        """All rows; texts at once, which is quicker.
-
-        Raises:
-            InputError: a row cannot be read; names it.
-        """
+        """All rows; texts at once, which is quicker."""
         if self.tokenizer is None and not all(isinstance(row.content, Ids) for row in rows):
             row = next(row for row in rows if not isinstance(row.content, Ids))
             raise InputError(f"{row.where}: `{row.fields[0]}` needs a tokenizer in the model's folder")
@@ -193,9 +189,6 @@ def tokenise(
     Args:
         vocabulary: of the model; a token outside it is an error.
         tick: called with the number of rows that were done.
-
-    Raises:
-        InputError: a row cannot be tokenised; names it.
     """
     documents = []
     for start in range(0, len(rows), CHUNK):

@@ -180,9 +180,6 @@ def run_demo(settings: DemoSettings, progress: Callable[[str, int], Callable[[],
 
     Args:
         progress: (what, number of parts) -> a function to call after each part.
-
-    Raises:
-        ConfigError: no document has a window of `context` tokens.
     """
     model, tokenizer = load(settings.seed)
     config: Any = model.config

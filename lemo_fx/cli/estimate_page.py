@@ -12,11 +12,7 @@ from lemo_fx.errors import InputError
 
 
 def gpus(text: str) -> dict[str, float]:
-    """ "24GB,80GB" -> bytes of each; a card that is sold as 24 GB is taken to have 24e9.
-
-    Raises:
-        InputError: not a list of sizes.
-    """
+    """ "24GB,80GB" -> bytes of each; a card that is sold as 24 GB is taken to have 24e9."""
     found = {}
     for word in text.split(","):
         number = word.strip().upper().removesuffix("GB").strip()
@@ -97,11 +93,7 @@ SHORT = 4096
 
 
 def advice(parameters: float, context: int, running_text: bool) -> list[str]:
-    """Where a plan will hardly pay, one line a reason.
-
-    Args:
-        running_text: every token is learnt.
-    """
+    """Where a plan will hardly pay, one line a reason; of running text every token is learnt."""
     found = []
     if parameters < TIMED_FROM:
         found.append(

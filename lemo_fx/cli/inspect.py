@@ -21,9 +21,6 @@ def inspect(name: str, plan: LemoConfig, index: int | None, out: Path, dump: Pat
 
     Args:
         dump: folder for every layer's graph after each pass.
-
-    Raises:
-        LemoError: there is no such model or layer, or the plan does not fit it.
     """
     for folder in (out, dump):
         if folder is not None:

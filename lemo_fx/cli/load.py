@@ -29,9 +29,6 @@ def folder_of(name: str | Path, weights: bool = True) -> Path:
 
     Args:
         weights: whether they are needed, and not the config alone.
-
-    Raises:
-        InputError: there is no such folder, nor does the Hub or its cache give one.
     """
     path, named = Path(name), HUB_NAME.fullmatch(str(name))
     if path.exists() and str(name).strip():
@@ -69,11 +66,7 @@ def folder_of(name: str | Path, weights: bool = True) -> Path:
 
 
 def read_config(path: Path) -> Any:
-    """The transformers config of a causal language model: of a folder, or a config.json.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The transformers config of a causal language model: of a folder, or a config.json."""
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model folder, a config.json or a name on the Hub (owner/name)")
     _refuse_adapter(path)
@@ -124,9 +117,6 @@ def load_model(
 
     Args:
         load_in: "4bit" (NF4, as QLoRA has it) or "8bit" by bitsandbytes; the model then is on its device.
-
-    Raises:
-        InputError: there is none, or not whole; says what is missing.
     """
     check_weights(path)
     read_config(path)
@@ -148,11 +138,7 @@ def load_model(
 
 
 def from_config(path: Path, config: Any, **settings: Any) -> Any:
-    """A model with random weights, of the config that was read from a path.
-
-    Raises:
-        InputError: it describes no causal language model.
-    """
+    """A model with random weights, of the config that was read from a path."""
     try:
         return AutoModelForCausalLM.from_config(config, **settings)
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, StrictDataclassError) as error:
@@ -182,11 +168,7 @@ def _quantised(load_in: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The tokenizer in a model's folder."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -194,11 +176,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def shown(name: str, say: Callable[[str], None]) -> Any:
-    """A model to look at: a folder with its weights; a config, a folder without weights or a Hub name with random ones.
-
-    Raises:
-        InputError: there is no causal language model.
-    """
+    """A model to look at: a folder with its weights; of a config, a folder without any or a Hub name, random ones."""
     path = folder_of(name, weights=False)
     config = read_config(path)
     if has_weights(path):
@@ -209,11 +187,7 @@ def shown(name: str, say: Callable[[str], None]) -> Any:
 
 
 def built(path: Path, config: Any, say: Callable[[str], None] = lambda line: None) -> Any:
-    """A model of random weights with the first decoder layers of a config, which is changed, and a small vocabulary.
-
-    Raises:
-        InputError: it is none, or even so too large.
-    """
+    """A model of random weights with the first decoder layers of a config, which is changed, and a small vocabulary."""
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and layers > SHOWN_LAYERS:
         config.num_hidden_layers = SHOWN_LAYERS

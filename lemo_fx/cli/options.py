@@ -85,11 +85,7 @@ class PlanOptions:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def config(self) -> LemoConfig:
-        """The plan.
-
-        Raises:
-            LemoError: it contradicts itself, or its file cannot be read.
-        """
+        """The plan."""
         given = self.given
         changes: dict[str, Any] = {name: given.pop(name) for name in ("block_size", "offload") if name in given}
         if self.plan is not None:
@@ -113,12 +109,7 @@ class PlanOptions:
 
 
 def plan_from(path: Path) -> LemoConfig:
-    """The plan in a file.
-
-    Raises:
-        InputError: it cannot be read.
-        ConfigError: it is no plan.
-    """
+    """The plan in a file."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -229,11 +220,7 @@ def modules_of(targets: str) -> str | tuple[str, ...]:
 
 
 def lengths_of(text: str) -> tuple[int, ...]:
-    """Numbers of tokens, each once.
-
-    Raises:
-        InputError: there is something else among them.
-    """
+    """Numbers of tokens, each once."""
     try:
         lengths = tuple(dict.fromkeys(int(length) for length in text.split(",")))
     except ValueError as error:

@@ -50,9 +50,6 @@ def documents_of(job: Job, settings: Settings, folder: Path, config: Any, say: S
 
     Args:
         folder: of the model, with its tokenizer. config: of the model.
-
-    Raises:
-        LemoError: something cannot be used; names it.
     """
     rows = read_rows(job.data, say)
     heldout_rows = None if job.heldout is None else read_rows(job.heldout, say)
@@ -80,11 +77,7 @@ def described(strata: Sequence[Stratum]) -> list[str]:
 def tokenised(
     rows: Sequence[Row], folder: Path, config: Any, assistant_only: bool = False, say: Say = lambda line: None
 ) -> list[Document]:
-    """The rows as the tokenizer in a model's folder reads them, with a progress bar.
-
-    Raises:
-        InputError: a row cannot be tokenised, or all are empty.
-    """
+    """The rows as the tokenizer in a model's folder reads them, with a progress bar."""
     needed = any(not isinstance(row.content, Ids) for row in rows)
     reader = data.Reader(load_tokenizer(folder) if needed else None, assistant_only)
     try:
@@ -165,11 +158,7 @@ class Prepared:
 
 
 def windows_of(documents: Documents, settings: Settings, apart: bool, say: Say) -> Prepared:
-    """Cut, and pack where the model keeps documents `apart`.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Cut, and pack where the model keeps documents `apart`."""
     pack = settings.pack and apart
     if settings.pack and not apart:
         say("the model does not keep packed documents apart: one document a window")

@@ -50,9 +50,6 @@ def read_rows(data: str | Path, say: Callable[[str], None] = lambda line: None) 
 
     Args:
         say: gets a line on what was read as what, and on what was left out.
-
-    Raises:
-        InputError: nothing there, or something that cannot be used; names the file and the line.
     """
     path, named = Path(data), HUB_NAME.fullmatch(str(data))
     if not str(data).strip():

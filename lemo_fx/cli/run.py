@@ -126,11 +126,7 @@ def check_earlier(run: Run, recorded: dict[str, Any], say: Say) -> None:
 
 
 def write_started(run: Run, recorded: dict[str, Any]) -> None:
-    """Leave the record and the run file in OUT.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Leave the record and the run file in OUT."""
     again = as_file(dataclasses.replace(run.job, resume=False, preview=False), run.options, run.settings)
     try:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -158,11 +154,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run.
-
-    Raises:
-        InputError: there is none in the folder.
-    """
+    """The summary of a finished run."""
     path = folder if folder.is_file() else folder / SUMMARY
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -128,11 +128,7 @@ def train(run: Run, say: Say = lambda line: None, of_data: Say | None = None) ->
 
 
 def preview(run: Run, say: Say) -> Text:
-    """The first step's windows, decoded, with what is learnt marked; no weights are loaded.
-
-    Raises:
-        LemoError: bad input.
-    """
+    """The first step's windows, decoded, with what is learnt marked; no weights are loaded."""
     folder = folder_of(run.job.model)
     config = read_config(folder)
     documents = prepare.documents_of(run.job, run.settings, folder, config, say)

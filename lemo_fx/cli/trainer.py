@@ -52,9 +52,6 @@ def adapted(
 
     Args:
         alpha: twice the rank unless given.
-
-    Raises:
-        ConfigError: it has no such targets.
     """
     model.config.use_cache = False
     named = targets if isinstance(targets, str) else list(targets)
@@ -96,11 +93,7 @@ def one_device(arguments: TrainingArguments) -> TrainingArguments:
 
 
 def trainer_of(run: Run, model: Any, prepared: Prepared, predictors: Predictors | None, plan: LemoConfig) -> Trainer:
-    """The Trainer of a run on its windows; the model gets its adapters and its plan.
-
-    Raises:
-        LemoError: the targets or the plan do not fit the model.
-    """
+    """The Trainer of a run on its windows; the model gets its adapters and its plan."""
     settings, out = run.settings, run.out
     assert settings.batch is not None
     assert settings.steps is not None
