@@ -111,22 +111,14 @@ class Tuning:
     def start(self) -> dict[Key, float]:
         """Shares under thresholds at one multiple c per kind of each layer's mean score: the mean share asked for."""
         shares: dict[Key, float] = {}
-        means = {key: float(scores.mean()) for key, scores in self.scores.items()}
         for kind, target in self.targets.items():
             keys = [key for key in self.selects if key[1] == kind]
             if not keys:
                 continue
-
-            def found(c: float, keys: list[Key] = keys) -> dict[Key, float]:
-                return {key: float((self.scores[key] >= c * means[key]).float().mean()) for key in keys}
-
-            low, high = 0.0, 1.0
-            while statistics.fmean(found(high).values()) > target:
-                low, high = high, 2 * high
-            for _ in range(50):
-                middle = (low + high) / 2
-                low, high = (middle, high) if statistics.fmean(found(middle).values()) > target else (low, middle)
-            shares.update({key: max(share, LEAST) for key, share in found(high).items()})
+            ratios = {key: self.scores[key] / self.scores[key].mean().clamp_min(1e-30) for key in keys}
+            every = torch.cat([*ratios.values()]).sort(descending=True).values
+            least = every[max(0, int(target * len(every)) - 1)]
+            shares |= {key: max(float((ratio >= least).float().mean()), LEAST) for key, ratio in ratios.items()}
         return shares
 
     def run(
