@@ -10,7 +10,7 @@ import torch
 
 from lemo_fx.config import SiteKind, check_seed, is_count, is_number
 from lemo_fx.errors import ConfigError
-from lemo_fx.kernels.select_blocks.reference import block_any
+from lemo_fx.kernels.select_blocks import reference
 from lemo_fx.runtime import network
 
 Loss = Literal["log", "kl", "regression"]
@@ -107,7 +107,7 @@ class Blocks:
     @property
     def real(self) -> torch.Tensor:
         """[N, n] bool: blocks that hold a token."""
-        return block_any(self.valid, self.block_size)
+        return reference.block_any(self.valid, self.block_size)
 
     def to(self, device: torch.device) -> Blocks:
         """On a device, the stream in float32."""
@@ -211,7 +211,8 @@ def predict(weights: dict[str, torch.Tensor], blocks: Blocks, device: torch.devi
         for start in range(0, len(blocks), 4):
             part = blocks[start : start + 4].to(torch.device(device))
             if "distance" in weights:
-                parts.append(network.scores(weights, part.stream, part.block_size, part.valid).cpu())
+                second = network.network(weights, part.stream)[1]
+                parts.append(network.block_scores(weights, second, part.valid, part.block_size).cpu())
                 continue
             tokens = network.candidates(weights, part.stream, part.block_size, part.valid)
             count = network.candidate_count(part.block_size)
@@ -311,9 +312,8 @@ def _scaled(weights: dict[str, torch.Tensor], factor: float) -> dict[str, torch.
 def kept(scores: torch.Tensor, real: torch.Tensor, keep: float) -> torch.Tensor:
     """[N, n] -> [N, n] bool: the blocks that a budget keeps, with the first and last block pinned as in selection."""
     lengths = real.sum(1, keepdim=True)
-    position = torch.arange(scores.shape[1])
-    ranked = scores.float().masked_fill(~real, -torch.inf)
-    ranked = ranked.masked_fill((position == 0) | (position == lengths - 1), torch.inf)
+    # Each block as a token of its own.
+    ranked = reference.rank(scores, real, None, scores.shape[1], 1, 0)
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank < (lengths * keep).ceil().clamp_min(2)) & real
 

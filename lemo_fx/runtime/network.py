@@ -147,6 +147,10 @@ def block_scores(
 
     An MLP's measured score is the maximum over its tokens; only training asks for it. An attention's is a sum of maxima
     that different tokens win, and a mean of the tokens' outputs predicts it best (docs/predictors.md).
+
+    Args:
+        valid: [B, S] bool, False on padding, or None.
+        pairs: see `attention_scores`.
     """
     if "distance" not in weights:
         tokens = token_scores(weights, second)
@@ -155,22 +159,6 @@ def block_scores(
     # A mean commutes with the third matrix, which then runs on blocks.
     outputs = pool(second, valid, block_size, "mean") @ weights["third"][:, None].float()
     return attention_scores(weights, outputs, real, pairs)
-
-
-def scores(
-    weights: Mapping[str, torch.Tensor],
-    stream: torch.Tensor,
-    block_size: int,
-    valid: torch.Tensor | None = None,
-    pairs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The residual stream [B, S, H] that an attention reads -> predicted informativeness [B, n] of its blocks.
-
-    Args:
-        valid: [B, S] bool, False on padding, or None.
-        pairs: see `attention_scores`.
-    """
-    return block_scores(weights, network(weights, stream)[1], valid, block_size, pairs)
 
 
 def default_width(kind: SiteKind, hidden: int) -> int:

@@ -235,7 +235,8 @@ class PredictedScore(Predictor):
         pairs = kept.block_pairs(attention_mask, documents, stream, self.block_size)
         # Half precision would tie scores that differ: a sum over query blocks needs more digits than its terms.
         with torch.autocast(stream.device.type, enabled=False):
-            return network.scores(self.weights, stream, self.block_size, valid, pairs)
+            second = network.network(self.weights, stream)[1]
+            return network.block_scores(self.weights, second, valid, self.block_size, pairs)
 
 
 class Candidates(Predictor):
