@@ -2,7 +2,7 @@
 
 before:  n = norm(x);  a = attention(n, mask);  y = x + a
 after:   n = norm(x);  a = attention(n, mask);  lemo_attention_probe(n, a);  y = x + a
-scored:  ...  scores = lemo_attention_score(n', mask);  lemo_attention_probe(n, a, x, scores, mask);  y = x + a
+scored:  ...  scores = lemo_attention_score(n', mask);  lemo_attention_probe(n, a, x, scores);  y = x + a
 Not part of the pipeline: `lemo_fx.fitting.profile` runs it alone on a fresh capture, after `insert_scores` where the
 true scores are wanted.
 """
@@ -18,7 +18,7 @@ def insert_probes(rewrite: LayerRewrite) -> int:
         site = planned.site
         seen: tuple[fx.Node | None, ...] = (normed_input(rewrite, site), site.branch)
         if planned.scores is not None:
-            seen += (site.stream, planned.scores, rewrite.argument("attention_mask"))
+            seen += (site.stream, planned.scores)
         # Nobody uses the result, so no dead-code elimination may follow.
         with rewrite.graph.inserting_before(site.add):
             call(rewrite.graph, part_name(planned.name, "probe"), seen, f"{planned.name}_seen")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +42,6 @@ class BranchStatistics(nn.Module):
         output: torch.Tensor,
         stream: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
-        mask: Any = None,
     ) -> None:
         """Note one forward pass: source [B, S, H] the branch's normed input, output [B, S, H] what it adds.
 
