@@ -2,6 +2,7 @@
 
 import operator
 
+import networkx as nx
 from torch import fx
 
 from lemo_fx.errors import GraphCheckError
@@ -27,7 +28,7 @@ def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
         graph.owning_module = owner
     for node in graph.nodes:
         _check_target(rewrite, node, after)
-        if node.target is eliminate_op and not _restored(node, rewrite, finished):
+        if finished and node.target is eliminate_op and not _restored(node):
             raise GraphCheckError(
                 f"after {after}: {node} eliminates tokens that no restore brings back, or more than one"
             )
@@ -59,10 +60,8 @@ def _check_target(rewrite: LayerRewrite, node: fx.Node, after: str) -> None:
             raise GraphCheckError(f"after {after}: {node} reads {node.target}, which the layer lacks") from error
 
 
-def _restored(node: fx.Node, rewrite: LayerRewrite, finished: bool) -> bool:
+def _restored(node: fx.Node) -> bool:
     """Whether a restore adds back exactly what was taken out with these tokens."""
-    if not finished:
-        return True
     tokens = node.args[1]
     assert isinstance(tokens, fx.Node)
     takes = [u for u in tokens.users if u.target is eliminate_op]
@@ -110,20 +109,10 @@ def _check_replaced(rewrite: LayerRewrite, after: str) -> None:
     alive = set(rewrite.graph.nodes)
     branches = {planned.site.branch for planned in rewrite.sites}
     unplanned = [a for p in rewrite.sites for a in p.site.addends if a not in branches]
-    needed = _ancestors(unplanned)
+    flow = nx.DiGraph((source, user) for source in alive for user in source.users)
+    needed = {*unplanned}.union(*(nx.ancestors(flow, addend) for addend in unplanned))
     for planned in rewrite.sites:
         if planned.site.add not in alive:
             left = next((n for n in planned.site.nodes if n in alive and n not in needed), None)
             if left is not None:
                 raise GraphCheckError(f"after {after}: {left} of the branch {planned.name} is still there")
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    while nodes:
-        node = nodes.pop()
-        if node not in found:
-            found.add(node)
-            nodes.extend(node.all_input_nodes)
-    return found
