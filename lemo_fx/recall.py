@@ -61,7 +61,11 @@ def measure_recall(
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with ExitStack() as hooks:
-        scored = {name: sites for name, layer in layers.items() if (sites := _scored_sites(layer))}
+        scored: dict[str, list[str]] = {}
+        for name, layer in layers.items():
+            for part, module in layer.named_children():
+                if isinstance(module, Predictor):
+                    scored.setdefault(name, []).append(site_and_role(part)[0])
         for name, sites in scored.items():
             with gathered(layers[name]):
                 hook = observe(name, layers[name], _probe(layers[name], sites), sites)
@@ -71,12 +75,6 @@ def measure_recall(
                 model.train()
                 model(**{"use_cache": False, **batch})
     return found
-
-
-def _scored_sites(layer: nn.Module) -> list[str]:
-    """Names of the layer's sites whose score is predicted."""
-    parts = [name for name, part in layer.named_children() if isinstance(part, Predictor)]
-    return [site_and_role(name)[0] for name in parts]
 
 
 def _probe(layer: nn.Module, names: list[str]) -> fx.GraphModule:

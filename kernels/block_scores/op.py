@@ -25,14 +25,7 @@ def block_scores(
 
 
 @block_scores.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    scaling: float,
-    block_size: int,
-) -> torch.Tensor:
+def _(query, key, mask, documents, scaling, block_size):
     blocks = (query.shape[2] + block_size - 1) // block_size
     return query.new_empty(query.shape[0], blocks, dtype=torch.float32)
 

@@ -28,11 +28,6 @@ LISTS = tuple(
 )
 """What `causal_blocks` returns, by its name in a `BlockMask`."""
 
-NO_INTERFACE = (
-    "{name} does not dispatch to transformers' attention interface with its present settings, so that its keys are not "
-    "known; use keys='kept'"
-)
-
 
 def _keys(module: nn.Module, query, key, value, attention_mask, **kwargs):
     """An attention function in transformers' registry that returns keys and values where the weights would be."""
@@ -177,7 +172,10 @@ class Keys(nn.Module):
         """Arguments of the attention module, of every token -> keys and values [B, M, S, D]."""
         found = self.twin[0](*args, **kwargs)[1]
         if not isinstance(found, tuple):
-            raise LemoError(NO_INTERFACE.format(name=type(self.twin[0]).__name__))
+            raise LemoError(
+                f"{type(self.twin[0]).__name__} does not dispatch to transformers' attention interface with its "
+                "present settings, so that its keys are not known; use keys='kept'"
+            )
         return found
 
 
