@@ -12,7 +12,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lemo_fx.api import labels, report, set_dense, shared_by
 from lemo_fx.config import is_count, is_number
@@ -55,9 +55,7 @@ class LemoCallback(TrainerCallback):
         self._told: Callable | None = None
         self._own_loss: Callable | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go before the reporters, around the loss; raise NotTransformedError where there is nothing to log."""
         report(kwargs["model"])
         callbacks = self.trainer.callback_handler.callbacks
@@ -79,9 +77,7 @@ class LemoCallback(TrainerCallback):
 
         return told
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Watch for the batch of a step whose recall is wanted."""
         if self.recall_every and (state.global_step + 1) % self.recall_every == 0:
             self._forget()  # of a step that never ended (auto_find_batch_size)
@@ -95,7 +91,7 @@ class LemoCallback(TrainerCallback):
             self._hook.remove()
         self._hook = self._batch = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the recall on the batch that was watched for."""
         batch = self._batch
         self._forget()
@@ -103,7 +99,7 @@ class LemoCallback(TrainerCallback):
             recalls = report(kwargs["model"], recall_on=batch).means("recall")
             self._recall = {f"lemo/recall_{kind}": recall for kind, recall in recalls.items()}
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add to a training log; those of evaluations and of the whole run are left alone."""
         model, logs = kwargs["model"], kwargs["logs"]
         if "loss" not in logs:
@@ -115,9 +111,7 @@ class LemoCallback(TrainerCallback):
         for target in (logs, state.log_history[-1]):
             target.update(entries)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave nothing behind."""
         self._forget()
         if vars(self.trainer).get("compute_loss") is self._told is not None:
@@ -150,21 +144,15 @@ class DenseFinish(TrainerCallback):
             raise ConfigError(f"share={share!r} must be in [0, 1]: the share of the steps that are dense")
         self.share = share
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises what the dense steps would, before the first one."""
         set_dense(kwargs["model"], self.share > 0)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Dense or sparse, by the number of the step."""
         set_dense(kwargs["model"], state.global_step >= state.max_steps - round(self.share * state.max_steps))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model leaves training as it entered it."""
         set_dense(kwargs["model"], False)
 

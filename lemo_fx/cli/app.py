@@ -22,16 +22,6 @@ from lemo_fx.cli.console import (
     typed,
     warn_of_other_load,
 )
-from lemo_fx.cli.options import (
-    DataName,
-    FittedBefore,
-    Lengths,
-    ModelName,
-    Out,
-    PlanOptions,
-    Rank,
-    Shape,
-)
 from lemo_fx.errors import InputError
 
 app = typer.Typer(
@@ -71,7 +61,7 @@ def _quiet(
 @command(app)
 def demo(
     settings: options.DemoSettings,
-    out: Out = Path("lemo-demo"),
+    out: options.Out = Path("lemo-demo"),
     graph: Annotated[bool, typer.Option("--graph", help="Print a rewritten layer, too.")] = False,
 ) -> None:
     """Fine-tune a small real Llama on long documents, plainly and transformed, and compare. No network, no GPU."""
@@ -118,10 +108,10 @@ def demo(
 
 @command(app)
 def inspect(
-    model: Shape,
-    plan: PlanOptions,
+    model: options.Shape,
+    plan: options.PlanOptions,
     layer: Annotated[int | None, typer.Option(help="Decoder layer to show; the middle one by default.")] = None,
-    out: Out = Path("lemo-inspect"),
+    out: options.Out = Path("lemo-inspect"),
     dump: Annotated[Path | None, typer.Option(help="Folder for every layer's graph after each pass.")] = None,
 ) -> None:
     """Show how a model's layers are rewritten: the graph before and after as code and as a picture, and the report."""
@@ -133,8 +123,8 @@ def inspect(
 
 @command(app)
 def fit(
-    model: ModelName,
-    data: DataName,
+    model: options.ModelName,
+    data: options.DataName,
     out: Annotated[Path, typer.Option(help="Folder for the fitted weights.", parser=options.folder, metavar="<path>")],
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of each text that are read, if the model can.")] = 4096,
@@ -165,7 +155,7 @@ def fit(
 @command(app)
 def train(
     job: options.Job,
-    plan: PlanOptions,
+    plan: options.PlanOptions,
     settings: options.Settings,
     config: Annotated[
         Path | None,
@@ -228,11 +218,11 @@ def compare(
 
 @command(app)
 def bench(
-    model: Shape,
-    plan: PlanOptions,
+    model: options.Shape,
+    plan: options.PlanOptions,
     settings: options.BenchSettings,
-    out: Out = Path("lemo-bench"),
-    predictors: FittedBefore = None,
+    out: options.Out = Path("lemo-bench"),
+    predictors: options.FittedBefore = None,
 ) -> None:
     """Measure time and memory of LoRA steps of a model on this machine: as they are, and with each plan."""
     from lemo_fx.cli import bench as benchmark
@@ -276,10 +266,10 @@ def bench(
 
 @command(app)
 def estimate(
-    model: Shape,
-    context: Lengths = "32768",
+    model: options.Shape,
+    context: options.Lengths = "32768",
     gpu: Annotated[str, typer.Option(help="Memory of the cards to fit, with commas.")] = "24GB,80GB",
-    rank: Rank = options.Settings.rank,
+    rank: options.Rank = options.Settings.rank,
     offload: Annotated[bool, typer.Option(help="What presets' layers save waits in host memory.")] = False,
     share: Annotated[int, typer.Option(help="GPUs of the size of --gpu that share each sequence.")] = 1,
 ) -> None:

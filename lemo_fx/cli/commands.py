@@ -51,12 +51,10 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 class OneLineGroup(TyperGroup):
     """Commands that answer a wrong option, too, in one line."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **more: Any) -> Any:  # type: ignore[override]
+    def main(self, *args: Any, **more: Any) -> Any:
         """Run a command and leave with its exit code."""
-        if not standalone_mode:
-            return super().main(args, prog_name, standalone_mode=False, **more)
         try:
-            sys.exit(super().main(args, prog_name, standalone_mode=False, **more) or 0)
+            sys.exit(super().main(*args, **{**more, "standalone_mode": False}) or 0)
         except USAGE_ERROR as error:
             words = " ".join(error.format_message().split())  # type: ignore[attr-defined]
             context = getattr(error, "ctx", None)

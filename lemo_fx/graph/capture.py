@@ -191,19 +191,13 @@ def modes_kept(model: nn.Module) -> AbstractContextManager[None]:
     return restored(model.modules(), "training")
 
 
-def capture(
-    module: nn.Module,
-    constants: Mapping[str, Any] | None = None,
-    leaf_functions: tuple[Callable, ...] = (),
-    properties: tuple[str, ...] = (),
-    equal: bool | None = None,
-) -> fx.Graph:
+def capture(module: nn.Module, constants: Mapping[str, Any] | None = None, **options: Any) -> fx.Graph:
     """The graph of `module.forward`, with submodules as `call_module` nodes; for the arguments see `Tracer`.
 
     Raises:
         CaptureError: the forward branches on the value of a tensor, or otherwise cannot be written as a graph.
     """
-    tracer = Tracer(constants, leaf_functions, properties, equal)
+    tracer = Tracer(constants, **options)
     training = vars(module)["training"]
     try:
         with PATCHING, tracer.recorded_leaves(module):
