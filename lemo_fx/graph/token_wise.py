@@ -49,8 +49,9 @@ def why_not_token_wise(module: nn.Module, width: int) -> str | None:
     tuple, the first value counts.
     """
     reason = why_not_alone(module, module, (1, 8, width))
-    inner = _feeds_from_inner_width(module, width)
-    return why_not_alone(module, module, (1, 8, inner)) if reason and inner else reason
+    # The input width of a bare projection such as OPT's fc2.
+    inner = int(getattr(module, "in_features", 0)) or width
+    return why_not_alone(module, module, (1, 8, inner)) if reason and inner != width else reason
 
 
 def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shape: tuple[int, int, int]) -> str | None:
@@ -91,12 +92,6 @@ def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shap
 
 def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) and out else out
-
-
-def _feeds_from_inner_width(module: nn.Module, width: int) -> int:
-    """The input width of a bare projection such as OPT's fc2, where it is not the hidden size; else 0."""
-    size = getattr(module, "in_features", 0)
-    return int(size) if size and size != width else 0
 
 
 def why_not_elementwise(node: fx.Node, attentions: list[fx.Node]) -> str | None:

@@ -38,7 +38,9 @@ def refuse_untrainable(name: str, layer: nn.Module, known: set[tuple]) -> None:
         # Not what an attribute would make anew.
         weight = module._parameters.get("weight")
         kind = (part, type(module), type(weight), getattr(weight, "dtype", None))
-        if not hasattr(module, "in_features") or kind in known or not _computes_in_its_own_way(module):
+        # Compressed-tensors' layers have a forward on the instance.
+        quantised = is_quantised(module) or (isinstance(module, nn.Linear) and "forward" in vars(module))
+        if not (quantised and hasattr(module, "in_features")) or kind in known:
             continue
         known.add(kind)
         problem = _why_no_gradient(module, list(_dtypes(layer)))
@@ -47,11 +49,6 @@ def refuse_untrainable(name: str, layer: nn.Module, known: set[tuple]) -> None:
                 f"{name}.{part}: {type(module).__name__} ({type(weight).__name__}, {kind[-1]}) {problem}; use "
                 f"{_mend(module)}"
             )
-
-
-def _computes_in_its_own_way(module: nn.Module) -> bool:
-    """Whether a module is a quantised linear layer; compressed-tensors' own have a forward on the instance."""
-    return is_quantised(module) or (isinstance(module, nn.Linear) and "forward" in vars(module))
 
 
 def _dtypes(layer: nn.Module) -> Iterator[torch.dtype]:

@@ -60,11 +60,11 @@ def _rewrite_layer(
         # Before it is captured, which would leave others a node of the graph.
         raise _refused(planning, name, layer, left)
     try:
-        graph, presence = _capture_as_called(layer, planning.proofs)
+        graph, presence, constants = _capture_as_called(layer, planning.proofs)
         kinds = _kinds(layer, graph, planning.proofs)
     except CaptureError as error:
         raise _refused(planning, name, layer, str(error)) from error
-    code, constants = readable_code(graph, "Forward"), {**ABSENT_IN_TRAINING, **_absent(presence)}
+    code = readable_code(graph, "Forward")
     sites, refusals = find_sites(graph)
     original = Captured(code, summary(sites, refusals), constants, numbers_of(layer), parts_of(layer), kinds)
     for refusal in refusals:
@@ -126,18 +126,14 @@ def _kinds(layer: nn.Module, graph: fx.Graph, proofs: Proofs) -> dict[str, tuple
     return {name: (kind, kind_of(usual[name])) if name in usual else (kind,) for name, kind in left_out.items()}
 
 
-def _absent(presence: Mapping[str, bool]) -> dict[str, None]:
-    return {name: None for name, given in presence.items() if not given}
-
-
-def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool]]:
-    """A layer's graph as the model calls it, and for arguments whose absence changes it, whether they are given."""
+def _capture_as_called(layer: nn.Module, proofs: Proofs) -> tuple[fx.Graph, dict[str, bool], dict[str, Any]]:
+    """A layer's graph as the model calls it; which arguments whose absence changes it are given; what it holds."""
     graph = capture(layer, ABSENT_IN_TRAINING)
     names = matters_when_absent(layer, graph, ABSENT_IN_TRAINING)
     usual = proofs.usual(layer) if names else {}
     presence = {name: usual.get(name) is not None for name in names}
-    absent = _absent(presence)
-    return (capture(layer, {**ABSENT_IN_TRAINING, **absent}) if absent else graph), presence
+    constants = {**ABSENT_IN_TRAINING, **{name: None for name, given in presence.items() if not given}}
+    return (graph if all(presence.values()) else capture(layer, constants)), presence, constants
 
 
 def _own_name(layer: nn.Module, site: Site, taken: list[str]) -> str:

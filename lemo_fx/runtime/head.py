@@ -216,7 +216,10 @@ class HeadForward:
         if model is None:
             return self.forward
         own = vars(model).get("forward")
-        forward = self.forward if own is None else telling_labels(_unbound(own))
+        forward = self.forward
+        if own is not None:
+            # As a function that takes the instance.
+            forward = telling_labels(functools.wraps(own)(lambda self, *args, **kwargs: own(*args, **kwargs)))
         # Dynamo does not trace the making of a bound method; libraries look for one (accelerate for `__func__`).
         return functools.partial(forward, model) if torch.compiler.is_compiling() else MethodType(forward, model)
 
@@ -226,11 +229,6 @@ class HeadForward:
     def __delete__(self, model: nn.Module) -> None:
         if vars(model).pop("forward", None) is None:
             raise AttributeError("forward")
-
-
-def _unbound(forward: Callable) -> Callable:
-    """A function of an instance's dict as one that takes the instance."""
-    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))
 
 
 def _check_labels(step: Step, given: Mapping[str, Any]) -> None:
