@@ -26,10 +26,6 @@ def check_shared(anatomy: Anatomy, config: LemoConfig, group: SequenceGroup) -> 
             f"sequence_parts={config.sequence_parts} cannot be shared by {group.size} ranks: leave it out, or give a "
             "multiple of that"
         )
-    if any(site.threshold is not None for site in config.eliminations):
-        raise ConfigError(
-            "a threshold keeps another number of blocks on every rank that shares a sequence: give keep instead"
-        )
     if config.attention is not None and config.attention.keys == "every":
         raise ConfigError(
             "keys='every' asks for the keys of every token, of which ranks that share a sequence hold a part each: use "
