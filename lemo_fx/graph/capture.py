@@ -290,7 +290,7 @@ def readable_code(graph: fx.Graph, name: str) -> str:
     return "\n".join([f"class {name}:", *(f"    {line}" for line in lines), ""])
 
 
-def readable(graph: fx.Graph, functions: dict[str, fx.Graph], name: str) -> str:
+def readable(graph: fx.Graph, functions: Mapping[str, fx.Graph], name: str) -> str:
     """A graph and the functions it calls as Python text, one class per graph."""
     pieces = [readable_code(graph, name), *(readable_code(body, title) for title, body in functions.items())]
     return "\n".join(pieces)

@@ -13,7 +13,7 @@ from lemo_fx.graph.anatomy import Anatomy
 from lemo_fx.graph.capture import NO_CACHE, PATCHING, argument_names, capture, readable_code, remove_dead_nodes
 from lemo_fx.graph.left_out import kinds_left_out, matters_when_absent
 from lemo_fx.passes.segment_loss import segment_loss
-from lemo_fx.planning.dump import write_dump
+from lemo_fx.planning.dump import dumper
 from lemo_fx.planning.plans import Plan, Planning
 from lemo_fx.planning.proof_of_head import prove_head
 from lemo_fx.runtime.captured import CapturedHead, numbers_of
@@ -57,7 +57,7 @@ def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str
         CaptureError: why the loss stays the original's.
     """
     head: Any = anatomy.head
-    segments, dump = planning.config.loss_segments, planning.dump
+    segments = planning.config.loss_segments
     if segments is None:
         raise CaptureError("loss_segments=None")
     if "forward" in vars(head):
@@ -79,12 +79,10 @@ def _segmented(anatomy: Anatomy, planning: Planning) -> tuple[fx.Graph, dict[str
     left_out = kinds_left_out(head, graph, {*known, *presence, *NO_CACHE, "return_dict"})
     captured = CapturedHead(readable_code(graph, "Forward"), {**constants, **absent}, leaves, numbers_of(head))
     segmented = SegmentedLoss(loss_function, slicer is not None, presence, left_out, captured)
-    file = f"{anatomy.head_name or 'model'}.loss_head"
-    if dump:
-        write_dump(dump, file, "0_captured", head, graph, {})
+    dump = dumper(planning.dump, f"{anatomy.head_name or 'model'}.loss_head", head)
+    dump("captured", graph, {})
     functions = segment_loss(graph, loss_function, segments)
-    if dump:
-        write_dump(dump, file, "1_segment_loss", head, graph, functions)
+    dump("segment_loss", graph, functions)
     fault = prove_head(anatomy, graph, functions, segmented)
     if fault:
         raise CaptureError(fault)

@@ -109,8 +109,10 @@ def _rewrite_layer(
         rewrite.modules[part_name("step", "score")] = StepScore(config.block_size, planning.step, *planning.parts)
     if has_packed_layers(layer):
         rewrite.modules[FLOAT8] = Float8Switch()
-    observe = dumper(planning.dump, name) if planning.dump else None
-    planning.changes[name] = run_passes(rewrite, observe, planning.passes)
+    dump = dumper(planning.dump, name, layer)
+    planning.changes[name] = run_passes(
+        rewrite, lambda stage, done: dump(stage, done.graph, done.functions), planning.passes
+    )
     return rewrite, rows, original, planning.proofs.fault(rewrite, untouched)
 
 
