@@ -185,18 +185,14 @@ def cut(prepared: Prepared, parts: int) -> Prepared:
     most = -(-prepared.context // parts)
     train = []
     for window in prepared.train:
-        pieces: list[list[Document]] = [[]]
-        room = most
+        pieces: dict[int, list[Document]] = {}
+        at = 0
         for document in window:
-            at = 0
-            while at < len(document):
-                if not room:
-                    pieces.append([])
-                    room = most
-                piece = document[at : at + room]
-                pieces[-1].append(piece)
-                at, room = at + len(piece), room - len(piece)
-        train += [piece for piece in pieces if any((d.labels[1:] != data.IGNORED).any() for d in piece)]
+            for number in range(at // most, -(-(at + len(document)) // most)):
+                start = number * most - at
+                pieces.setdefault(number, []).append(document[max(start, 0) : start + most])
+            at += len(document)
+        train += [piece for piece in pieces.values() if any((d.labels[1:] != data.IGNORED).any() for d in piece)]
     return replace(prepared, train=train)
 
 
