@@ -29,6 +29,15 @@ def is_packed(weight: torch.Tensor) -> bool:
     return type(weight) is not nn.Parameter and type(weight).__module__.startswith("torchao.")
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ), in float8, or as torchao's tensor."""
+    return any(
+        t.dim() > 0 and (not t.is_floating_point() or t.itemsize == 1 or is_packed(t))
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    )
+
+
 def unpacks(weight: torch.Tensor) -> bool:
     """Whether a packed weight can be de-quantised."""
     return is_packed(weight) and type(weight).dequantize is not torch.Tensor.dequantize

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lemo_fx.errors import LemoError
 from lemo_fx.graph.anatomy import MASKED_IMPLEMENTATIONS, causal_model, implementation_of, longest_context, text_config
 from lemo_fx.graph.capture import NO_CACHE, argument_names, by_name, modes_kept, restored, uncompiled
-from lemo_fx.graph.token_wise import is_quantised
+from lemo_fx.kernels.float8_linear.as_it_comes import is_quantised
 
 BATCH, LENGTH = 2, 23
 """Of the probe, [B, S]."""

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from lemo_fx.graph.capture import is_tensor_function, modes_kept
-from lemo_fx.kernels.float8_linear.as_it_comes import is_packed
+from lemo_fx.graph.capture import is_tensor_function
+from lemo_fx.graph.probe import quiet
+from lemo_fx.kernels.float8_linear.as_it_comes import is_quantised
 
 ELEMENTWISE_FUNCTIONS = frozenset(
     {
@@ -67,10 +68,7 @@ def why_not_alone(run: Callable[[torch.Tensor], object], module: nn.Module, shap
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=device)
-    with modes_kept(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for submodule in module.modules():
-            # bitsandbytes repacks a weight for good when it is evaluated on the CPU; no dropout is lost by this.
-            submodule.training = submodule.training and is_quantised(submodule)
+    with quiet(module), torch.no_grad():
         try:
             whole = _first(run(x))
             if not isinstance(whole, torch.Tensor) or whole.shape[:2] != x.shape[:2]:
@@ -107,12 +105,3 @@ def why_not_elementwise(node: fx.Node, attentions: list[fx.Node]) -> str | None:
     name = f"{node.target.__module__}.{node.target.__name__}" if callable(node.target) else str(node.target)
     known = " of torch" if is_tensor_function(node.target) else ""
     return f"calls {name}{known}, which is not known to treat tokens one by one"
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether the module itself holds a weight in integers (bitsandbytes, GPTQ), in float8, or as torchao's tensor."""
-    return any(
-        t.dim() > 0 and (not t.is_floating_point() or t.itemsize == 1 or is_packed(t))
-        for t in (*module._parameters.values(), *module._buffers.values())
-        if t is not None
-    )

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lemo_fx.graph.capture import argument_names, modes_kept, uncompiled
 from lemo_fx.graph.probe import LENGTH
-from lemo_fx.graph.token_wise import is_quantised
+from lemo_fx.kernels.float8_linear.as_it_comes import is_quantised
 from lemo_fx.kernels.private import tree_leaves
 
 SEQUENCES = (torch.arange, torch.linspace, torch.range)

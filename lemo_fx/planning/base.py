@@ -9,8 +9,7 @@ from torch import nn
 
 from lemo_fx.errors import UnsupportedModelError
 from lemo_fx.graph.probe import in_a_line, quiet
-from lemo_fx.graph.token_wise import is_quantised
-from lemo_fx.kernels.float8_linear.as_it_comes import is_packed
+from lemo_fx.kernels.float8_linear.as_it_comes import is_packed, is_quantised
 
 ROWS = 16
 CLOSE = 0.25
