@@ -230,20 +230,9 @@ def _draw_boxes(axes, picture: nx.DiGraph, places: dict[str, float]) -> None:
         style = "round,pad=0,rounding_size=0.09"
         axes.add_patch(FancyBboxPatch(corner, width, call.height, boxstyle=style, ec=edge, fc=fill, lw=1.3, zorder=3))
         top = places[name] + call.height / 2 - 0.1 - LINE / 2
-        axes.text(
-            call.column,
-            top,
-            call.label,
-            ha="center",
-            va="center",
-            fontsize=8.2,
-            fontweight="bold",
-            color=edge,
-            zorder=4,
-        )
-        for row, line in enumerate(call.lines, 1):
-            y = top - LINE * row
-            axes.text(call.column, y, line, ha="center", va="center", fontsize=7.2, color="#333333", zorder=4)
+        for row, line in enumerate((call.label, *call.lines)):
+            font = {"fontsize": 7.2, "color": "#333333"} if row else {"fontsize": 8.2, "color": edge, "weight": "bold"}
+            axes.text(call.column, top - LINE * row, line, ha="center", va="center", zorder=4, **font)
 
 
 def _draw_edges(axes, picture: nx.DiGraph, places: dict[str, float]) -> None:

@@ -93,18 +93,17 @@ def watch(layer: nn.Module, given: Mapping[str, Any]) -> Watched:
     # Another stream than the recorded one: what was made of that may be where this call leaves its own.
     watched[stream] = 1.5 * watched[stream]
     seen = _Seen(watched[stream])
-    hooks = []
-    for name, module in modules.items():
+    names = {module: name for name, module in modules.items()}
 
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            seen.within.append(name)
+    def enter(module: nn.Module, args: Any) -> None:
+        seen.within.append(names[module])
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            seen.follow((args, kwargs), out)
-            seen.within.pop()
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        seen.follow((args, kwargs), out)
+        seen.within.pop()
 
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+    hooks = [module.register_forward_pre_hook(enter) for module in names]
+    hooks += [module.register_forward_hook(leave, with_kwargs=True, always_call=True) for module in names]
     # Quantised layers keep what they unpacked.
     plain = {name for name, module in modules.items() if not is_quantised(module)}
     buffers = {(name, k): b for name in plain for k, b in modules[name]._buffers.items() if b is not None}
