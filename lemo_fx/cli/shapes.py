@@ -62,10 +62,6 @@ class Ids:
     labels: Sequence[int] | None = None
 
 
-def _text(where: str, row: Mapping[str, Any]) -> Text:
-    return Text(_string(where, row, "text"))
-
-
 def _string(where: str, row: Mapping[str, Any], name: str) -> str:
     value = row.get(name, "")
     if not isinstance(value, str):
@@ -105,28 +101,23 @@ def _chat(where: str, row: Mapping[str, Any]) -> Chat:
     messages = _messages(where, row, name)
     if name == "conversations" and _string(where, row, "system"):
         messages = [{"role": "system", "content": row["system"]}, *messages]
-    return Chat(messages, _tools(where, row))
+    return Chat(messages, _cell(where, row, "tools"))
 
 
-def _tools(where: str, row: Mapping[str, Any]) -> Any:
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
+def _cell(where: str, row: Mapping[str, Any], name: str) -> Any:
+    """A field that a table holds as JSON; None where it is empty."""
+    value = row.get(name) or None
+    if isinstance(value, str):
         try:
-            tools = json.loads(tools) or None
+            return json.loads(value) or None
         except ValueError as error:
-            raise InputError(f"{where}: `tools` is not JSON ({error})") from error
-    return tools
+            raise InputError(f"{where}: `{name}` is not JSON ({error})") from error
+    return value
 
 
 def _messages(where: str, row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Messages with `role` and `content`, made of ShareGPT's `from` and `value` where they are such."""
-    found = row[name]
-    if isinstance(found, str):
-        # A cell of a table.
-        try:
-            found = json.loads(found)
-        except ValueError as error:
-            raise InputError(f"{where}: `{name}` is not JSON ({error})") from error
+    found = _cell(where, row, name)
     if not (found and isinstance(found, list) and all(isinstance(m, Mapping) for m in found)):
         raise InputError(f"{where}: `{name}` must be a list of objects with `role` and `content`")
     return [_message(where, name, dict(message)) for message in found]
@@ -155,7 +146,7 @@ def _completion(where: str, row: Mapping[str, Any]) -> Completion | Chat:
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _messages(where, row, "prompt")
-        return Chat([*before, *_messages(where, row, "completion")], _tools(where, row), given=len(before))
+        return Chat([*before, *_messages(where, row, "completion")], _cell(where, row, "tools"), given=len(before))
     raise InputError(f"{where}: `prompt` and `completion` must both be strings, or both lists of messages")
 
 
@@ -180,6 +171,6 @@ SHAPES: dict[tuple[str, ...], Callable[[str, Mapping[str, Any]], Any]] = {
     ("conversations",): _chat,
     ("prompt", "completion"): _completion,
     ("instruction", "output"): _instruction,
-    ("text",): _text,
+    ("text",): lambda where, row: Text(_string(where, row, "text")),
 }
 """Fields that a row must have -> how it is read; the first that fits."""
