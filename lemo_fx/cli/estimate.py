@@ -236,7 +236,9 @@ def peak(
     ends = 3 * hidden
     if plan is None:
         saved: float = shape.layers * hidden
-        layer = 2 * kv + _wide(shape, adapters) * inner + _stream(adapters) * hidden
+        # Tensors of the stream's width that a layer's backward holds.
+        stream = 2 if adapters.everywhere else {"float32": 5, "autocast": 3, "bfloat16": 2}[adapters.precision]
+        layer = 2 * kv + _wide(shape, adapters) * inner + stream * hidden
         if adapters.everywhere:
             layer += 2 * query
         return fixed + context * (saved + ends) + max(head, context * layer)
@@ -252,11 +254,6 @@ def _wide(shape: Shape, adapters: Adapters) -> float:
     """Tensors of the MLP's inner width that a layer's backward holds, more of them with adapters beside them."""
     products = 4 if shape.gated else 2.5
     return 2 * products if adapters.everywhere else products
-
-
-def _stream(adapters: Adapters) -> int:
-    """Tensors of the stream's width that it holds."""
-    return 2 if adapters.everywhere else {"float32": 5, "autocast": 3, "bfloat16": 2}[adapters.precision]
 
 
 def seconds(

@@ -19,7 +19,7 @@ from lemo_fx.passes.checker import check
 from lemo_fx.passes.insert_probes import insert_probes
 from lemo_fx.passes.insert_scores import insert_scores
 from lemo_fx.passes.rewrite import LayerRewrite, PlannedSite, part_name
-from lemo_fx.planning.plans import Plan, layer_plan
+from lemo_fx.planning.plans import layer_plan
 from lemo_fx.predictors import hidden_size
 from lemo_fx.runtime.scores import measured_score
 from lemo_fx.runtime.step import Step
@@ -67,7 +67,10 @@ def run_probes(
                     rewrite.modules[part_name(own, "score")] = score
                     planned.treatment, planned.score = "skip", "measured"
                 rewrite.sites.append(planned)
-            plans.append(_observing(name, rewrite))
+            insert_scores(rewrite)
+            insert_probes(rewrite)
+            check(rewrite, "insert_probes", finished=True)
+            plans.append(layer_plan(name, rewrite, LemoConfig(block_size=1, active="always"), Step(), []))
         install(plans)
         try:
             model.eval()
@@ -78,10 +81,3 @@ def run_probes(
             for plan in plans:
                 uninstall(plan.module)
     return probes
-
-
-def _observing(name: str, rewrite: LayerRewrite) -> Plan:
-    insert_scores(rewrite)
-    insert_probes(rewrite)
-    check(rewrite, "insert_probes", finished=True)
-    return layer_plan(name, rewrite, LemoConfig(block_size=1, active="always"), Step(), [])
