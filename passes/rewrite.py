@@ -100,7 +100,6 @@ class LayerRewrite:
         recompute: what a checkpointed branch computes again in the backward, see `runtime.branch`.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
         forward: precision of what `exact` computes without gradient, see `LemoConfig`.
-        group: the ranks that share a sequence, or None.
         modules: parts to add to the layer by attribute name (see `part_name`).
         functions: graphs of the outlined functions by name.
         untouched: the layer's inventory before any pass.

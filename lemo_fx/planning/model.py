@@ -47,9 +47,6 @@ def make_plans(
     """The plans of all modules that `transform` rewrites, notes on what is left alone, and `recurrent_mixers`.
 
     Nothing of the model is changed. Raises as `transform`.
-
-    Args:
-        group: the ranks that share a sequence.
     """
     model, layers = anatomy.model, anatomy.layers
     distributed.refuse_wrapped(model)

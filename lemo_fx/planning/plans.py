@@ -73,7 +73,6 @@ class Planning:
         dump: folder for the graphs of every pass, or None.
         passes: that rewrite a layer; changes: how many each made, by layer.
         mixers: the modules that no compiled graph holds, from `recurrent_mixers`.
-        group: the ranks that share a sequence.
     """
 
     config: LemoConfig

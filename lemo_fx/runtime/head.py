@@ -41,7 +41,6 @@ class SegmentedLoss:
         slices_itself: whether the graph takes `logits_to_keep` as the model's callers give it.
         presence: arguments whose absence changes the head -> whether the graph is for calls with them.
         left_out: arguments that the graph does not use -> the kind of value (`kind_of`) that they have where left out.
-        captured: the head as it was captured.
     """
 
     loss_function: Callable
@@ -76,7 +75,6 @@ class HeadSettings:
     Attributes:
         sparse_experts: whether a branch that runs on kept tokens holds experts.
         segmented: None where its loss is the original's.
-        group: the ranks that share a sequence, or None.
     """
 
     config: LemoConfig

@@ -41,8 +41,6 @@ class LayerSettings:
     Attributes:
         floats: names of its modules' float attributes.
         presence: arguments whose absence changes what the layer computes -> whether the graph is for calls with them.
-        group: the ranks that share a sequence, or None.
-        captured: the layer as it was captured.
         hooked: whether `look_for_hooks` found someone's hooks within it.
     """
 
