@@ -106,7 +106,7 @@ def _compact_context(rewrite: LayerRewrite, planned: PlannedSite, region: Region
         function = compacting(argument)
         if function is None and argument.op == "placeholder" and argument is not rewrite.entry:
             # Planned only where it was seen to run along the sequence, or not to be a tensor.
-            function = kept.compact_along
+            function = kept.compact_rows
         if function is not None:
             name = f"{argument.name.strip('_')}_kept"
             args: tuple = (argument, planned.tokens, length)

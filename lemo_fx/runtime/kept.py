@@ -28,14 +28,9 @@ def dropped_tokens(tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
 
 
 def compact_rows(value: Any, tokens: torch.Tensor, length: int) -> Any:
-    """Position embeddings at the kept tokens' original positions: [1 or B, S, D], or a tuple of such."""
+    """What runs along the sequence, [1 or B, S, ...], or a tuple of such (position embeddings), at the kept tokens."""
     if isinstance(value, tuple | list):
         return tuple(compact_rows(item, tokens, length) for item in value)
-    return take(value, tokens) if isinstance(value, torch.Tensor) else value
-
-
-def compact_along(value: Any, tokens: torch.Tensor, length: int) -> Any:
-    """An argument that may run along the sequence, [1 or B, S, ...]; everything else passes through."""
     return take(value, tokens) if runs_along(value, tokens.shape[0], length) else value
 
 
@@ -168,9 +163,8 @@ def block_pairs(
 def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int, renumber: bool) -> dict[str, Any]:
     """The layer's remaining keyword arguments for the kept tokens.
 
-    What may as well be an argument of its own is treated as that: the mask, position embeddings. `cu_seq_lens_*` count
-    kept tokens per document, position_ids as in `compact_positions`; any other tensor of shape [1 or B, S, ...] is
-    indexed; everything else passes through.
+    What may as well be an argument of its own is treated as that: the mask, position_ids. `cu_seq_lens_*` count kept
+    tokens per document; anything else that does not run along the sequence passes through.
     """
     compact: dict[str, Any] = {}
     for name, value in kwargs.items():
@@ -178,12 +172,10 @@ def compact_kwargs(kwargs: Mapping[str, Any], tokens: torch.Tensor, length: int,
             compact[name] = compact_positions(value, tokens, length, renumber)
         elif name == "attention_mask":
             compact[name] = compact_mask(value, tokens, length)
-        elif name == "position_embeddings":
-            compact[name] = compact_rows(value, tokens, length)
         elif name.startswith("cu_seq_lens") and isinstance(value, torch.Tensor):
             compact[name] = torch.searchsorted(tokens[0].contiguous(), value.long().contiguous()).to(value.dtype)
         else:
-            compact[name] = compact_along(value, tokens, length)
+            compact[name] = compact_rows(value, tokens, length)
     return compact
 
 
