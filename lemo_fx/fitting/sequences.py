@@ -22,7 +22,8 @@ def read_sequences(model: nn.Module, sequences: Any, block_size: int) -> list[to
     batches = list(_batches(sequences))
     if not batches:
         raise InputError("fit needs at least one sequence of token ids")
-    if max(ids.shape[1] for ids in batches) < 2:
+    longest = max(ids.shape[1] for ids in batches)
+    if longest < 2:
         raise InputError("every sequence is a single token: there is nothing to choose from")
     most = longest_context(getattr(model, "config", None))
     words = getattr(model.get_input_embeddings(), "num_embeddings", torch.inf)  # type: ignore[operator]
@@ -37,19 +38,16 @@ def read_sequences(model: nn.Module, sequences: Any, block_size: int) -> list[to
                 f"sequence {number} holds token ids from {ids.min()} to {ids.max()}; the model has {words} tokens: was "
                 "the text encoded by its own tokenizer?"
             )
-    _check_blocks(block_size, most, max(ids.shape[1] for ids in batches))
-    return batches
-
-
-def _check_blocks(size: int, most: int | None, longest: int) -> None:
-    """Raise ConfigError where no sequence fills a block of tokens."""
-    if most is not None and size > most:
-        raise ConfigError(f"block_size={size}: the model reads up to {most} tokens, less than one block: lower it")
-    if size > longest:
+    if most is not None and block_size > most:
         raise ConfigError(
-            f"block_size={size}: the longest sequence has {longest} tokens, less than one block: give longer ones, or "
-            "lower it"
+            f"block_size={block_size}: the model reads up to {most} tokens, less than one block: lower it"
         )
+    if block_size > longest:
+        raise ConfigError(
+            f"block_size={block_size}: the longest sequence has {longest} tokens, less than one block: give longer "
+            "ones, or lower it"
+        )
+    return batches
 
 
 def _batches(sequences: Any) -> Iterator[torch.Tensor]:

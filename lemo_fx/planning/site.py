@@ -51,12 +51,6 @@ def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: Pl
         # Nothing is eliminated, so nothing is to be computed a second time.
         planned.treatment = "skip"
     parts, note = _score_parts(planning, place, rewrite.layer, planned, index)
-    if planned.score in ("random", "step"):
-        parts["score"] = (
-            RandomScore(2 * index + (planned.site.kind == "mlp") + 1, config.block_size, *planning.parts)
-            if planned.score == "random"
-            else StepScore(config.block_size, planning.step, *planning.parts)
-        )
     if elimination.keys == "every" and planned.treatment == "exact":
         planned.every_key = True
         parts |= _key_parts(rewrite.layer, planned, place)
@@ -114,8 +108,12 @@ def _score_of(elimination: Elimination, predictors: Predictors | None, index: in
 def _score_parts(
     planning: Planning, place: str, layer: nn.Module, planned: PlannedSite, index: int
 ) -> tuple[dict[str, nn.Module], str]:
-    """The parts of a measured or predicted score by role, and the report's note on them."""
+    """The parts of a score by role, and the report's note on them."""
     kind, block_size = planned.site.kind, planning.config.block_size
+    if planned.score == "random":
+        return {"score": RandomScore(2 * index + (kind == "mlp") + 1, block_size, *planning.parts)}, ""
+    if planned.score == "step":
+        return {"score": StepScore(block_size, planning.step, *planning.parts)}, ""
     if planned.score == "measured":
         measured = measured_score(scored_module(layer, planned.site), kind, block_size)
         return {"score": measured}, measured.note
