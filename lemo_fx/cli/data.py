@@ -233,15 +233,16 @@ class Stratum:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Documents to train on and documents held out, and how each stratum was split."""
+class Documents:
+    """What is trained on and what is held out of which strata, before it is cut into windows of `context` tokens."""
 
-    train: list[Document]
-    heldout: list[Document]
-    strata: list[Stratum]
+    train: Sequence[Document]
+    heldout: Sequence[Document]
+    context: int
+    strata: Sequence[Stratum] = ()
 
 
-def hold_out(documents: Sequence[Document], share: float, most: int, context: int, seed: int) -> Split:
+def hold_out(documents: Sequence[Document], share: float, most: int, context: int, seed: int) -> Documents:
     """Hold out the same share of every stratum: by source, and by length in powers of two.
 
     Whole documents are held out, half of a stratum at most. Where those of a stratum are too long for its share, and
@@ -280,9 +281,8 @@ def hold_out(documents: Sequence[Document], share: float, most: int, context: in
     heldout = [
         document[-cut[i] :] if i in cut else document for i, document in enumerate(documents) if i in held or i in cut
     ]
-    return Split(
-        train, heldout, [_stratum(documents, source, m, held, cut) for (source, _), m in sorted(strata.items())]
-    )
+    split = [_stratum(documents, source, members, held, cut) for (source, _), members in sorted(strata.items())]
+    return Documents(train, heldout, context, split)
 
 
 def _from_stratum(

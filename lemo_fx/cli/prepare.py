@@ -17,7 +17,7 @@ from torch import nn
 
 from lemo_fx.cli import data
 from lemo_fx.cli.console import bars
-from lemo_fx.cli.data import Document, Stratum, Window
+from lemo_fx.cli.data import Document, Documents, Stratum, Window
 from lemo_fx.cli.load import load_tokenizer
 from lemo_fx.cli.options import Job, Settings
 from lemo_fx.cli.rows import Ids, Instruction, Row, read_rows
@@ -36,15 +36,6 @@ SHOWN_DOCUMENTS = 4
 """Documents of a window that a preview shows."""
 
 
-@dataclass(frozen=True)
-class Documents:
-    """What is trained on and what is held out, before it is cut into windows of `context` tokens."""
-
-    train: Sequence[Document]
-    heldout: Sequence[Document]
-    context: int
-
-
 def documents_of(job: Job, settings: Settings, folder: Path, config: Any, say: Say) -> Documents:
     """Read and tokenise a job's data, and hold a part of it out.
 
@@ -60,7 +51,7 @@ def documents_of(job: Job, settings: Settings, folder: Path, config: Any, say: S
     split = data.hold_out(documents, settings.eval_share, settings.eval_windows * context, context, settings.seed)
     for line in described(split.strata):
         say(line)
-    return Documents(split.train, split.heldout, context)
+    return split
 
 
 def described(strata: Sequence[Stratum]) -> list[str]:

@@ -18,9 +18,10 @@ from transformers.trainer_utils import SchedulerType
 
 from lemo_fx.cli import page
 from lemo_fx.cli.commands import as_file
+from lemo_fx.cli.data import Documents
 from lemo_fx.cli.machine import check_attention, is_first
 from lemo_fx.cli.options import Job, PlanOptions, Settings
-from lemo_fx.cli.prepare import Documents, Say
+from lemo_fx.cli.prepare import Say
 from lemo_fx.config import LemoConfig
 from lemo_fx.errors import InputError
 from lemo_fx.files import check_folder, write_json, write_text
