@@ -8,7 +8,7 @@ is new, the layer is captured and analysed once more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,19 +69,15 @@ class Captured:
         """The argument of a call that the graph does not use, and the forward may; empty if there is none."""
         return next((n for n, kinds in self.kinds.items() if n in given and kind_of(given[n]) not in kinds), "")
 
-    def check(self, layer: nn.Module, name: str) -> None:
-        """Raise where the layer would compute something else now than its captured graph.
-
-        Args:
-            name: of the layer, for the message.
-        """
+    def check(self, layer: nn.Module, name_of: Callable[[nn.Module], str]) -> None:
+        """Raise where the layer would compute something else now than its captured graph."""
         numbers, parts = numbers_of(layer), parts_of(layer)
         if (numbers, parts) == (self.numbers, self.parts) or isinstance(layer, FSDPModule):
             return
         changed = self._changed(layer, parts)
         if changed:
             raise LemoError(
-                f"{name}: {changed} since lemo_fx.transform, and its rewritten graph does not know: call "
+                f"{name_of(layer)}: {changed} since lemo_fx.transform, and its rewritten graph does not know: call "
                 "lemo_fx.revert and lemo_fx.transform again"
             )
         self.numbers, self.parts = numbers, parts

@@ -110,7 +110,7 @@ class LayerSettings:
             return False
         refuse_function_transforms(type(layer).__name__)
         if self.captured is not None and not torch.compiler.is_compiling():
-            self.captured.check(layer, self.step.name_of(layer))
+            self.captured.check(layer, self.step.name_of)
         if self.implementation != getattr(self.attention_config, "_attn_implementation", None):
             raise LemoError(
                 f"the attention implementation was {self.implementation!r} when lemo_fx.transform ran and is "
@@ -187,11 +187,7 @@ def read_floats(layer: nn.Module, names: Sequence[str]) -> None:
 
 
 def layer_methods(kind: Any, graph_forward: Callable) -> dict[str, Callable]:
-    """The methods of a rewritten decoder layer, by name.
-
-    Args:
-        kind: its original class.
-    """
+    """The methods of a rewritten decoder layer of a class, by name."""
     original = kind.forward
 
     @functools.wraps(original)
