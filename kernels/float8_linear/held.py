@@ -30,11 +30,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 [N, K] and float32 scales [N, 1] of what `pack` made, without a copy.
-
-    Args:
-        width: K.
-    """
+    """Float8 [N, K] and float32 scales [N, 1] of what `pack` made of a weight of width K, without a copy."""
     count = packed.numel() // (width + SCALE_BYTES)
     rounded, scale = packed.flatten().split([count * width, count * SCALE_BYTES])
     return rounded.view(torch.float8_e4m3fn).view(count, width), scale.view(torch.float32).view(count, 1)

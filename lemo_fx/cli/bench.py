@@ -258,11 +258,7 @@ class Bench:
         return Run(name, context, failed=failed)
 
     def run(self, name: str, plan: LemoConfig | None, context: int, tick: Callable[[], None]) -> Run:
-        """One plan at one length.
-
-        Args:
-            tick: called after each step.
-        """
+        """One plan at one length; `tick` is called after each step."""
         model, settings, device = self.model, self.settings, self.model.device
         self.put(plan)
         torch.compiler.reset()

@@ -75,11 +75,7 @@ def kinds_of(asked: str | None) -> tuple[str, ...]:
 def compare(
     job: Job, settings: Settings, kinds: Sequence[str], same_time: bool, command: str, say: Say
 ) -> list[Contestant]:
-    """Train LoRA, then every kind for as many steps; "fewer" for the time of the fastest plan.
-
-    Args:
-        same_time: each plan once more, for as many steps as take LoRA's time.
-    """
+    """Train LoRA, then every kind for as many steps; "fewer" for the time of the fastest plan. See the options."""
     check_alone()
     check_folder(job.out)
     if job.resume or job.preview:

@@ -17,11 +17,7 @@ from lemo_fx.graph.anatomy import decoder_layers
 
 
 def inspect(name: str, plan: LemoConfig, index: int | None, out: Path, dump: Path | None) -> None:
-    """Print and draw decoder layer `index`, the middle one by default, of the model in a folder or on the Hub.
-
-    Args:
-        dump: folder for every layer's graph after each pass.
-    """
+    """Print and draw decoder layer `index`, the middle one by default, of the model in a folder or on the Hub."""
     for folder in (out, dump):
         if folder is not None:
             check_folder(folder)

@@ -37,11 +37,7 @@ SHOWN_DOCUMENTS = 4
 
 
 def documents_of(job: Job, settings: Settings, folder: Path, config: Any, say: Say) -> Documents:
-    """Read and tokenise a job's data, and hold a part of it out.
-
-    Args:
-        folder: of the model, with its tokenizer. config: of the model.
-    """
+    """Read and tokenise a job's data, for the model in a folder, and hold a part of it out."""
     rows = read_rows(job.data, say)
     heldout_rows = None if job.heldout is None else read_rows(job.heldout, say)
     documents = tokenised(rows, folder, config, settings.assistant_only, say)

@@ -48,11 +48,7 @@ class WindowTrainer(Trainer):
 def adapted(
     model: Any, rank: int, targets: str | tuple[str, ...], alpha: int | None = None, dropout: float = 0.0
 ) -> Any:
-    """The model with LoRA adapters, without a cache, which training has no use for.
-
-    Args:
-        alpha: twice the rank unless given.
-    """
+    """The model with LoRA adapters, without a cache, which training has no use for."""
     model.config.use_cache = False
     named = targets if isinstance(targets, str) else list(targets)
     if not named:

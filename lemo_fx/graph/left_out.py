@@ -35,11 +35,7 @@ def kind_of(value: Any) -> Any:
 
 
 def kinds_left_out(module: nn.Module, graph: fx.Graph, besides: Iterable[str]) -> dict[str, Any]:
-    """The optional arguments that a captured graph does not use, and the kind of value that each has where left out.
-
-    Args:
-        besides: arguments not to ask about.
-    """
+    """The optional arguments that a captured graph does not use, and the kind of value of each where left out."""
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     return {name: kind_of(defaults.get(name)) for name in unread(graph) if name not in besides}

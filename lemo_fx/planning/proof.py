@@ -51,11 +51,7 @@ class Proofs:
         self.key = (type(model), config_in_words(getattr(model, "config", None)))
 
     def fault(self, rewrite: LayerRewrite, captured: Untouched) -> Fault | None:
-        """What is wrong with a rewritten layer; None where nothing is, or it cannot be proven (`obstacle` says why).
-
-        Args:
-            captured: as in `prove`.
-        """
+        """As `prove`; None, too, where it cannot be proven (`obstacle` says why)."""
         probes = self._recorded(rewrite.layer)
         if not probes:
             return None

@@ -33,11 +33,7 @@ Calls = list[dict[str, Any]]
 
 
 def prove_parts(anatomy: Anatomy, size: int) -> str:
-    """Why ranks cannot share a model's sequences, in words; empty where they can.
-
-    Args:
-        size: number of parts.
-    """
+    """Why so many ranks cannot share a model's sequences, in words; empty where they can."""
     runner, layers = anatomy.head, [layer for _, layer in anatomy.layers]
     assert runner is not None
     for batch in probes(runner, size):

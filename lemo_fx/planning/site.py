@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def plan_site(planning: Planning, place: str, rewrite: LayerRewrite, planned: PlannedSite, index: int) -> SitePlan:
-    """Decide one sparse site and add its parts to the rewrite.
-
-    Args:
-        place: names layer and site in errors.
-    """
+    """Decide one sparse site and add its parts to the rewrite; errors name the `place`."""
     config, predictors, count = planning.config, planning.predictors, planning.count
     elimination = config.site(planned.site.kind)
     assert elimination is not None

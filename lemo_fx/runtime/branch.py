@@ -179,11 +179,7 @@ def segments(rows: torch.Tensor, length: int, share: float) -> Sequence[torch.Te
 
 
 def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None = None) -> torch.Tensor:
-    """Run a function for its values only: nothing is saved for the backward.
-
-    Args:
-        float8: runs it with the frozen linear layers' matmuls in float8.
-    """
+    """Run a function for its values only, in float8 as `branch`: nothing is saved for the backward."""
     with torch.no_grad():
         return function(*args) if float8 is None else float8.run(function, *args)
 

@@ -148,11 +148,7 @@ class HeadSettings:
 
 
 def head_methods(kind: Any, graph_forward: Callable) -> dict[str, Any]:
-    """The methods of a causal model with rewritten layers, by name.
-
-    Args:
-        kind: its original class.
-    """
+    """The methods of a causal model of a class, with rewritten layers, by name."""
     generate = {"generate": make_generate(kind.generate)} if hasattr(kind, "generate") else {}
     return {"forward": HeadForward(in_segments(kind.forward, graph_forward)), **generate}
 

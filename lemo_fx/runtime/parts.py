@@ -128,11 +128,7 @@ def check_known(batch: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def shard(batch: Mapping[str, Any], group: SequenceGroup, multiple: int) -> dict[str, Any]:
-    """A rank's part of a batch, see `lemo_fx.shard_sequence`.
-
-    Args:
-        multiple: of tokens, to which the end is padded.
-    """
+    """A rank's part of a batch, padded at its end to a multiple of tokens, see `lemo_fx.shard_sequence`."""
     check_known(batch, TAKEN)
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:

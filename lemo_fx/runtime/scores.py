@@ -115,11 +115,7 @@ class ActivationScore(nn.Module):
         self.activation, self.note = _activation_of(mlp)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The MLP's input [B, S, H] (or, for a bare down projection, its own [B, S, F]) -> scores [B, n].
-
-        Args:
-            args, kwargs: what else the MLP is called with.
-        """
+        """What the MLP is called with, x [B, S, H] (or [B, S, F], of a bare down projection) -> scores [B, n]."""
         activation = _without_dropout(self.mlp[0], x, *args, run=self.activation, **kwargs)
         # Experts work on flat rows [B S, F].
         return scoring.activation_scores(activation.reshape(*x.shape[:2], -1), self.block_size)
