@@ -78,11 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole only once this has returned.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write a safetensors file, whole only once this has returned, or raise StorageError."""
     with writing(path):
         save_file(dict(tensors), path)
         _settle(path)

@@ -13,11 +13,7 @@ from lemo_fx.runtime.select import SelectBlocks
 
 
 def check(rewrite: LayerRewrite, after: str, finished: bool = False) -> None:
-    """Raise if the graph is malformed after the pass `after`; `finished` also asks for what only the end must hold.
-
-    Raises:
-        GraphCheckError: names the node and the invariant.
-    """
+    """Raise GraphCheckError if the graph is malformed after a pass; `finished` also asks for what the end must hold."""
     graph = rewrite.graph
     owner, graph.owning_module = graph.owning_module, None
     try:

@@ -33,11 +33,7 @@ Observer = Callable[[str, LayerRewrite], None]
 
 
 def check_passes(passes: object) -> None:
-    """Raise unless these can be run in the place of `PASSES`: named functions, and those of `PASSES` in their order.
-
-    Raises:
-        ConfigError: says which cannot, or what is missing.
-    """
+    """Raise ConfigError unless these are named functions, those of `PASSES` in their order among them."""
     if not isinstance(passes, Sequence):
         raise ConfigError(f"passes must be a tuple of functions, not {type(passes).__name__}")
     for number, run in enumerate(passes):

@@ -134,11 +134,7 @@ def watch(layer: nn.Module, given: Mapping[str, Any]) -> Watched:
 
 
 def why_no_stream(layer: nn.Module, given: Mapping[str, Any]) -> str | None:
-    """What a layer is handed in the place of one residual stream; None where it is one, or nothing is known.
-
-    Args:
-        given: the layer's arguments by name, recorded on a few tokens.
-    """
+    """What a layer is handed in the place of one residual stream; None where it is one, or nothing is known."""
     name = argument_names(layer)[0]
     stream = given.get(name)
     if not isinstance(stream, torch.Tensor) or stream.dim() == 3:

@@ -25,13 +25,10 @@ MENDS = {
 
 
 def refuse_untrainable(name: str, layer: nn.Module, known: set[tuple]) -> None:
-    """Raise where a quantised linear layer of a decoder layer gives its input no gradient, or a wrong one.
+    """Raise UnsupportedModelError where a quantised linear layer gives its input no gradient, or a wrong one.
 
     Args:
         known: kinds of linear layers that are tried already; those of this layer are added.
-
-    Raises:
-        UnsupportedModelError: naming it, and what to use.
     """
     for part, module in layer.named_modules():
         # Not what an attribute would make anew.

@@ -16,11 +16,7 @@ from lemo_fx.runtime.sequence import LAYER_TYPES
 
 
 def check_shared(anatomy: Anatomy, config: LemoConfig, group: SequenceGroup) -> None:
-    """Raise where ranks cannot share a sequence under this config, or of this model.
-
-    Raises:
-        ConfigError, UnsupportedModelError: name what cannot be, and what to do instead.
-    """
+    """Raise where ranks cannot share a sequence under this config (ConfigError), or of this model."""
     if config.sequence_parts > 1 and config.sequence_parts % group.size:
         raise ConfigError(
             f"sequence_parts={config.sequence_parts} cannot be shared by {group.size} ranks: leave it out, or give a "

@@ -187,11 +187,7 @@ def without_gradient(function: Callable, *args: Any, float8: Float8Switch | None
 def token_wise_without_gradient(
     function: Callable, length: int, rows: torch.Tensor, *args: Any, float8: Float8Switch | None = None
 ) -> torch.Tensor:
-    """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in segments of tokens.
-
-    Args:
-        length: S, of the stream that the rows are from.
-    """
+    """`without_gradient` for a function that treats each token of rows [B, K, H] alone, in pieces as of `segments`."""
     parts = [without_gradient(function, part, *args, float8=float8) for part in segments(rows, length, 1.0)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

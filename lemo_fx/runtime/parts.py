@@ -38,11 +38,7 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> SequenceGroup:
-        """From torch's process group.
-
-        Raises:
-            ConfigError: it is none.
-        """
+        """From torch's process group; a ConfigError where it is none."""
         if not isinstance(group, dist.ProcessGroup):
             raise ConfigError(
                 "sequence_group must be a process group, torch.distributed.new_group(ranks), of this rank's, not "

@@ -13,13 +13,10 @@ ROWS = 16
 
 
 def refuse_readers(name: str, layer: nn.Module, known: set[tuple]) -> None:
-    """Raise where an adapter in a decoder layer reads the weight that `base="float8"` would leave it packed.
+    """Raise UnsupportedModelError where an adapter reads the weight that `base="float8"` would leave it packed.
 
     Args:
         known: kinds of adapters that are tried already; those of this layer are added.
-
-    Raises:
-        UnsupportedModelError: naming it, and what to use.
     """
     for part, module in layer.named_modules():
         base = module._modules.get("base_layer")
