@@ -27,20 +27,9 @@ LARGEST = 10**9
 """Parameters of a layer up to which it is proven in float32; larger ones in their own precision."""
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How far two runs of one computation may be apart.
-
-    Attributes:
-        share: of the largest expected value (of the update that a layer makes; of each gradient).
-        floor: of the largest gradient of all, for gradients that cancel to nearly nothing.
-    """
-
-    share: float
-    floor: float
-
-
-FULL, ROUNDED = Precision(2e-3, 1e-5), Precision(6e-2, 2e-2)
+FULL, ROUNDED = (2e-3, 1e-5), (6e-2, 2e-2)
+"""How far two runs of one computation may be apart: a share of the largest expected value (of the update that a layer
+makes; of each gradient), and of the largest gradient of all, for gradients that cancel to nearly nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Trial:
             p.is_floating_point() and p.itemsize > 1 and type(p.data) is torch.Tensor for p in layer.parameters()
         )
         self.float32 = float32 and plain and sum(p.numel() for p in layer.parameters()) <= LARGEST
-        self.precision = FULL if self.float32 else ROUNDED
+        self.share, self.floor = FULL if self.float32 else ROUNDED
         self.given, explicit = self._cast(probe.calls[layer]), self._cast(probe.explicit[layer])
         if probe.padded and all(_is_square(given.get("attention_mask")) for given in (self.given, explicit)):
             self.given, explicit = self._restricted(self.given), self._restricted(explicit)
@@ -307,7 +296,7 @@ class Trial:
                 one[1, -PADDED:] = other[1, -PADDED:]
             base = self.stream if one.shape == self.stream.shape else torch.zeros_like(one)
             gap = float((one - other).abs().max()) / (float((one - base).abs().max()) or 1.0)
-            if not gap <= self.precision.share:
+            if not gap <= self.share:
                 return Fault(site, f"{words} its values are off by {gap:.2g} of the largest update")
         if not gradients:
             return None
@@ -319,7 +308,7 @@ class Trial:
         largest = max(float(one.abs().max()) for one, _ in pairs)
         for one, other in pairs:
             size, gap = float(one.abs().max()), float((one - other).abs().max())
-            if not gap <= self.precision.share * size + self.precision.floor * largest:
+            if not gap <= self.share * size + self.floor * largest:
                 return Fault(
                     site, f"{words} its gradients are off by {gap / (size or largest or 1.0):.2g} of the largest"
                 )
