@@ -67,13 +67,11 @@ class SelectBlocks(nn.Module):
         """Scores [B, n], the layer's input [B, S, H] and mask -> tokens [B, K], ascending."""
         check_parts(stream, self.parts, self.block_size)
         scores = self._balanced(scores.detach())
-        valid = valid_tokens(attention_mask, stream)
-        labelled = labelled_tokens(self.step.labels, stream)
+        valid, labelled = valid_tokens(attention_mask, stream), labelled_tokens(self.step.labels, stream)
+        given = (scores, valid, labelled, stream, self.record.site, self.block_size)
         if self.threshold is not None:
-            return select_by_threshold(
-                scores, valid, labelled, stream, self.record.site, self.block_size, self.threshold
-            )
-        return select_blocks(scores, valid, labelled, stream, self.record.site, self.block_size, self.keep, self.parts)
+            return select_by_threshold(*given, self.threshold)
+        return select_blocks(*given, self.keep, self.parts)
 
     def _balanced(self, scores: torch.Tensor) -> torch.Tensor:
         if not self.balance:
@@ -104,12 +102,12 @@ class SelectBlocks(nn.Module):
 
     def choose(self, scores: torch.Tensor, stream: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """[B, S] bool: the tokens that these scores [B, n] would keep; nothing is recorded."""
-        scores = self._balanced(scores)
-        labelled, length = labelled_tokens(self.step.labels, stream), stream.shape[1]
+        labelled = labelled_tokens(self.step.labels, stream)
+        given = (self._balanced(scores), valid, labelled, stream.shape[1], self.block_size)
         if self.threshold is not None:
-            tokens = selection.select_by_threshold(scores, valid, labelled, length, self.block_size, self.threshold)
+            tokens = selection.select_by_threshold(*given, self.threshold)
         else:
-            tokens = selection.select_blocks(scores, valid, labelled, length, self.block_size, self.keep, self.parts)
+            tokens = selection.select_blocks(*given, self.keep, self.parts)
         kept = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return kept.scatter_(1, tokens, True)
 
