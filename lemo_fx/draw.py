@@ -159,11 +159,7 @@ def _name(node: fx.Node) -> str:
 
 
 def draw(graphs: Mapping[str, fx.Graph | fx.GraphModule], title: str = "") -> Figure:
-    """Draw graphs side by side, by their captions.
-
-    Args:
-        graphs: caption -> a captured graph, or a rewritten one from `lemo_fx.graphs`.
-    """
+    """Draw graphs side by side: under each caption a captured one, or a rewritten one from `lemo_fx.graphs`."""
     pictures = {caption: calls(graph) for caption, graph in graphs.items()}
     places = {caption: _places(picture) for caption, picture in pictures.items()}
     depth = -min(y for place in places.values() for y in place.values()) + 1.95

@@ -37,12 +37,7 @@ MORE = ", more steps"
 
 @dataclass(frozen=True)
 class Contestant:
-    """One run's figures.
-
-    Attributes:
-        seconds: of all its steps, by the median one.
-        curve: (seconds of training, held-out loss) at every evaluation.
-    """
+    """One run's figures; its curve is (seconds of training, held-out loss) at every evaluation."""
 
     name: str
     steps: int
@@ -54,7 +49,7 @@ class Contestant:
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """Of all its steps, by the median one."""
         return self.steps * self.step_seconds
 
 

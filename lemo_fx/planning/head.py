@@ -26,12 +26,7 @@ GIVEN = ("attention_mask", "position_ids")
 
 
 def plan_head(anatomy: Anatomy, planning: Planning, sparse_experts: bool, notes: list[str]) -> Plan | None:
-    """The plan of a model's loss head; None where it has none.
-
-    Args:
-        sparse_experts: whether a branch that runs on kept tokens holds experts.
-        notes: of the report, added to.
-    """
+    """The plan of a model's loss head, see `HeadSettings`; None where it has none. Adds to the report's notes."""
     head, name = anatomy.head, anatomy.head_name
     if head is None or name is None:
         notes.append("no loss head: the model has no output projection of its own")

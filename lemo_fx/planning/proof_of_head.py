@@ -28,11 +28,7 @@ SHARE, ROUNDED = 2e-3, 3e-2
 
 
 def prove_head(anatomy: Anatomy, graph: fx.Graph, functions: dict[str, fx.Graph], segmented: SegmentedLoss) -> str:
-    """Why a segmented head must not take the original's place; empty where it may.
-
-    Args:
-        graph, functions: of the head, after `segment_loss`; segmented: which calls they are for.
-    """
+    """Why a head's graph must not, after `segment_loss`, take the original's place; empty where it may."""
     head = anatomy.head
     assert head is not None
     base = next(
