@@ -143,11 +143,13 @@ def call_once(module: nn.Module, function: Callable, *args: Any) -> Any:
     Every call of a sharded module is a collective. What a rank does a number of times that depends on its batch has to
     happen inside one call.
     """
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
     vars(module)["forward"] = function
     try:
         return module(*args)
     finally:
         del vars(module)["forward"]
+        vars(module).update(own)
 
 
 _sharded: dict[tuple[type, type], type] = {}

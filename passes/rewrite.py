@@ -64,7 +64,7 @@ class PlannedSite:
         float8: whether what is computed with gradient computes in float8.
         share: of the tokens that such a site keeps at most, in any layer; 1 where that depends on the data.
         every_key: whether the gradient of kept queries knows every key, see `Elimination.keys`.
-        tokens, dropped, rows, output, rest: filled in by the passes as they go.
+        scores, tokens, dropped, output, rest: filled in by the passes as they go.
     """
 
     name: str

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lemo_fx
-from lemo_fx import LemoConfig
+from lemo_fx import LemoConfig, distributed
 from lemo_fx.runtime import loss as segmented
 from lemo_fx.runtime.logits import LateLogits
 
@@ -288,3 +288,13 @@ def test_without_labels_one_row_is_left_to_launch_kernels_on():
     rows, targets = segmented._labelled(torch.randn(5, 3), torch.full((5,), -100), -100)
     assert rows.shape == (1, 3)
     assert targets.tolist() == [-100]
+
+
+def test_a_head_called_once_keeps_a_forward_of_its_own():
+    """A compiled or wrapped one, as an attribute of the module, is there again after a sharded head's loss."""
+    head = torch.nn.Linear(4, 2)
+    assert distributed.call_once(head, lambda x: x + 1, torch.zeros(4)).tolist() == [1, 1, 1, 1]
+    assert "forward" not in vars(head)
+    head.forward = own = lambda x: x * 0
+    assert distributed.call_once(head, lambda x: x + 1, torch.zeros(4)).tolist() == [1, 1, 1, 1]
+    assert head.forward is own
