@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.float8_linear import op as products
 from lemo_fx.kernels.float8_linear import reference
 from lemo_fx.kernels.select_blocks import op
 from lemo_fx.runtime import branch
@@ -307,7 +308,7 @@ def float8_linear(x, weight, again=False):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
 def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing, monkeypatch):
     """`exact` rounds each weight for its values and again for its kept rows; rounded once, it would be kept between."""
-    monkeypatch.setattr(reference, "float8_linear", float8_linear)
+    monkeypatch.setattr(products, "float8_linear", float8_linear)
     model = with_lora(tiny("llama", 1), targets=ADAPTED)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
