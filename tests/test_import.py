@@ -6,6 +6,7 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
+import transformers
 
 import lemo_fx
 
@@ -98,16 +99,29 @@ def test_every_spelling_of_an_import_counts(tmp_path, script):
     assert list(imports("lemo_fx.b", file, {"lemo_fx", "lemo_fx.a", "lemo_fx.b", "lemo_fx.c"})) == ["lemo_fx.a"]
 
 
-def run(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def run(script, *arguments):
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
-def test_importing_initialises_no_cuda_imports_no_triton_and_hides_no_function_by_the_file_of_its_name():
-    """In one process: starting one is slow."""
-    run("""
+def test_importing_initialises_no_cuda_hides_no_function_and_prints_nothing_over_a_commands_output(tmp_path):
+    """In one process, as starting one is slow: what importing does, then a command.
+
+    What libraries say at import they say once, here under the filters that a command sets before it imports anything.
+    PEFT imports torchao where it can.
+    """
+    size = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(size.to_json_string(use_diff=False))
+    script = """
 import sys
+from lemo_fx.cli.app import _quiet, app
+_quiet()
+assert "torch" not in sys.modules
 import torch
 import transformers.modeling_utils, transformers.modeling_layers, peft  # these may look for triton themselves
 before = {name for name in sys.modules if name.split(".")[0] == "triton"}
@@ -128,7 +142,11 @@ assert not any(name.startswith("lemo_fx") and "triton" in name for name in sys.m
 assert "matplotlib" not in sys.modules
 from lemo_fx.passes import pipeline
 from lemo_fx.kernels.eliminate import op
-""")
+app()
+"""
+    done = run(script, "inspect", str(config), "--out", str(tmp_path))
+    assert done.stderr == ""
+    assert done.stdout.startswith("built with 4 of the 6 decoder layers\n")
     assert set(lemo_fx.__all__) <= set(dir(lemo_fx))
     assert not hasattr(lemo_fx, "no_such_name")
 
@@ -144,5 +162,5 @@ assert helped.exit_code == 0
 print(helped.output)
 slow = {"torch", "transformers", "peft", "matplotlib", "numpy"} & set(sys.modules)
 assert not slow, slow
-""")
+""").stdout
     assert "inspect" in output

@@ -255,12 +255,15 @@ def test_the_report_forgets_what_was_kept_when_a_step_runs_the_original_code(che
         assert shares() == [None] * 4
 
 
+@pytest.fixture(scope="module")
+def long_report():
+    model = with_lora(tiny("llama", 12))
+    return lemo_fx.report(lemo_fx.transform(model, LemoConfig(block_size=8, forward="float8", backward="float8")))
+
+
 @pytest.mark.parametrize("width", [None, 60, 90])
-def test_the_printed_report_names_every_layer(width):
-    model = lemo_fx.transform(
-        with_lora(tiny("llama", 12)), LemoConfig(block_size=8, forward="float8", backward="float8")
-    )
-    report = lemo_fx.report(model)
+def test_the_printed_report_names_every_layer(long_report, width):
+    report = long_report
     text = str(report)
     if width is not None:
         console = Console(file=io.StringIO(), width=width, color_system=None)

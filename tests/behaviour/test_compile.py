@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lemo_fx
 from lemo_fx import Elimination, LemoConfig
 from lemo_fx.graph.anatomy import decoder_layers
+from lemo_fx.kernels.float8_linear import op as products
 from lemo_fx.kernels.float8_linear import reference
 from lemo_fx.kernels.select_blocks import op
 from lemo_fx.runtime import branch
@@ -25,6 +26,8 @@ aten = torch.ops.aten
 
 ADAPTED = ("q_proj", "down_proj")
 """In both branches some; a compiler reads PEFT's code anew for each, a fifth of its time if all were."""
+ADAPTED_ANYWHERE = r".*\.(q_proj|qkv_proj|query_key_value|c_attn|down_proj|fc2|dense_4h_to_h|mlp\.c_proj)"
+"""The same of every architecture."""
 
 
 def transformed(site, layers=4, checkpointing=False, mlp=None, targets=ADAPTED, **settings):
@@ -262,11 +265,16 @@ def test_a_whole_model_behind_a_checkpointed_dense_layer_chooses_in_its_forward(
     torch.compiler.reset()
 
 
+def few_weights():
+    """One layer of four weights, seven in a Llama: tracing their roundings takes most of the time."""
+    return with_lora(tiny("phi3", 1), targets=("qkv_proj", "down_proj"))
+
+
 @pytest.mark.parametrize(
     ("site", "rows"), [(None, 1), (Elimination(keep=0.5, score="random"), 2)], ids=["dense", "skip"]
 )
 def test_a_checkpointed_float8_layer_keeps_its_rows_only(site, rows):
-    model = with_lora(tiny("llama", 1), targets=ADAPTED)
+    model = few_weights()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     config = LemoConfig(site, site, block_size=8, dense_layers=(), forward="float8", backward="float8")
@@ -307,8 +315,8 @@ def float8_linear(x, weight, again=False):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain_activations", "checkpointing"])
 def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing, monkeypatch):
     """`exact` rounds each weight for its values and again for its kept rows; rounded once, it would be kept between."""
-    monkeypatch.setattr(reference, "float8_linear", float8_linear)
-    model = with_lora(tiny("llama", 1), targets=ADAPTED)
+    monkeypatch.setattr(products, "float8_linear", float8_linear)
+    model = few_weights()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -332,7 +340,7 @@ def test_no_copy_of_a_weight_in_float8_is_kept_for_the_backward(checkpointing, m
 # Mixtral's experts do not compile whole on the CPU with transformers 5.17, nor under adapters, with lemo_fx or without.
 @pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"gemma2", "mixtral"}))
 def test_checkpointed_exact_layers_of_every_architecture(architecture):
-    model = with_lora(tiny(architecture))
+    model = with_lora(tiny(architecture), targets=ADAPTED_ANYWHERE)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     site = Elimination(keep=0.4, eliminated="exact", score="step")
@@ -408,7 +416,8 @@ class Breaking(nn.Module):
 
 def test_a_graph_that_breaks_in_a_branch_is_recomputed_in_float8_too():
     """Kernels of other packages break graphs: the checkpoint around them then runs in Python."""
-    model = transformed(HALF, 3, checkpointing=True, forward="float8", backward="float8")
+    words = {"checkpointing": True, "forward": "float8", "backward": "float8"}
+    model = transformed(None, 3, mlp=HALF, targets=("down_proj",), **words)
     sparse = model.get_decoder().layers[1]
     sparse.mlp.act_fn = Breaking()
     inputs = batch(1, 64)
