@@ -179,7 +179,10 @@ def test_a_pass_without_gradient_is_as_sparse_as_one_with_it(eliminated, score, 
     assert torch.equal(policy(ids).logits, reference)
     with torch.no_grad():
         asked = policy(ids, use_cache=True).past_key_values
-    assert asked.get_seq_length(1) == 64
+        original = lemo_fx.revert(policy)(ids, use_cache=True).past_key_values
+    # Older transformers make no cache of their own accord where layers are checkpointed.
+    assert (asked is None) == (original is None)
+    assert asked is None or asked.get_seq_length(1) == 64
 
 
 @pytest.mark.parametrize("said", [{}, {"use_cache": False}, {"use_cache": True}], ids=["unsaid", "no", "yes"])
