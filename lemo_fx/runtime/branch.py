@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ SELECTIVE = {"projections": _contexts(keep_attention), "elementwise": _contexts(
 SELECTIVE_COMPILED = {**SELECTIVE, "elementwise": _contexts(keep_sums)}
 
 
+THROUGH_HOOKS: dict[str, Any] = (
+    {"respect_saved_tensors_hooks": True} if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else {}
+)
+"""Lets offload have what a policy keeps, in eager mode and from torch 2.14 on; in compiled code it always has."""
+
+
 def branch(
     function: Callable, checkpointing: bool, recompute: str, *args: Any, float8: Float8Switch | None = None
 ) -> torch.Tensor:
@@ -103,8 +110,11 @@ def branch(
     """
     if not checkpointing or not torch.is_grad_enabled():
         return function(*args) if float8 is None else float8.run(function, *args)
-    contexts = SELECTIVE_COMPILED if torch.compiler.is_compiling() else SELECTIVE
+    compiling = torch.compiler.is_compiling()
+    contexts = SELECTIVE_COMPILED if compiling else SELECTIVE
     selective: dict[str, Any] = {"context_fn": contexts[recompute]} if recompute in contexts else {}
+    if selective and not compiling:
+        selective |= THROUGH_HOOKS
     return _checkpoint(function, *args, float8=float8, **selective)
 
 
