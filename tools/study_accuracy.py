@@ -498,11 +498,11 @@ def train(
                 lemo_fx.set_dense(model)
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * plan.rate * learning_rate_share((step + 1) / (steps + 1), 0.1)
+            batches = [[texts.cut(x, length) for x in draw(rows)] for _ in range(args.accumulate)]
+            if plan.labels < 1:
+                batches = [[ids, some_labels(labels, plan.labels, random)] for ids, labels in batches]
             start, loss = mark(device), torch.zeros((), device=device)
-            for _ in range(args.accumulate):
-                ids, labels = (texts.cut(x, length) for x in draw(rows))
-                if plan.labels < 1:
-                    labels = some_labels(labels, plan.labels, random)
+            for ids, labels in batches:
                 with half_precision(device):
                     part = model(input_ids=ids, labels=labels).loss / args.accumulate
                 part.backward()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import transformers
 import trl
 from sharing_trainers import PADDED, config, documents, make, padded_at_the_end
+from sp_size import cut_in_two
 from training import word_tokenizer
 
 import lemo_fx
@@ -37,18 +38,7 @@ def trained(name, folder, shared=False):
     given |= {"disable_tqdm": True, "seed": 1, "bf16": False, "gradient_checkpointing": True, "optim": "sgd"}
     given |= {"max_grad_norm": 0, "train_sampling_strategy": "sequential"}
     if shared:
-        from accelerate import ParallelismConfig
-        from accelerate.utils import DeepSpeedSequenceParallelConfig
-
-        handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-        given["parallelism_config"] = ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler)
-        auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-        engine = {
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 0.0,
-        }
-        given["deepspeed"] = dict.fromkeys(auto, "auto") | {"gradient_clipping": 0.0} | engine
+        given |= cut_in_two(stage)
         # With and without lemo_fx, transformers adds up the losses' gradients of all ranks, and DeepSpeed those too.
         given["learning_rate"] /= 2
     else:
