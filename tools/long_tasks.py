@@ -9,13 +9,15 @@ of the length is a few unlabelled line ends at its beginning.
     values     three codes of one item, far apart; all are asked for, in their order
     variables  VAR 4821 = 73915 and VAR 1177 = VAR 4821: chains of three, whose end is asked for
     counting   a list of words; how often does one of them occur (one to nine times)?
+    quotes     a conversation about a real document, in the model's chat template; only the assistant's turns, which
+               quote what follows a paragraph's first words, are answers
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ class Task:
     """One kind of task at one length.
 
     Attributes:
-        draw: makes statements and questions.
+        draw: makes statements and questions, where they are made up.
         statements: as many as fit in a sequence.
         questions: of a sequence.
     """
@@ -47,7 +49,7 @@ class Task:
     name: str
     tokenizer: Any
     length: int
-    draw: Draw
+    draw: Draw | None = None
     statements: int = 0
     questions: int = QUESTIONS
 
@@ -59,13 +61,18 @@ class Task:
         for number, (question, answer) in enumerate(asked, 1):
             texts += [question, f" {answer}", ".\n"]
             owner += [0, number, 0]
-        parts = self.tokenizer(texts[:-1], add_special_tokens=False)["input_ids"]
-        ids = np.concatenate([np.array(part, dtype=np.int64) for part in parts])
-        owners = np.repeat(owner[:-1], [len(part) for part in parts])
+        ids, owners = self._fill(texts[:-1], owner[:-1])
         if len(ids) > self.length:
             raise ValueError(f"{self.name}: {len(ids)} tokens do not fit into {self.length}")
+        return ids, owners
+
+    def _fill(self, texts: list[str], owner: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts and the owner of each, filled up to the length from the left."""
+        parts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = np.concatenate([np.array(part, dtype=np.int64) for part in parts])
+        owners = np.repeat(owner, [len(part) for part in parts])
         filler = self.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-        missing = self.length - len(ids)
+        missing = max(self.length - len(ids), 0)
         return np.concatenate([np.full(missing, filler), ids]), np.concatenate([np.zeros(missing, int), owners])
 
     def batch(self, random: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,14 +159,84 @@ def counting(random: np.random.Generator, statements: int) -> tuple[list[str], l
 TASKS: dict[str, Draw] = {f.__name__: f for f in (keys, lookalikes, values, variables, counting)}
 
 
-def make(name: str, tokenizer: Any, length: int) -> Task:
+@dataclass
+class Quotes(Task):
+    """A document, then a conversation about it: the user names a paragraph's first words, the assistant quotes the next.
+
+    Attributes:
+        documents: texts to draw from, each of more tokens than a sequence.
+        room: tokens that the conversation takes at most.
+    """
+
+    documents: list[str] = field(default_factory=list)
+    room: int = 500
+    _OPENING, _QUOTED = 8, 12
+    """Words that the user names, and that the assistant quotes."""
+
+    def sequence(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """As of `Task`; a document that lacks long paragraphs, or tokens, is passed over.
+
+        Raises:
+            ValueError: so do a thousand.
+        """
+        for _ in range(1000):
+            text = self._excerpt(random)
+            asked = self._paragraphs(random, text)
+            if len(asked) == self.questions:
+                found = self._fill(*self._conversation(text, asked))
+                if len(found[0]) == self.length:
+                    return found
+        raise ValueError(f"{self.name}: no document holds a conversation of {self.length} tokens")
+
+    def _excerpt(self, random: np.random.Generator) -> str:
+        """Whole lines of a document, from anywhere in it."""
+        document = self.documents[random.integers(len(self.documents))]
+        start = random.integers(max(len(document) - 4 * self.length, 1))
+        part = document[start : start + 6 * self.length]
+        budget = self.length - self.room
+        ends = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = ends[budget][0] if len(ends) > budget else 0
+        return part[part.find("\n") + 1 : part.rfind("\n", 0, end) + 1]
+
+    def _paragraphs(self, random: np.random.Generator, text: str) -> list[tuple[str, str]]:
+        """(first words, the next words) of a paragraph in every part of the text, in random order."""
+        lines = [line.split() for line in text.splitlines()]
+        long = [words for words in lines if len(words) >= self._OPENING + self._QUOTED]
+        openings = [" ".join(words[: self._OPENING]) for words in long]
+        once = [i for i, opening in enumerate(openings) if text.count(opening) == 1]
+        if len(once) < 2 * self.questions:
+            return []
+        chosen = [once[i] for i in _asked(random, len(once))]
+        return [(openings[i], " ".join(long[i][self._OPENING :][: self._QUOTED])) for i in chosen]
+
+    def _conversation(self, text: str, asked: list[tuple[str, str]]) -> tuple[list[str], list[int]]:
+        """Pieces of text, and the number of the question that each answers."""
+        turns, pieces, owner, done = [], [], [], ""
+        for number, (opening, quoted) in enumerate(asked, 1):
+            question = f'How does the paragraph go on that begins with "{opening}"?'
+            turns.append({"role": "user", "content": question if turns else f"{text}\n{question}"})
+            before = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            turns.append({"role": "assistant", "content": quoted})
+            after = self.tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+            pieces += [before[len(done) :], after[len(before) :]]
+            owner += [0, number]
+            done = after
+        return pieces, owner
+
+
+def make(name: str, tokenizer: Any, length: int, documents: list[str] | None = None) -> Task:
     """A task that fills sequences of `length` tokens.
+
+    Args:
+        documents: what "quotes" is about.
 
     Raises:
         ValueError: there is no such task, or it does not fit into the length.
     """
+    if name == "quotes" and documents:
+        return Quotes(name, tokenizer, length, documents=documents)
     if name not in TASKS:
-        raise ValueError(f"{name!r} is no task: {', '.join(TASKS)}")
+        raise ValueError(f"{name!r} is no task: {', '.join(TASKS)}, and quotes with a corpus")
     task = Task(name, tokenizer, length, TASKS[name])
     # As many statements as leave a little room: their lengths vary with how words are cut.
     sizes = {}

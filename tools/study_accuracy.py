@@ -155,6 +155,7 @@ PLAIN = {
     **{f"plain-balanced-bf16-block-{block}": Exact(0.5, 0.6, block=block) for block in (16, 256, 1024)},
     "plain-careful": Exact(0.4375, 0.5),
     "plain-fast": Exact(0.375, 0.6, float8=Float8()),
+    "plain-fast-float8-but-kv": Exact(0.375, 0.6, float8=ROUNDED["float8-but-kv"]),
     "plain-fast-float8-mean": Exact(0.375, 0.6, float8=ROUNDED["float8-mean"]),
     "plain-fast-float8-once": Exact(0.375, 0.6, float8=ROUNDED["float8-once"]),
     "plain-fast-float8-centred": Exact(0.375, 0.6, float8=ROUNDED["float8-centred"]),
@@ -299,6 +300,7 @@ class Questions:
     """A task of `long_tasks`: training sequences by seed, and held-out ones."""
 
     task: long_tasks.Task
+    """What is trained on; of "quotes" other documents than what is held out."""
     heldout: torch.Tensor
     owners: torch.Tensor
     everything: bool
@@ -347,11 +349,13 @@ Data = Texts | Questions
 
 
 def load_questions(
-    base: Path, name: str, context: int, windows: int, device: torch.device, everything: bool
+    base: Path, name: str, corpus: Path | None, context: int, windows: int, device: torch.device, everything: bool
 ) -> Questions:
     """A task, and held-out sequences of it that no training draws."""
-    task = long_tasks.make(name, AutoTokenizer.from_pretrained(base), context)
-    ids, owners = (x.to(device) for x in task.batch(np.random.default_rng((0, 0)), windows))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    parts = [read_documents(corpus / f"{part}.txt.xz") if corpus else None for part in ("train", "heldout")]
+    task, other = (long_tasks.make(name, tokenizer, context, documents) for documents in parts)
+    ids, owners = (x.to(device) for x in other.batch(np.random.default_rng((0, 0)), windows))
     return Questions(task, ids, owners, everything)
 
 
@@ -605,7 +609,7 @@ def run(
         str, typer.Option("--plans", help=f"comma-separated: {plans.HELP}; or one of {', '.join(PLANS)}")
     ] = ",".join(PICKED),
     corpus: Annotated[Path | None, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")] = None,
-    task: Annotated[str | None, typer.Option(help=f"instead of a corpus, one of {', '.join(long_tasks.TASKS)}")] = None,
+    task: Annotated[str | None, typer.Option(help=f"instead of running text: {', '.join((*long_tasks.TASKS, 'quotes'))} (of a corpus)")] = None,
     everything: Annotated[bool, typer.Option(help="of a task: the loss counts all tokens, not answers alone")] = False,
     seeds: Annotated[str, typer.Option()] = "0",
     context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,
@@ -634,17 +638,19 @@ def run(
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plans.each(chosen, plan_named)
-    if (corpus is None) == (task is None):
+    if corpus is None and task is None:
         raise typer.BadParameter("give a corpus, or a task")
+    if (task == "quotes") != (corpus is not None and task is not None):
+        raise typer.BadParameter("quotes is the task that takes a corpus, and needs one")
     out.mkdir(parents=True, exist_ok=True)
     args = Arguments(context, stretch, steps, batch, accumulate, rank, rate, curve, stand_in_rank, timing)
     results = out / "results.jsonl"
     kind = f"{task}{'-everything' if everything else ''}" if task else "text"
     done = {(row["plan"], row["context"], row["seed"], row.get("task", "text")) for row in read_results(results)}
-    if corpus is not None:
+    if task is None:
         data: Data = load_texts(base, corpus, context, windows, device)
     else:
-        data = load_questions(base, task, context, windows, device, everything)
+        data = load_questions(base, task, corpus, context, windows, device, everything)
     # Figures of the base itself, with the longer RoPE base and an adapter that does nothing yet.
     model = load_model(base, context, stretch, 0, rank, device)
     data.look_at(model, batch)

@@ -53,6 +53,27 @@ def test_answers_are_in_the_context_and_only_they_are_marked(tokenizer, name):
             assert solved(name, context, question) == [tokenizer.decode(row[places]).strip()]
 
 
+def test_only_what_the_assistant_quotes_is_marked(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    random = np.random.default_rng(0)
+    lines = [" ".join(str(n) for n in random.integers(100, 10000, 24)) for _ in range(400)]
+    task = long_tasks.Quotes("quotes", tokenizer, 8192, documents=["\n".join(lines)], room=2500)
+    row, owner = task.sequence(random)
+    assert row.shape == owner.shape == (8192,)
+    for number in range(1, long_tasks.QUESTIONS + 1):
+        places = (owner == number).nonzero()[0]
+        opening = tokenizer.decode(row[: places[0]]).rpartition('begins with "')[2].partition('"')[0]
+        (line,) = (line for line in lines if line.startswith(opening))
+        assert tokenizer.decode(row[places]) == " ".join(line.split()[8:20]) + "</>"
+        assert tokenizer.decode(row[: places[0]]).endswith("<assistant>")
+    short = long_tasks.make("quotes", tokenizer, 8192, ["one short line"])
+    with pytest.raises(ValueError, match="no document"):
+        short.sequence(random)
+
+
 def test_same_seed_same_task_other_seed_another(tokenizer):
     task = long_tasks.make("keys", tokenizer, 2048)
     one, again, other = (task.batch(np.random.default_rng(seed), 1)[0] for seed in (0, 0, 1))
@@ -74,7 +95,7 @@ def test_exact_match_wants_every_token(tokenizer):
 
 
 def test_what_cannot_be_made_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="no task: keys, lookalikes"):
+    with pytest.raises(ValueError, match="no task: keys, lookalikes.*quotes with a corpus"):
         long_tasks.make("riddles", tokenizer, 2048)
     with pytest.raises(ValueError, match="too few"):
         long_tasks.make("values", tokenizer, 512)
