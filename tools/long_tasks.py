@@ -161,7 +161,7 @@ TASKS: dict[str, Draw] = {f.__name__: f for f in (keys, lookalikes, values, vari
 
 @dataclass
 class Quotes(Task):
-    """A document, then a conversation about it: the user names a paragraph's first words, the assistant quotes the next.
+    """A document, then a conversation about it: the user names a paragraph's first words, the assistant goes on.
 
     Attributes:
         documents: texts to draw from, each of more tokens than a sequence.

@@ -609,7 +609,10 @@ def run(
         str, typer.Option("--plans", help=f"comma-separated: {plans.HELP}; or one of {', '.join(PLANS)}")
     ] = ",".join(PICKED),
     corpus: Annotated[Path | None, typer.Option(help="folder with train.txt.xz and heldout.txt.xz")] = None,
-    task: Annotated[str | None, typer.Option(help=f"instead of running text: {', '.join((*long_tasks.TASKS, 'quotes'))} (of a corpus)")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"instead of running text, one of {', '.join(long_tasks.TASKS)}; or quotes (of a corpus)"),
+    ] = None,
     everything: Annotated[bool, typer.Option(help="of a task: the loss counts all tokens, not answers alone")] = False,
     seeds: Annotated[str, typer.Option()] = "0",
     context: Annotated[int, typer.Option(help="tokens of a training window")] = 8192,

@@ -95,7 +95,7 @@ def test_exact_match_wants_every_token(tokenizer):
 
 
 def test_what_cannot_be_made_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="no task: keys, lookalikes.*quotes with a corpus"):
+    with pytest.raises(ValueError, match=r"no task: keys, lookalikes.*quotes with a corpus"):
         long_tasks.make("riddles", tokenizer, 2048)
     with pytest.raises(ValueError, match="too few"):
         long_tasks.make("values", tokenizer, 512)
