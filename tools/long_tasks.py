@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,33 +38,15 @@ Draw = Callable[[np.random.Generator, int], tuple[list[str], list[tuple[str, str
 
 @dataclass
 class Task:
-    """One kind of task at one length.
-
-    Attributes:
-        draw: makes statements and questions, where they are made up.
-        statements: as many as fit in a sequence.
-        questions: of a sequence.
-    """
+    """Sequences of one kind and length, of questions and the answers to them."""
 
     name: str
     tokenizer: Any
     length: int
-    draw: Draw | None = None
-    statements: int = 0
-    questions: int = QUESTIONS
 
     def sequence(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(ids [S], question [S]: 0 or the number, from one, of the question that a token answers)."""
-        lines, asked = self.draw(random, self.statements)
-        texts = ["\n".join(lines) + "\n"]
-        owner = [0]
-        for number, (question, answer) in enumerate(asked, 1):
-            texts += [question, f" {answer}", ".\n"]
-            owner += [0, number, 0]
-        ids, owners = self._fill(texts[:-1], owner[:-1])
-        if len(ids) > self.length:
-            raise ValueError(f"{self.name}: {len(ids)} tokens do not fit into {self.length}")
-        return ids, owners
+        raise NotImplementedError
 
     def _fill(self, texts: list[str], owner: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts and the owner of each, filled up to the length from the left."""
@@ -79,6 +61,36 @@ class Task:
         """[B, S] ids and [B, S] questions, as of `sequence`."""
         ids, owners = zip(*(self.sequence(random) for _ in range(rows)), strict=True)
         return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(owners))
+
+
+@dataclass
+class Statements(Task):
+    """A context of statements on one line each.
+
+    Attributes:
+        draw: makes statements and questions.
+        statements: as many as fit in a sequence.
+    """
+
+    draw: Draw
+    statements: int = 0
+
+    def sequence(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """As of `Task`.
+
+        Raises:
+            ValueError: what was drawn does not fit.
+        """
+        lines, asked = self.draw(random, self.statements)
+        texts = ["\n".join(lines) + "\n"]
+        owner = [0]
+        for number, (question, answer) in enumerate(asked, 1):
+            texts += [question, f" {answer}", ".\n"]
+            owner += [0, number, 0]
+        ids, owners = self._fill(texts[:-1], owner[:-1])
+        if len(ids) > self.length:
+            raise ValueError(f"{self.name}: {len(ids)} tokens do not fit into {self.length}")
+        return ids, owners
 
 
 def _numbers(random: np.random.Generator, count: int) -> list[int]:
@@ -168,7 +180,7 @@ class Quotes(Task):
         room: tokens that the conversation takes at most.
     """
 
-    documents: list[str] = field(default_factory=list)
+    documents: list[str]
     room: int = 500
     _OPENING, _QUOTED = 8, 12
     """Words that the user names, and that the assistant quotes."""
@@ -182,7 +194,7 @@ class Quotes(Task):
         for _ in range(1000):
             text = self._excerpt(random)
             asked = self._paragraphs(random, text)
-            if len(asked) == self.questions:
+            if len(asked) == QUESTIONS:
                 found = self._fill(*self._conversation(text, asked))
                 if len(found[0]) == self.length:
                     return found
@@ -204,7 +216,7 @@ class Quotes(Task):
         long = [words for words in lines if len(words) >= self._OPENING + self._QUOTED]
         openings = [" ".join(words[: self._OPENING]) for words in long]
         once = [i for i, opening in enumerate(openings) if text.count(opening) == 1]
-        if len(once) < 2 * self.questions:
+        if len(once) < 2 * QUESTIONS:
             return []
         chosen = [once[i] for i in _asked(random, len(once))]
         return [(openings[i], " ".join(long[i][self._OPENING :][: self._QUOTED])) for i in chosen]
@@ -234,10 +246,10 @@ def make(name: str, tokenizer: Any, length: int, documents: list[str] | None = N
         ValueError: there is no such task, or it does not fit into the length.
     """
     if name == "quotes" and documents:
-        return Quotes(name, tokenizer, length, documents=documents)
+        return Quotes(name, tokenizer, length, documents)
     if name not in TASKS:
         raise ValueError(f"{name!r} is no task: {', '.join(TASKS)}, and quotes with a corpus")
-    task = Task(name, tokenizer, length, TASKS[name])
+    task = Statements(name, tokenizer, length, TASKS[name])
     # As many statements as leave a little room: their lengths vary with how words are cut.
     sizes = {}
     for count in (100, 200):

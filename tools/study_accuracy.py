@@ -155,7 +155,6 @@ PLAIN = {
     **{f"plain-balanced-bf16-block-{block}": Exact(0.5, 0.6, block=block) for block in (16, 256, 1024)},
     "plain-careful": Exact(0.4375, 0.5),
     "plain-fast": Exact(0.375, 0.6, float8=Float8()),
-    "plain-fast-float8-but-kv": Exact(0.375, 0.6, float8=ROUNDED["float8-but-kv"]),
     "plain-fast-float8-mean": Exact(0.375, 0.6, float8=ROUNDED["float8-mean"]),
     "plain-fast-float8-once": Exact(0.375, 0.6, float8=ROUNDED["float8-once"]),
     "plain-fast-float8-centred": Exact(0.375, 0.6, float8=ROUNDED["float8-centred"]),
@@ -303,7 +302,7 @@ class Questions:
     """What is trained on; of "quotes" other documents than what is held out."""
     heldout: torch.Tensor
     owners: torch.Tensor
-    everything: bool
+    everything: bool = False
     """Whether the loss counts all tokens, not those of answers alone."""
 
     def sampler(self, context: int, seed: int, device: torch.device) -> Callable[[int], tuple[Any, Any]]:
@@ -349,14 +348,14 @@ Data = Texts | Questions
 
 
 def load_questions(
-    base: Path, name: str, corpus: Path | None, context: int, windows: int, device: torch.device, everything: bool
+    base: Path, name: str, corpus: Path | None, context: int, windows: int, device: torch.device
 ) -> Questions:
     """A task, and held-out sequences of it that no training draws."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     parts = [read_documents(corpus / f"{part}.txt.xz") if corpus else None for part in ("train", "heldout")]
     task, other = (long_tasks.make(name, tokenizer, context, documents) for documents in parts)
     ids, owners = (x.to(device) for x in other.batch(np.random.default_rng((0, 0)), windows))
-    return Questions(task, ids, owners, everything)
+    return Questions(task, ids, owners)
 
 
 def load_texts(base: Path, corpus: Path, context: int, windows: int, device: torch.device) -> Texts:
@@ -653,7 +652,7 @@ def run(
     if task is None:
         data: Data = load_texts(base, corpus, context, windows, device)
     else:
-        data = load_questions(base, task, corpus, context, windows, device, everything)
+        data = replace(load_questions(base, task, corpus, context, windows, device), everything=everything)
     # Figures of the base itself, with the longer RoPE base and an adapter that does nothing yet.
     model = load_model(base, context, stretch, 0, rank, device)
     data.look_at(model, batch)

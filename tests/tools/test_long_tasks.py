@@ -60,7 +60,7 @@ def test_only_what_the_assistant_quotes_is_marked(tokenizer):
     )
     random = np.random.default_rng(0)
     lines = [" ".join(str(n) for n in random.integers(100, 10000, 24)) for _ in range(400)]
-    task = long_tasks.Quotes("quotes", tokenizer, 8192, documents=["\n".join(lines)], room=2500)
+    task = long_tasks.Quotes("quotes", tokenizer, 8192, ["\n".join(lines)], room=2500)
     row, owner = task.sequence(random)
     assert row.shape == owner.shape == (8192,)
     for number in range(1, long_tasks.QUESTIONS + 1):
